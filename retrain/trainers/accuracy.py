@@ -1,0 +1,53 @@
+"""How often a classifier is right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from retrain.trainers.batches import Data, batches
+from retrain.trainers.states import device_of, mode
+
+
+def evaluate(model: nn.Module, data: Data, *, batch_size: int = 1024) -> float:
+    """Return the share of samples that `model` classifies rightly, in evaluation mode.
+
+    Runs batch by batch on the model's device; parameters, buffers and modes stay as they are.
+
+    Raises
+    ------
+    ValueError
+        If `data` is empty, or its targets are not class numbers.
+    FloatingPointError
+        If an output is NaN.
+    """
+    hits = count = 0
+    with mode(model, training=False), torch.no_grad():
+        for inputs, targets in batches(data, batch_size, device_of(model)):
+            outputs = model(inputs)
+            met = correct(outputs, targets)
+            if met is None:
+                raise ValueError(
+                    f"data: targets must be class numbers, integers in one dimension less than the "
+                    f"outputs' {tuple(outputs.shape)}, not {targets.dtype} {tuple(targets.shape)}"
+                )
+            if outputs.isnan().any():
+                raise FloatingPointError("model: an output is NaN")
+            hits += met
+            count += targets.numel()
+    return hits / count
+
+
+def correct(outputs: Tensor, targets: Tensor) -> int | None:
+    """Count the targets that are their largest output's number; None when they are no numbers.
+
+    Parameters
+    ----------
+    outputs : Tensor, shape (B, classes, ...)
+        Logits.
+    targets : Tensor, shape (B, ...)
+        Class numbers; anything but integers of this shape gives None.
+    """
+    if targets.is_floating_point() or outputs.ndim != targets.ndim + 1:
+        return None
+    return int((outputs.argmax(1) == targets).sum())
