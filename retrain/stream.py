@@ -131,7 +131,7 @@ class LayerStream(Protocol):
         ...
 
     def commit(self, name: str, weight: Array, group: int = 0) -> None:
-        """Replace a weight, cast to the network's own dtype; later `inputs` are computed with it."""
+        """Replace a weight, cast to the network's own dtype; later `inputs` are made with it."""
         ...
 
     def gain(self, name: str, *, norm: Norm = "spectral") -> Gain:

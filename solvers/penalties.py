@@ -1,0 +1,229 @@
+"""Penalties of the layer programs: l1, elastic net and group.
+
+A penalty is a value, a proximal operator and, for the certificate, its conjugate. Weights and
+their duals come as matrices (n_in, n_out) of the penalised rows only. In the dual of a layer
+program a multiplier may be scaled by any s >= 0, which moves the bound along
+
+    D(s) = s * linear - s^2 * quadratic - conjugate(s * c),        c = X^T nu,
+
+so each penalty also knows the best s, `Penalty.scale_dual`. Any s gives a valid bound; the best one
+gives the tightest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from array_api_compat import array_namespace
+
+Array = Any
+
+_BISECTIONS = 60
+
+
+class Penalty(Protocol):
+    """What the programs and the solvers ask of a penalty."""
+
+    @property
+    def name(self) -> str:
+        """Name for messages and reports."""
+        ...
+
+    @property
+    def separable(self) -> bool:
+        """Whether the units (columns) decouple."""
+        ...
+
+    def value(self, weight: Array) -> Array:
+        """Penalty of each unit, shape (n_out,); of all units together, shape (), if coupled."""
+        ...
+
+    def prox(self, weight: Array, step: Array) -> Array:
+        """Minimise penalty(u) + |u - weight|^2 / (2 step); `step` scalar or (n_out,)."""
+        ...
+
+    def conjugate(self, dual: Array) -> Array:
+        """Finite part of sup_u <dual, u> - penalty(u), shaped like `value`.
+
+        Where the conjugate is an indicator, the caller has scaled `dual` into its domain.
+        """
+        ...
+
+    def shrink_units(self, dual: Array) -> Array:
+        """Scale <= 1 of each unit, (n_out,), that brings it into its own part of the domain."""
+        ...
+
+    def scale_dual(self, dual: Array, linear: Array, quadratic: Array) -> Array:
+        """Scale s >= 0 that maximises ``s linear - s^2 quadratic - conjugate(s dual)``."""
+        ...
+
+
+def _clip_scale(linear: Array, quadratic: Array, size: Array, radius: float) -> Array:
+    """Maximise s linear - s^2 quadratic over s >= 0 with s * size <= radius, elementwise.
+
+    Where neither the quadratic nor the size limits s (then linear > 0 only if the program is
+    infeasible), s = 1 is as good as any.
+    """
+    xp = array_namespace(linear)
+    one = xp.ones_like(linear)
+    limit = xp.where(size > 0, radius / xp.where(size > 0, size, one), xp.inf * one)
+    curved = quadratic > 0
+    free = xp.where(curved, linear / xp.where(curved, 2 * quadratic, one), limit)
+    best = xp.minimum(free, limit)
+    best = xp.where(xp.isfinite(best), best, one)
+    return xp.where(linear > 0, best, xp.zeros_like(linear))
+
+
+@dataclass(frozen=True)
+class L1:
+    """The sum of absolute values, ``|u|_1``; its conjugate is the indicator of |c| <= 1."""
+
+    name = "l1"
+    separable = True
+
+    def value(self, weight: Array) -> Array:
+        """Return ``sum_i |u_i|`` of each unit, shape (n_out,)."""
+        xp = array_namespace(weight)
+        return xp.sum(xp.abs(weight), axis=0)
+
+    def prox(self, weight: Array, step: Array) -> Array:
+        """Shrink towards zero by `step`."""
+        xp = array_namespace(weight)
+        return weight - xp.clip(weight, -step, step)
+
+    def conjugate(self, dual: Array) -> Array:
+        """Return zero for each unit: `dual` lies in the box."""
+        xp = array_namespace(dual)
+        return xp.zeros_like(dual[0, :])
+
+    def shrink_units(self, dual: Array) -> Array:
+        """Return ``min(1, 1 / |c|_inf)`` of each unit."""
+        xp = array_namespace(dual)
+        largest = xp.max(xp.abs(dual), axis=0)
+        return 1 / xp.maximum(largest, xp.ones_like(largest))
+
+    def scale_dual(self, dual: Array, linear: Array, quadratic: Array) -> Array:
+        """Return the best scale of each unit that keeps it in the box |s c| <= 1."""
+        xp = array_namespace(dual)
+        return _clip_scale(linear, quadratic, xp.max(xp.abs(dual), axis=0), 1.0)
+
+
+@dataclass(frozen=True)
+class ElasticNet:
+    """``|u|_1 + (ridge / 2) |u|^2``; its conjugate is ``sum (|c| - 1)_+^2 / (2 ridge)``: no box.
+
+    Attributes
+    ----------
+    ridge : float
+        Weight of the quadratic term, > 0, in units of 1 / weight.
+    """
+
+    ridge: float
+    name = "elastic net"
+    separable = True
+
+    def __post_init__(self) -> None:
+        if not (self.ridge > 0 and math.isfinite(self.ridge)):
+            raise ValueError(f"ridge: want a positive finite number, got {self.ridge!r}")
+
+    def value(self, weight: Array) -> Array:
+        """Return the penalty of each unit, shape (n_out,)."""
+        xp = array_namespace(weight)
+        return xp.sum(xp.abs(weight) + (self.ridge / 2) * weight * weight, axis=0)
+
+    def prox(self, weight: Array, step: Array) -> Array:
+        """Shrink by `step`, then divide by 1 + ridge step."""
+        xp = array_namespace(weight)
+        return (weight - xp.clip(weight, -step, step)) / (1 + self.ridge * step)
+
+    def conjugate(self, dual: Array) -> Array:
+        """Return ``sum_i (|c_i| - 1)_+^2 / (2 ridge)`` of each unit."""
+        xp = array_namespace(dual)
+        over = xp.maximum(xp.abs(dual) - 1, xp.zeros_like(dual))
+        return xp.sum(over * over, axis=0) / (2 * self.ridge)
+
+    def shrink_units(self, dual: Array) -> Array:
+        """Return ones: the conjugate is finite everywhere."""
+        xp = array_namespace(dual)
+        return xp.ones_like(dual[0, :])
+
+    def scale_dual(self, dual: Array, linear: Array, quadratic: Array) -> Array:
+        """Return the root of the derivative of D(s), unit by unit, by bisection.
+
+        ``D'(s) = linear - 2 s quadratic - sum_i |c_i| (s |c_i| - 1)_+ / ridge`` decreases.
+        """
+        xp = array_namespace(dual)
+        size = xp.abs(dual)
+
+        def slope(s: Array) -> Array:
+            bend = xp.sum(size * xp.maximum(s * size - 1, xp.zeros_like(size)), axis=0)
+            return linear - 2 * s * quadratic - bend / self.ridge
+
+        low = xp.zeros_like(linear)
+        high = xp.ones_like(linear)
+        for _ in range(_BISECTIONS):
+            rising = slope(high) > 0
+            if not bool(xp.any(rising)):
+                break
+            high = xp.where(rising, 2 * high, high)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            rising = slope(middle) > 0
+            low, high = xp.where(rising, middle, low), xp.where(rising, high, middle)
+        return low
+
+
+@dataclass(frozen=True)
+class Group:
+    """``weight * sum_i |u_i|_2`` over the inputs i: a whole input leaves the layer or stays.
+
+    It couples the units, so it goes with the constrained program only. Its conjugate is the
+    indicator of ``|c_i|_2 <= weight`` for every row.
+
+    Attributes
+    ----------
+    weight : float
+        Weight of the rows' norms, > 0.
+    """
+
+    weight: float = 1.0
+    name = "group"
+    separable = False
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"weight: want a positive finite number, got {self.weight!r}")
+
+    def _norms(self, matrix: Array) -> Array:
+        xp = array_namespace(matrix)
+        return xp.sqrt(xp.sum(matrix * matrix, axis=1))
+
+    def value(self, weight: Array) -> Array:
+        """Return the penalty of all units together, shape ()."""
+        xp = array_namespace(weight)
+        return self.weight * xp.sum(self._norms(weight))
+
+    def prox(self, weight: Array, step: Array) -> Array:
+        """Shrink each row's norm by ``weight * step``; `step` must be a scalar."""
+        xp = array_namespace(weight)
+        norms = self._norms(weight)
+        kept = xp.maximum(norms - self.weight * step, xp.zeros_like(norms))
+        factor = kept / xp.where(norms > 0, norms, xp.ones_like(norms))
+        return factor[:, None] * weight
+
+    def conjugate(self, dual: Array) -> Array:
+        """Return zero: `dual` lies in the product of balls."""
+        xp = array_namespace(dual)
+        return xp.zeros_like(dual[0, 0])
+
+    def shrink_units(self, dual: Array) -> Array:
+        """Return ones: the balls tie the units together, so only a joint scale is of use."""
+        xp = array_namespace(dual)
+        return xp.ones_like(dual[0, :])
+
+    def scale_dual(self, dual: Array, linear: Array, quadratic: Array) -> Array:
+        """Return the best joint scale that keeps every row's norm within `weight`."""
+        xp = array_namespace(dual)
+        return _clip_scale(linear, quadratic, xp.max(self._norms(dual)), self.weight)

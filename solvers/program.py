@@ -1,0 +1,521 @@
+"""The two programs of Net-Trim, which judge any solver's answer from their own data.
+
+With inputs X (P, N), a set of fitted entries Omega (`active`) and one array `level` that holds what
+to fit on Omega (y) and the ceiling off it (v), find weights U (N, M):
+
+    constrained, (4)-(6):  minimise  penalty(U)
+                           subject to  |(XU - y)_Omega|_F <= epsilon,   XU <= v off Omega
+
+    regularised, (11):     minimise  penalty(u) + fit_weight |(Xu - y)_Omega|^2
+                           subject to  Xu <= v off Omega                for each unit u
+
+**Dual bound.** Take a multiplier nu (P, M) for z = XU, nu >= 0 off Omega, and c = X^T nu. The
+Lagrangian penalty(U) + g(z) + <nu, XU - z>, minimised over U and over z, bounds the optimum below by
+
+    constrained:  D = -<nu, y>_Omega - <nu, v>_off - epsilon |nu_Omega|_F - conjugate(c)
+    regularised:  D = -<nu, y>_Omega - <nu, v>_off - |nu_Omega|^2 / (4 fit_weight) - conjugate(c)
+
+No primal feasibility is needed. nu may be scaled by any s >= 0, and `Penalty.scale_dual` takes the
+best. Two kinds of weights change c. An entry held at zero (`support` False) is no variable: its c
+drops out. A free row (the bias) has no penalty, so its c must vanish: for a row with samples x, nu
+is replaced by its Euclidean projection onto {x^T nu = 0, nu >= 0 off Omega}, which is nu - t x on
+Omega and (nu - t x)_+ off it, t the root of x^T nu(t) = 0. (Clipping and then centring is wrong, and
+leaving the row out gives no bound at all.)
+
+Everything here is computed in float64 by blocks of units, whatever the data's dtype, in the data's
+own array namespace, and is written apart from the solvers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from array_api_compat import array_namespace, device, is_torch_array
+
+from solvers.penalties import L1, Penalty
+from solvers.result import Certificate
+
+Array = Any
+
+_BLOCK_ENTRIES = 4_000_000  # entries of a float64 (samples x units) block: 32 MB
+_ROWS = 8192  # samples whose inputs are cast to float64 at a time
+_ROOT_STEPS = 100  # Newton needs under ten; bisection alone some sixty
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """Return `array` as a numpy array, sharing memory where it can."""
+    if is_torch_array(array):
+        return array.detach().cpu().numpy()
+    return np.asarray(array)
+
+
+def like(values: np.ndarray, reference: Array) -> Array:
+    """Return the numpy array `values` in the namespace, on the device, of `reference`."""
+    return array_namespace(reference).asarray(values, device=device(reference))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerProgram:
+    """The data both programs share. Use `ConstrainedProgram` or `RegularisedProgram`.
+
+    Attributes
+    ----------
+    inputs : array, shape (n_samples, n_in), float32 or float64
+        X, one sample a row. A column of ones, if there is a bias, is the caller's.
+    active : bool array, shape (n_samples, n_out)
+        Omega: the fitted entries.
+    level : array, shape (n_samples, n_out)
+        What to fit on Omega, the ceiling off it.
+    penalty : Penalty
+        l1 by default.
+    free_rows : tuple of int
+        Rows of the weights without penalty: none, or one (the bias).
+    support : bool array, shape (n_in, n_out), or None
+        Weights that may be nonzero; None: all.
+    old_weight : array, shape (n_in, n_out), or None
+        The weights before retraining: a first point, and the scale below which a gap is rounding.
+    """
+
+    inputs: Array
+    active: Array
+    level: Array
+    penalty: Penalty = field(default_factory=L1)
+    free_rows: tuple[int, ...] = ()
+    support: Array | None = None
+    old_weight: Array | None = None
+
+    def __post_init__(self) -> None:
+        _check_data(self)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(n_samples, n_in, n_out)."""
+        return (*self.inputs.shape, self.level.shape[1])
+
+    @property
+    def penalised(self) -> np.ndarray:
+        """Indices of the rows under the penalty."""
+        return np.setdiff1d(np.arange(self.inputs.shape[1]), self.free_rows)
+
+    def penalty_value(self, weight: Array) -> Array:
+        """Penalty of `weight` (n_in, n_out) in float64: (n_out,) if separable, () if not."""
+        xp = array_namespace(self.inputs)
+        rows = like(self.penalised, self.inputs)
+        return self.penalty.value(xp.take(xp.astype(weight, xp.float64), rows, axis=0))
+
+    def _blocks(self) -> Iterator[slice]:
+        n_samples, _, n_out = self.shape
+        width = max(1, _BLOCK_ENTRIES // n_samples)
+        for start in range(0, n_out, width):
+            yield slice(start, min(start + width, n_out))
+
+    def _forward(self, weight: Array) -> Array:
+        """X weight in float64."""
+        xp = array_namespace(self.inputs)
+        wide = xp.astype(weight, xp.float64)
+        parts = [xp.astype(part, xp.float64) @ wide for part in self._chunks(self.inputs)]
+        return parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
+
+    def _adjoint(self, multiplier: Array) -> Array:
+        """X^T multiplier in float64."""
+        xp = array_namespace(self.inputs)
+        total = None
+        for part, nu in zip(self._chunks(self.inputs), self._chunks(multiplier), strict=True):
+            term = xp.astype(part, xp.float64).T @ nu
+            total = term if total is None else total + term
+        return total
+
+    @staticmethod
+    def _chunks(array: Array) -> Iterator[Array]:
+        for start in range(0, array.shape[0], _ROWS):
+            yield array[start : start + _ROWS, ...]
+
+    def _primal_sums(self, weight: Array) -> dict[str, Array]:
+        """Sums over samples, unit by unit, that the objective and the violations are made of."""
+        xp = array_namespace(self.inputs)
+        sums: dict[str, list[Array]] = {"residual": [], "over": [], "largest": [], "scale": []}
+        for block in self._blocks():
+            active = self.active[:, block]
+            level = xp.astype(self.level[:, block], xp.float64)
+            difference = self._forward(weight[:, block]) - level
+            nothing = xp.zeros_like(level)
+            residual = xp.where(active, difference, nothing)
+            over = xp.where(active, nothing, xp.maximum(difference, nothing))
+            fitted = xp.where(active, level, nothing)
+            sums["residual"].append(xp.sum(residual * residual, axis=0))
+            sums["over"].append(xp.sum(over * over, axis=0))
+            sums["largest"].append(xp.max(over, axis=0))
+            sums["scale"].append(xp.sum(fitted * fitted, axis=0))
+        return {name: xp.concat(parts) for name, parts in sums.items()}
+
+    def _dual_sums(self, multiplier: Array) -> dict[str, Array]:
+        """`linear` = -<nu, level>, `square` = |nu_Omega|^2, unit by unit, and c = X^T nu."""
+        xp = array_namespace(self.inputs)
+        linear, square, dual = [], [], []
+        for block in self._blocks():
+            nu = self._admissible(multiplier[:, block], block)
+            fitted = xp.where(self.active[:, block], nu, xp.zeros_like(nu))
+            linear.append(-xp.sum(nu * xp.astype(self.level[:, block], xp.float64), axis=0))
+            square.append(xp.sum(fitted * fitted, axis=0))
+            dual.append(self._adjoint(nu))
+        c = xp.concat(dual, axis=1)
+        if self.support is not None:
+            c = xp.where(self.support, c, xp.zeros_like(c))
+        return {
+            "linear": xp.concat(linear),
+            "square": xp.concat(square),
+            "dual": xp.take(c, like(self.penalised, self.inputs), axis=0),
+        }
+
+    def _admissible(self, multiplier: Array, block: slice) -> Array:
+        """Project a block of multipliers onto nu >= 0 off Omega and x^T nu = 0 for a free row."""
+        xp = array_namespace(self.inputs)
+        nu = xp.astype(multiplier, xp.float64)
+        active = self.active[:, block]
+        nu = xp.where(active, nu, xp.maximum(nu, xp.zeros_like(nu)))
+        for row in self.free_rows:
+            x = xp.astype(self.inputs[:, row], xp.float64)[:, None]
+            moved = _orthogonalise(nu, x, active)
+            if self.support is not None:
+                moved = xp.where(self.support[row, block], moved, nu)
+            nu = moved
+        return nu
+
+    def _old_penalty(self) -> Array:
+        """Penalty of the old weights; zero without any."""
+        xp = array_namespace(self.inputs)
+        if self.old_weight is None:
+            shape = (self.shape[2],) if self.penalty.separable else ()
+            return xp.zeros(shape, dtype=xp.float64, device=device(self.inputs))
+        return self.penalty_value(self.old_weight)
+
+    def _scale_floor(self) -> float:
+        """Response norm a unit, for units that have nothing to fit.
+
+        The violations are relative to |Y|; where a unit (or the layer) has no active entry, the
+        ceilings' own size stands in, and 1 where these are zero too.
+        """
+        xp = array_namespace(self.inputs)
+        total = float(xp.sqrt(xp.sum(xp.astype(self.level, xp.float64) ** 2)))
+        return total / math.sqrt(self.shape[2]) if total > 0 else 1.0
+
+    def _check_weight(self, weight: Array) -> None:
+        want = self.shape[1:]
+        if tuple(weight.shape) != want:
+            raise ValueError(f"weight: want shape {want}, got {tuple(weight.shape)}")
+
+    def _check_multiplier(self, multiplier: Array) -> None:
+        want = tuple(self.level.shape)
+        if tuple(multiplier.shape) != want:
+            raise ValueError(f"multiplier: want shape {want}, got {tuple(multiplier.shape)}")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ConstrainedProgram(LayerProgram):
+    """Net-Trim's program (4), in the cascade (6): all units share one Frobenius ball.
+
+    ::
+
+        minimise    penalty(U)
+        subject to  |(XU - y)_Omega|_F <= epsilon
+                    XU <= v off Omega
+
+    Attributes
+    ----------
+    epsilon : float
+        Radius of the ball, >= 0, in the units of the responses.
+
+    References
+    ----------
+    Aghasi et al., Net-Trim (2017), equations (3)-(6).
+    """
+
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.epsilon >= 0 and math.isfinite(self.epsilon)):
+            raise ValueError(f"epsilon: want a finite number >= 0, got {self.epsilon!r}")
+
+    def objective(self, weight: Array) -> np.ndarray:
+        """Return penalty(weight), shape ()."""
+        self._check_weight(weight)
+        return to_numpy(array_namespace(weight).sum(self.penalty_value(weight)))
+
+    def dual_bound(self, multiplier: Array) -> np.ndarray:
+        """Return the lower bound on the optimum that `multiplier` proves, shape ().
+
+        Each unit is first brought into its own box, where it has one; one factor, up or down, then
+        scales the whole, since the ball ties the units together.
+        """
+        self._check_multiplier(multiplier)
+        xp = array_namespace(self.inputs)
+        sums = self._dual_sums(multiplier)
+        linear, square, dual = sums["linear"], sums["square"], sums["dual"]
+        shrink = self.penalty.shrink_units(dual)
+        linear, square, dual = linear * shrink, square * shrink**2, dual * shrink
+        value = xp.sum(linear) - self.epsilon * xp.sqrt(xp.sum(square))
+        if self.penalty.separable:
+            # One ball: the scale is shared, so all units' duals count as one column.
+            dual = xp.reshape(dual, (-1, 1))
+        value = xp.reshape(value, (1,)) if self.penalty.separable else value
+        scale = self.penalty.scale_dual(dual, value, xp.zeros_like(value))
+        bound = scale * value - self.penalty.conjugate(scale * dual)
+        return to_numpy(xp.reshape(bound, ()))
+
+    def certificate(self, weight: Array, multiplier: Array) -> Certificate:
+        """Judge a pair of weights (n_in, n_out) and multiplier (n_samples, n_out)."""
+        xp = array_namespace(self.inputs)
+        objective = self.objective(weight)
+        sums = {name: to_numpy(value) for name, value in self._primal_sums(weight).items()}
+        residual = np.sqrt(np.sum(sums["residual"]))
+        scale = np.sqrt(np.sum(sums["scale"]))
+        if scale == 0:
+            scale = self._scale_floor() * math.sqrt(self.shape[2])
+        if self.epsilon > 0:
+            ball = max(residual - self.epsilon, 0.0) / self.epsilon
+        else:
+            ball = residual / scale
+        bound = self.dual_bound(multiplier)
+        return Certificate(
+            objective=objective,
+            dual_bound=bound,
+            gap=_gap(objective, bound, to_numpy(xp.sum(self._old_penalty()))),
+            ball_violation=np.asarray(ball),
+            ceiling_violation=np.sqrt(np.sum(sums["over"])) / scale,
+            largest_violation=np.max(sums["largest"]),
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RegularisedProgram(LayerProgram):
+    """Net-Trim's program (11): the fit in the objective, so that the units decouple.
+
+    ::
+
+        minimise    penalty(u) + fit_weight |(Xu - y)_Omega|^2      for each unit u
+        subject to  Xu <= v off Omega
+
+    Attributes
+    ----------
+    fit_weight : float
+        lambda of (11), > 0, in units of weight / response^2.
+
+    Raises
+    ------
+    ValueError
+        Also if the penalty couples the units (group): this form exists because they decouple.
+
+    References
+    ----------
+    Aghasi et al., Net-Trim (2017), equation (11).
+    """
+
+    fit_weight: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.fit_weight > 0 and math.isfinite(self.fit_weight)):
+            raise ValueError(f"fit_weight: want a positive finite number, got {self.fit_weight!r}")
+        if not self.penalty.separable:
+            raise ValueError(
+                f"penalty: the {self.penalty.name} penalty couples the units, which the "
+                "regularised form (11) solves one by one; use the constrained form (epsilon)"
+            )
+
+    def objective(self, weight: Array) -> np.ndarray:
+        """Return penalty + fit_weight * squared residual of each unit, shape (n_out,)."""
+        self._check_weight(weight)
+        residual = self._primal_sums(weight)["residual"]
+        return to_numpy(self.penalty_value(weight) + self.fit_weight * residual)
+
+    def dual_bound(self, multiplier: Array) -> np.ndarray:
+        """Return the lower bound of each unit that `multiplier` proves, shape (n_out,)."""
+        self._check_multiplier(multiplier)
+        sums = self._dual_sums(multiplier)
+        linear, dual = sums["linear"], sums["dual"]
+        quadratic = sums["square"] / (4 * self.fit_weight)
+        scale = self.penalty.scale_dual(dual, linear, quadratic)
+        bound = scale * linear - scale**2 * quadratic - self.penalty.conjugate(scale * dual)
+        return to_numpy(bound)
+
+    def certificate(self, weight: Array, multiplier: Array) -> Certificate:
+        """Judge a pair of weights (n_in, n_out) and multiplier (n_samples, n_out), by unit."""
+        self._check_weight(weight)
+        sums = {name: to_numpy(value) for name, value in self._primal_sums(weight).items()}
+        objective = to_numpy(self.penalty_value(weight)) + self.fit_weight * sums["residual"]
+        scale = np.sqrt(sums["scale"])
+        scale = np.where(scale > 0, scale, self._scale_floor())
+        bound = self.dual_bound(multiplier)
+        return Certificate(
+            objective=objective,
+            dual_bound=bound,
+            gap=_gap(objective, bound, to_numpy(self._old_penalty())),
+            ball_violation=np.zeros_like(scale),
+            ceiling_violation=np.sqrt(sums["over"]) / scale,
+            largest_violation=sums["largest"],
+        )
+
+
+Program = ConstrainedProgram | RegularisedProgram
+
+
+def trim_program(
+    inputs: Array,
+    targets: Array,
+    *,
+    epsilon: float | None = None,
+    fit_weight: float | None = None,
+    activation: Literal["relu", "linear"] = "relu",
+    ceilings: Array | None = None,
+    penalty: Penalty | None = None,
+    free_rows: tuple[int, ...] = (),
+    support: Array | None = None,
+    old_weight: Array | None = None,
+) -> Program:
+    """State TRIM(X, Y, V, epsilon) of the paper for one layer.
+
+    Parameters
+    ----------
+    inputs : array, shape (n_samples, n_in)
+        The layer's inputs X.
+    targets : array, shape (n_samples, n_out)
+        What the layer should give after its activation, Y.
+    epsilon, fit_weight : float
+        Exactly one of them: the ball's radius of (4)/(6), or lambda of (11).
+    activation : {"relu", "linear"}
+        With a ReLU the positive targets are fitted and the others lie under a ceiling. A layer
+        without activation has every entry fitted and no ceiling.
+    ceilings : array, shape (n_samples, n_out), optional
+        V; zero by default. In the cascade the old weights' responses on the retrained inputs (6).
+    penalty, free_rows, support, old_weight
+        See `LayerProgram`.
+
+    Returns
+    -------
+    ConstrainedProgram or RegularisedProgram
+
+    Raises
+    ------
+    ValueError
+        If not exactly one of `epsilon` and `fit_weight` is given, or an argument is malformed.
+
+    References
+    ----------
+    Aghasi et al., Net-Trim (2017), equations (4)-(6) and (11).
+    """
+    if (epsilon is None) == (fit_weight is None):
+        raise ValueError("epsilon, fit_weight: want exactly one of the two")
+    if activation not in ("relu", "linear"):
+        raise ValueError(f"activation: want 'relu' or 'linear', got {activation!r}")
+    xp = array_namespace(inputs)
+    if activation == "linear":
+        if ceilings is not None:
+            raise ValueError("ceilings: a layer without activation has none")
+        active, level = xp.ones_like(targets, dtype=xp.bool), targets
+    else:
+        active = targets > 0
+        level = xp.where(active, targets, xp.zeros_like(targets) if ceilings is None else ceilings)
+    data: dict[str, Any] = {
+        "inputs": inputs,
+        "active": active,
+        "level": level,
+        "penalty": L1() if penalty is None else penalty,
+        "free_rows": free_rows,
+        "support": support,
+        "old_weight": old_weight,
+    }
+    if epsilon is not None:
+        return ConstrainedProgram(**data, epsilon=epsilon)
+    assert fit_weight is not None
+    return RegularisedProgram(**data, fit_weight=fit_weight)
+
+
+def _gap(objective: np.ndarray, bound: np.ndarray, old_penalty: np.ndarray) -> np.ndarray:
+    """|f - D| / max(|f|, |D|, 1e-6 penalty(old)), 0 where both are zero."""
+    scale = np.maximum(np.maximum(np.abs(objective), np.abs(bound)), 1e-6 * old_penalty)
+    return np.abs(objective - bound) / np.where(scale > 0, scale, 1.0)
+
+
+def _orthogonalise(nu: Array, x: Array, active: Array) -> Array:
+    """Project each column of nu onto {x^T nu = 0, nu >= 0 where not active}.
+
+    phi(t) = x^T nu(t) with nu(t) = nu - t x (clipped at 0 off Omega) is continuous, piecewise
+    linear and decreasing. Its root is bracketed, then found by Newton steps on the current piece, with
+    bisection where a step would leave the bracket; the last step solves its piece exactly.
+    """
+    xp = array_namespace(nu)
+    zero = xp.zeros_like(nu)
+
+    def point(t: Array) -> Array:
+        shifted = nu - t * x
+        return xp.where(active, shifted, xp.maximum(shifted, zero))
+
+    def value_and_slope(t: Array) -> tuple[Array, Array]:
+        shifted = nu - t * x
+        moving = active | (shifted > 0)
+        value = xp.sum(xp.where(moving, shifted, zero) * x, axis=0)
+        return value, -xp.sum(xp.where(moving, x * x + zero, zero), axis=0)
+
+    size = xp.max(xp.abs(nu), axis=0)
+    smallest = xp.min(xp.where(x != 0, xp.abs(x), xp.inf * xp.ones_like(x)))
+    # At t = size/smallest phi <= 0, at the opposite end phi >= 0: there |t x| >= |nu| everywhere.
+    high = xp.where(xp.isfinite(smallest), size / smallest, xp.zeros_like(size))
+    low = -high
+    t = xp.zeros_like(size)
+    for _ in range(_ROOT_STEPS):
+        value, slope = value_and_slope(t)
+        low = xp.where(value > 0, xp.maximum(low, t), low)
+        high = xp.where(value < 0, xp.minimum(high, t), high)
+        step = xp.where(
+            slope < 0, value / xp.where(slope < 0, -slope, xp.ones_like(slope)), zero[0, :]
+        )
+        newton = t + step
+        inside = (newton >= low) & (newton <= high) & (slope < 0)
+        following = xp.where(value == 0, t, xp.where(inside, newton, (low + high) / 2))
+        if bool(xp.all(following == t)):
+            break
+        t = following
+    return point(t)
+
+
+def _check_data(program: LayerProgram) -> None:
+    """Raise ValueError, naming the argument, for data that is no program."""
+    inputs, active, level = program.inputs, program.active, program.level
+    xp = array_namespace(inputs)
+    for name, array in (("inputs", inputs), ("active", active), ("level", level)):
+        if array.ndim != 2 or 0 in array.shape:
+            raise ValueError(f"{name}: want a nonempty matrix, got shape {tuple(array.shape)}")
+    if inputs.dtype not in (xp.float32, xp.float64):
+        raise ValueError(f"inputs: want float32 or float64, got {inputs.dtype}")
+    if level.dtype != inputs.dtype:
+        raise ValueError(f"level: want the inputs' dtype {inputs.dtype}, got {level.dtype}")
+    if active.dtype != xp.bool:
+        raise ValueError(f"active: want bool, got {active.dtype}")
+    n_samples, n_in = inputs.shape
+    n_out = level.shape[1]
+    if level.shape[0] != n_samples:
+        raise ValueError(f"level: want {n_samples} rows, one a sample, got {level.shape[0]}")
+    if tuple(active.shape) != tuple(level.shape):
+        raise ValueError(f"active: want shape {tuple(level.shape)}, got {tuple(active.shape)}")
+    for name, array in (("inputs", inputs), ("level", level)):
+        if not bool(xp.all(xp.isfinite(array))):
+            raise ValueError(f"{name}: want finite numbers, got NaN or infinity")
+    if n_in <= len(program.free_rows):
+        raise ValueError("inputs: want at least one column under the penalty")
+    if len(program.free_rows) > 1 or any(not 0 <= row < n_in for row in program.free_rows):
+        raise ValueError(
+            f"free_rows: want at most one row number from 0 to {n_in - 1}, got {program.free_rows}"
+        )
+    for name in ("support", "old_weight"):
+        array = getattr(program, name)
+        if array is not None and tuple(array.shape) != (n_in, n_out):
+            raise ValueError(f"{name}: want shape {(n_in, n_out)}, got {tuple(array.shape)}")
+    if program.support is not None and program.support.dtype != xp.bool:
+        raise ValueError(f"support: want bool, got {program.support.dtype}")
+    if program.old_weight is not None and not bool(xp.all(xp.isfinite(program.old_weight))):
+        raise ValueError("old_weight: want finite numbers, got NaN or infinity")
