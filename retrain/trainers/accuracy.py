@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from retrain.trainers.batches import Data, batches
+from retrain.trainers.batches import TrainingData, batches
 from retrain.trainers.states import device_of, mode
 
 
-def evaluate(model: nn.Module, data: Data, *, batch_size: int = 1024) -> float:
+def evaluate(model: nn.Module, data: TrainingData, *, batch_size: int = 1024) -> float:
     """Return the share of samples that `model` classifies rightly, in evaluation mode.
 
     Runs batch by batch on the model's device; parameters, buffers and modes stay as they are.

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 Array = Tensor | np.ndarray
-Data = tuple[Array, Array] | Iterable[tuple[Tensor, Tensor]]
+TrainingData = tuple[Array, Array] | Iterable[tuple[Tensor, Tensor]]
 """Inputs and targets as two arrays, or batches of them: a DataLoader, a list of pairs."""
 
 
 def batches(
-    data: Data,
+    data: TrainingData,
     batch_size: int,
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (inputs, targets) on `device`.
+    """Yield (inputs, targets) on `device`; batches without a sample are left out.
 
     Parameters
     ----------
@@ -36,22 +36,23 @@ def batches(
     Raises
     ------
     ValueError
-        If there is no batch, or two arrays differ in length, or `batch_size` is below 1.
+        If there is no sample, or two arrays differ in length, or `batch_size` is below 1.
     """
     pair = _as_pair(data)
     source = data if pair is None else _cut(*pair, batch_size, generator)
-    empty = True
+    count = 0
     for inputs, targets in source:
-        empty = False
-        yield inputs.to(device), targets.to(device)
-    if empty:
+        if len(targets) > 0:
+            count += len(targets)
+            yield inputs.to(device), targets.to(device)
+    if count == 0:
         raise ValueError(
-            "data: there is no batch; wanted at least one sample, and an iterable that can be "
+            "data: there is no sample; wanted at least one, and an iterable that can be "
             "passed over again (a generator is used up after one pass)"
         )
 
 
-def _as_pair(data: Data) -> tuple[Tensor, Tensor] | None:
+def _as_pair(data: TrainingData) -> tuple[Tensor, Tensor] | None:
     """Return data given as two arrays as two tensors, sharing memory; None when it is batches."""
     if not (isinstance(data, tuple | list) and len(data) == 2):
         return None

@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from retrain.trainers.masked import weights_of
+from retrain.trainers.supervised import Model
 
 
 def truncate(
-    model: nn.Module, count: int | Mapping[str, int], *, names: Iterable[str] | None = None
-) -> nn.Module:
+    model: Model, count: int | Mapping[str, int], *, names: Iterable[str] | None = None
+) -> Model:
     """Set the `count` weights of smallest magnitude to zero, in a copy of `model`.
 
     Parameters

@@ -12,10 +12,10 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from retrain.trainers.batches import Data
+from retrain.trainers.batches import TrainingData
 from retrain.trainers.callbacks import Callbacks, Step
 from retrain.trainers.states import device_of
-from retrain.trainers.supervised import Loss, Trained, adam, train
+from retrain.trainers.supervised import Loss, Model, Trained, adam, train
 
 
 def weights_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
@@ -52,8 +52,8 @@ def masks_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, 
 
 
 def fine_tune(
-    model: nn.Module,
-    data: Data,
+    model: Model,
+    data: TrainingData,
     *,
     epochs: int,
     masks: Mapping[str, Tensor] | None = None,
@@ -65,12 +65,12 @@ def fine_tune(
     seed: int = 0,
     device: torch.device | str | None = None,
     callbacks: Callbacks | None = None,
-) -> Trained:
+) -> Trained[Model]:
     """Train a copy of `model`, keeping pruned weights at exactly zero; `model` is not touched.
 
-    The gradient of a masked weight is zeroed before the optimiser sees it, so that whatever it
-    does with all gradients at once (a norm) is that of the pruned network; the weight is zeroed
-    again after the step, so that it is zero whatever the optimiser does.
+    A masked weight's gradient is zeroed before any callback or the optimiser sees it, so that what
+    they do with all gradients at once (a norm, clipping) is as for the pruned network. The weight
+    is zeroed again after the step, so that it is zero whatever the optimiser does.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def fine_tune(
         zero there is set to zero first. By default `masks_of(model)`: every zero of every weight
         stays. Parameters that are not named, biases among them, are free.
     model, data, epochs, optimizer, schedule, loss, penalty, batch_size, seed, device, callbacks
-        As for `train`. The callbacks are called before the zeros are restored.
+        As for `train`. The ``after_step`` callbacks come before the weights are zeroed again.
 
     Returns
     -------
@@ -124,7 +124,7 @@ def fine_tune(
         device=device,
         callbacks=replace(
             calls,
-            after_backward=(*calls.after_backward, zero_gradients),
+            after_backward=(zero_gradients, *calls.after_backward),
             after_step=(*calls.after_step, zero_weights),
         ),
     )

@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +30,21 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from retrain.trainers.accuracy import correct
-from retrain.trainers.batches import Data, batches
+from retrain.trainers.batches import TrainingData, batches
 from retrain.trainers.callbacks import Callbacks, Epoch, Step
 from retrain.trainers.states import device_of, mode, seeded
 
 logger = logging.getLogger(__name__)
 
+Model = TypeVar("Model", bound=nn.Module)
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trained(Generic[Model]):
     """A trained copy of a model, and how the training went."""
 
-    model: nn.Module
+    model: Model
     history: list[Epoch]
 
 
@@ -52,8 +54,8 @@ def adam(model: nn.Module) -> Optimizer:
 
 
 def train(
-    model: nn.Module,
-    data: Data,
+    model: Model,
+    data: TrainingData,
     *,
     epochs: int,
     optimizer: Callable[[nn.Module], Optimizer] = adam,
@@ -64,7 +66,7 @@ def train(
     seed: int = 0,
     device: torch.device | str | None = None,
     callbacks: Callbacks | None = None,
-) -> Trained:
+) -> Trained[Model]:
     """Train a copy of `model`; the model itself is not touched.
 
     Parameters
@@ -115,7 +117,7 @@ def train(
 
 def fit(
     model: nn.Module,
-    data: Data,
+    data: TrainingData,
     *,
     epochs: int,
     optimizer: Optimizer,
@@ -178,21 +180,14 @@ def fit(
             for inputs, targets in batches(data, batch_size, place, generator):
                 step = Step(model, optimizer, epoch, number, inputs, targets)
                 optimizer.zero_grad()
-                for before_forward in calls.before_forward:
-                    before_forward(step)
-                outputs = model(inputs)
-                objective = fitted = loss(outputs, targets)
-                penalised = 0.0
-                if penalty is not None:
-                    objective = fitted + (term := penalty(model))
-                    penalised = term.item()
-                tally.add(step, outputs, fitted.item(), penalised)
-                objective.backward()
-                for after_backward in calls.after_backward:
-                    after_backward(step)
+                for call in calls.before_forward:
+                    call(step)
+                tally.add(targets, *_propagate(step, loss, penalty))
+                for call in calls.after_backward:
+                    call(step)
                 optimizer.step()
-                for after_step in calls.after_step:
-                    after_step(step)
+                for call in calls.after_step:
+                    call(step)
                 number += 1
             _check_parameters(model, epoch)
             if schedule is not None:
@@ -205,6 +200,27 @@ def fit(
     return history
 
 
+def _propagate(
+    step: Step, loss: Loss, penalty: Callable[[nn.Module], Tensor] | None
+) -> tuple[Tensor, float, float]:
+    """Run forward and backward; return the outputs, the loss and the penalty.
+
+    A function of its own so that the graph is gone when it returns: while one is alive, autograd
+    remembers the parameters' shapes, and a callback could not cut neurons out of them.
+    """
+    outputs = step.model(step.inputs)
+    objective = fitted = loss(outputs, step.targets)
+    _check_finite("loss", fitted, step)
+    penalised = 0.0
+    if penalty is not None:
+        term = penalty(step.model)
+        _check_finite("penalty", term, step)
+        penalised = term.item()
+        objective = fitted + term
+    objective.backward()
+    return outputs.detach(), fitted.item(), penalised
+
+
 @dataclass
 class _Tally:
     """Sums over the samples of an epoch."""
@@ -215,24 +231,26 @@ class _Tally:
     predictions: int = 0
     hits: int | None = 0
 
-    def add(self, step: Step, outputs: Tensor, loss: float, penalty: float) -> None:
-        for name, value in (("loss", loss), ("penalty", penalty)):
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"the {name} is {value} at step {step.number} (epoch {step.epoch}): lower the "
-                    f"learning rate, or look for NaN and huge values in the data"
-                )
-        met = correct(outputs, step.targets)
-        self.samples += len(step.inputs)
-        self.loss += loss * len(step.inputs)
-        self.penalty += penalty * len(step.inputs)
-        self.predictions += step.targets.numel()
+    def add(self, targets: Tensor, outputs: Tensor, loss: float, penalty: float) -> None:
+        met = correct(outputs, targets)
+        self.samples += len(targets)
+        self.loss += loss * len(targets)
+        self.penalty += penalty * len(targets)
+        self.predictions += targets.numel()
         self.hits = None if self.hits is None or met is None else self.hits + met
 
     def record(self, epoch: int, seconds: float) -> Epoch:
         accuracy = None if self.hits is None else self.hits / self.predictions
         return Epoch(
             epoch, self.loss / self.samples, self.penalty / self.samples, accuracy, seconds
+        )
+
+
+def _check_finite(what: str, scalar: Tensor, step: Step) -> None:
+    if not math.isfinite(value := scalar.item()):
+        raise FloatingPointError(
+            f"the {what} is {value} at step {step.number} (epoch {step.epoch}): lower the learning "
+            f"rate, or look for NaN and huge values in the data"
         )
 
 

@@ -1,0 +1,1 @@
+"""The papers' own experiments, with the paper's figures beside ours."""
