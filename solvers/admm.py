@@ -23,11 +23,11 @@ bound the certificate takes.
 **Stopping** is on the certificate of the sparse weights w, rounded to the data's dtype: gap and
 violations as the program itself computes them, in float64. Residuals only steer rho.
 
-**Scale.** tau = 5 N / |X|_F^2 and rho = rms input sqrt(N) / rms response make the iterates of (aX, bY)
-those of (X, Y), scaled.
+**Scale.** tau = 5 N / |X|_F^2 and rho = rms input sqrt(N) / rms response make the iterates of
+(aX, bY) those of (X, Y), scaled.
 
-**Penalty.** After 20, 50, 95, ... iterations (by count, never by clock, so that results repeat) rho is
-multiplied by the root of
+**Penalty.** After 20, 50, 95, ... iterations (by count, never by clock, so that results repeat) rho
+is multiplied by the root of
 
     (|(w, v) - (u, z)| / |(w, v)|)  /  (|change of (u, z)| / |(p, q)|),
 

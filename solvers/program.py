@@ -10,7 +10,7 @@ to fit on Omega (y) and the ceiling off it (v), find weights U (N, M):
                            subject to  Xu <= v off Omega                for each unit u
 
 **Dual bound.** Take a multiplier nu (P, M) for z = XU, nu >= 0 off Omega, and c = X^T nu. The
-Lagrangian penalty(U) + g(z) + <nu, XU - z>, minimised over U and over z, bounds the optimum below by
+Lagrangian penalty(U) + g(z) + <nu, XU - z>, minimised over U and z, bounds the optimum below by
 
     constrained:  D = -<nu, y>_Omega - <nu, v>_off - epsilon |nu_Omega|_F - conjugate(c)
     regularised:  D = -<nu, y>_Omega - <nu, v>_off - |nu_Omega|^2 / (4 fit_weight) - conjugate(c)
@@ -19,8 +19,8 @@ No primal feasibility is needed. nu may be scaled by any s >= 0, and `Penalty.sc
 best. Two kinds of weights change c. An entry held at zero (`support` False) is no variable: its c
 drops out. A free row (the bias) has no penalty, so its c must vanish: for a row with samples x, nu
 is replaced by its Euclidean projection onto {x^T nu = 0, nu >= 0 off Omega}, which is nu - t x on
-Omega and (nu - t x)_+ off it, t the root of x^T nu(t) = 0. (Clipping and then centring is wrong, and
-leaving the row out gives no bound at all.)
+Omega and (nu - t x)_+ off it, t the root of x^T nu(t) = 0. (Clipping and then centring is wrong,
+and leaving the row out gives no bound at all.)
 
 Everything here is computed in float64 by blocks of units, whatever the data's dtype, in the data's
 own array namespace, and is written apart from the solvers.
@@ -445,8 +445,8 @@ def _orthogonalise(nu: Array, x: Array, active: Array) -> Array:
     """Project each column of nu onto {x^T nu = 0, nu >= 0 where not active}.
 
     phi(t) = x^T nu(t) with nu(t) = nu - t x (clipped at 0 off Omega) is continuous, piecewise
-    linear and decreasing. Its root is bracketed, then found by Newton steps on the current piece, with
-    bisection where a step would leave the bracket; the last step solves its piece exactly.
+    linear and decreasing. Its root is bracketed, then found by Newton steps on the current piece,
+    with bisection where a step would leave the bracket; the last step solves its piece exactly.
     """
     xp = array_namespace(nu)
     zero = xp.zeros_like(nu)
