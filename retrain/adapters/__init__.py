@@ -1,0 +1,1 @@
+"""Torch networks: find layers, stream activations, write back, load and save safely."""

@@ -1,0 +1,253 @@
+"""How much a network can stretch a change of one layer's output: Lipschitz factors over its graph.
+
+All factors are for the Frobenius norm over a batch, in evaluation mode. A node whose inputs change
+by δ_1, δ_2, ... changes by at most sum_i f_i ||δ_i||, f_i its factor for input i. So a change at a
+node reaches the output multiplied by at most
+
+    G(output) = 1,    G(node) = sum over users u of f_u(node) · G(u),
+
+which in a chain is the product of the later layers' norms, and in a graph the sum over all paths.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from retrain.adapters.operations import argument, operation, setting
+from retrain.adapters.patches import conv_lipschitz, cover
+from retrain.stream import Gain
+
+CONSTANT = {
+    "relu": 1.0,
+    "identity": 1.0,
+    "negate": 1.0,
+    "move": 1.0,
+    "shape": 0.0,  # a size does not depend on the values
+    "tanh": 1.0,
+    "sigmoid": 0.25,
+    "gelu": 1.13,  # largest slope 1.1290, and below 1.13 in the tanh form
+    "silu": 1.1,  # 1.0998
+    "softplus": 1.0,
+    "softsign": 1.0,
+    "relu6": 1.0,
+    "hardtanh": 1.0,
+    "logsigmoid": 1.0,
+    "softmax": 1.0,  # its Jacobian diag(p) − p pᵀ has norm at most 1/2
+}
+
+
+def gain(
+    graph: fx.Graph,
+    modules: Mapping[str, nn.Module],
+    start: fx.Node,
+    norms: Callable[[str], list[float]],
+    shapes: Mapping[fx.Node, torch.Size],
+) -> Gain:
+    """Bound the factor from one node's output to the network's.
+
+    Parameters
+    ----------
+    graph : fx.Graph
+        The traced network.
+    modules : mapping
+        Its modules by name, with the current weights.
+    start : fx.Node
+        Where the change happens: a layer. A ReLU behind it has factor 1, so the factor from the
+        layer's activated output is the same.
+    norms : callable
+        ``norms(name)``: a norm of each group's weight matrix of a Linear or Conv2d.
+    shapes : mapping
+        The shape of every node's value for one sample (a batch of one).
+
+    Returns
+    -------
+    Gain
+        None with the reason if some operation on the way has no finite factor.
+    """
+    below = {start}
+    for node in graph.nodes:
+        if any(parent in below for parent in node.all_input_nodes):
+            below.add(node)
+    factors: dict[fx.Node, float | str] = {}
+    for node in reversed(graph.nodes):
+        if node in below:
+            factors[node] = _to_output(node, factors, modules, norms, shapes)
+    found = factors[start]
+    if isinstance(found, str):
+        return Gain(None, found)
+    if not math.isfinite(found):
+        return Gain(None, "the product of the later layers' norms overflows")
+    return Gain(found)
+
+
+def _to_output(
+    node: fx.Node,
+    factors: Mapping[fx.Node, float | str],
+    modules: Mapping[str, nn.Module],
+    norms: Callable[[str], list[float]],
+    shapes: Mapping[fx.Node, torch.Size],
+) -> float | str:
+    """G(node) from its users'; text where there is none."""
+    if node.op == "output":
+        single = isinstance(node.args[0], fx.Node)
+        return 1.0 if single else "the network's output is not one tensor"
+    total = 0.0
+    for user in node.users:
+        step = 1.0 if user.op == "output" else factor(user, node, modules, norms, shapes)
+        rest = factors[user]
+        if isinstance(step, str):
+            return step
+        if step == 0:
+            continue
+        if isinstance(rest, str):
+            return rest
+        total += step * rest
+    return total
+
+
+def factor(
+    node: fx.Node,
+    source: fx.Node,
+    modules: Mapping[str, nn.Module],
+    norms: Callable[[str], list[float]],
+    shapes: Mapping[fx.Node, torch.Size],
+) -> float | str:
+    """Lipschitz factor of one node for one of its inputs, or text that says why there is none."""
+    kind = operation(node, modules)
+    if kind is None:
+        return f"{describe(node, modules)} has no known factor"
+    if kind in CONSTANT:
+        return CONSTANT[kind]
+    if kind == "linear":
+        return norms(str(node.target))[0]
+    if kind == "conv2d":
+        layer = cast("nn.Conv2d", modules[str(node.target)])
+        if layer.padding_mode != "zeros":
+            return f"{node.target} pads with {layer.padding_mode!r}"
+        return conv_lipschitz(layer, norms(str(node.target)))
+    if kind == "leaky_relu":
+        return max(1.0, abs(setting(node, modules, 1, "negative_slope", 0.01)))
+    if kind == "elu":
+        return max(1.0, abs(setting(node, modules, 1, "alpha", 1.0)))
+    if kind == "batch_norm":
+        return _batch_norm(modules[str(node.target)], str(node.target))
+    if kind == "log_softmax":
+        # The Jacobian I − 1 pᵀ is a projection, so its norm is ||1|| ||p|| <= sqrt(classes).
+        axis = setting(node, modules, 1, "dim", None)
+        return "log_softmax without a dim" if axis is None else math.sqrt(shapes[node][axis])
+    if kind in ("max_pool", "avg_pool"):
+        return _pool(node, kind, modules)
+    if kind == "adaptive_avg_pool":
+        ratio = [i / o for i, o in zip(shapes[source], shapes[node], strict=True)]
+        if any(r != int(r) for r in ratio):
+            return f"{describe(node, modules)} has windows of unequal size"
+        return 1 / math.sqrt(math.prod(ratio))
+    if kind == "mean":
+        return _mean(node, source, shapes)
+    if kind == "add":
+        return _add(node, source, modules, shapes)
+    if kind == "cat":
+        return float(cast("list[fx.Node]", node.args[0]).count(source))
+    if kind == "scale":
+        return _scale(node, source)
+    return f"{describe(node, modules)} is random"
+
+
+def describe(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
+    """Name a node for a person: its class or function, and a module's name."""
+    if node.op == "call_module":
+        return f"{type(modules[str(node.target)]).__name__} ({node.target})"
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _batch_norm(layer: nn.Module, name: str) -> float | str:
+    """Largest |γ| / sqrt(running variance + ε)."""
+    variance, eps, scale = layer.running_var, layer.eps, layer.weight
+    if not isinstance(variance, torch.Tensor) or not isinstance(eps, float):
+        return f"{name} normalises by the batch's own statistics"
+    factors = 1 / torch.sqrt(variance.to(torch.float64) + eps)
+    if isinstance(scale, torch.Tensor):
+        factors = factors * scale.detach().to(torch.float64).abs()
+    return float(factors.max())
+
+
+def _pool(node: fx.Node, kind: str, modules: Mapping[str, nn.Module]) -> float:
+    """Factor of max and average pooling.
+
+    With c the most windows that cover one entry: for the maximum, each output changes by no more
+    than the largest change in its window, so the squares sum to at most c times the input's. For
+    the average over K entries, the matrix has row sums 1 and column sums at most c/K, so its norm
+    is at most sqrt(c/K) (Schur's test), which is exact when windows do not overlap. Where windows
+    are cut at the border and divided by what is left, column sums are only known to be at most c.
+    """
+    dims = int(describe(node, modules).split(" ")[0][-2])  # MaxPool2d, avg_pool1d, ...
+
+    def sizes(position: int, name: str, default: Any) -> tuple[int, ...]:
+        value = setting(node, modules, position, name, default)
+        entries = tuple(value) if isinstance(value, tuple | list) else (value,)
+        return entries * dims if len(entries) == 1 else entries
+
+    kernel = sizes(1, "kernel_size", None)
+    stride = setting(node, modules, 2, "stride", None)
+    strides = sizes(2, "stride", None) if stride not in (None, [], ()) else kernel
+    if kind == "max_pool":
+        return math.sqrt(math.prod(map(cover, kernel, strides, sizes(4, "dilation", 1))))
+    covers = math.prod(map(cover, kernel, strides, (1,) * dims))
+    divisor = setting(node, modules, 6, "divisor_override", None) if dims == 2 else None
+    entries = math.prod(kernel)
+    if divisor:
+        return math.sqrt(entries * covers) / abs(divisor)
+    cut = setting(node, modules, 4, "ceil_mode", False) or (
+        any(sizes(3, "padding", 0)) and not setting(node, modules, 5, "count_include_pad", True)
+    )
+    return math.sqrt(covers) if cut else math.sqrt(covers / entries)
+
+
+def _mean(node: fx.Node, source: fx.Node, shapes: Mapping[fx.Node, torch.Size]) -> float | str:
+    """1 / sqrt(K) for a mean over K entries of a sample."""
+    axes = argument(node, 1, "dim", None)
+    axes = [axes] if isinstance(axes, int) else axes
+    shape = shapes[source]
+    if axes is None or any(axis % len(shape) == 0 for axis in axes):
+        return "mean over the samples"
+    return 1 / math.sqrt(math.prod(shape[axis] for axis in axes))
+
+
+def _add(
+    node: fx.Node,
+    source: fx.Node,
+    modules: Mapping[str, nn.Module],
+    shapes: Mapping[fx.Node, torch.Size],
+) -> float | str:
+    """1 for each operand that the source is."""
+    if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
+        return "a sum with a factor"
+    if shapes[source] != shapes[node]:
+        return "a sum that repeats its operand"
+    left = node.args[0]
+    in_place = node.target in (operator.iadd, operator.isub)
+    if in_place and isinstance(left, fx.Node):
+        # Other users of `left`, or of what it is a view of, see the sum; the graph hides that.
+        aliased = len(left.users) > 1 or operation(left, modules) in ("move", "identity")
+        if aliased:
+            return "a sum in place whose operand is used elsewhere"
+    return float(list(node.args).count(source))
+
+
+def _scale(node: fx.Node, source: fx.Node) -> float | str:
+    """Factor of a product with, or a quotient by, a plain number."""
+    if len(node.args) != 2 or node.kwargs:
+        return "a product that is not by a number"
+    first, second = node.args
+    divides = "div" in str(getattr(node.target, "__name__", node.target))
+    if first is source and isinstance(second, int | float) and (second or not divides):
+        return 1 / abs(second) if divides else float(abs(second))
+    if second is source and isinstance(first, int | float) and not divides:
+        return float(abs(first))
+    return "a product of two activations" if not divides else "a quotient by an activation"

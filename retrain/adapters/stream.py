@@ -1,0 +1,420 @@
+"""A torch module and a data set as a `LayerStream`.
+
+Two copies of the module run in evaluation mode, the one as it was given and the one that is being
+retrained; hooks read a layer's input off both, and the forward pass stops there. The given module
+is never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from retrain.adapters import patches
+from retrain.adapters.find import Network, evaluation_copy, find_layers
+from retrain.adapters.gain import gain
+from retrain.adapters.rows import (
+    bias_of,
+    by_sample,
+    input_rows,
+    matrix,
+    pieces,
+    response_rows,
+    write,
+)
+from retrain.adapters.tensors import HALF, check_finite, computing, tensor_bytes
+from retrain.data import Data, as_data
+from retrain.stream import Array, Gain, LayerBatch, LayerSpec, Norm, layer
+
+
+class _Reached(BaseException):
+    """Ends a forward pass. Not an Exception, so that no network's own handler swallows it."""
+
+
+class TorchStream:
+    """The layers of a torch module on a data set; implements `retrain.stream.LayerStream`.
+
+    Feed-forward networks of Linear and Conv2d layers, nested and branching as they like. What
+    cannot be retrained is in `layers` with the reason. Arrays are detached tensors on the stream's
+    device, in the layers' own type, half types in float32.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; two (of half types three) copies of it are held, itself it is left alone.
+    data : Data or whatever `retrain.data.as_data` takes
+        The samples. Images go flat into a network that begins with a dense layer of that width.
+    batch_size : int, optional
+        Samples a forward pass; part of what fixes the last bits.
+    device : str or torch.device, optional
+        Where to compute; by default where the module's first parameter is.
+
+    Raises
+    ------
+    ValueError
+        If the module or the data are malformed, or do not fit each other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        *,
+        batch_size: int = 256,
+        device: str | torch.device | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, wanted a positive number")
+        self._data: Data = as_data(data)
+        given = evaluation_copy(model)
+        parameters = list(given.parameters())
+        if not parameters:
+            raise ValueError(f"model: {type(model).__name__} has no weights")
+        self._device = torch.device(device) if device is not None else parameters[0].device
+        check_finite(given)
+        given.requires_grad_(False).to(self._device)
+        self._batch_size = batch_size
+        self._model = given
+        self._dense = computing(copy.deepcopy(given))
+        # For networks without half types the current network computes with its own weights.
+        half = any(tensor.dtype in HALF for tensor in given.state_dict().values())
+        self._current = computing(copy.deepcopy(given)) if half else given
+        self._network: Network = find_layers(self._dense)
+        self._shape = sample_shape(self._network, self._dense, self._data.x.shape[1:])
+        floating = [p.dtype for p in self._dense.parameters() if p.is_floating_point()]
+        self._dtype = floating[0] if floating else torch.float32
+        self._layers, self._positions = self._probe()
+        self._changed: set[str] = set()
+        self._norms: dict[tuple[str, Norm], list[float]] = {}
+        self._shapes: dict[fx.Node, torch.Size] | None = None
+        self._fingerprint = self._hash()
+
+    # --- what it is -----------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The network as it is now, in evaluation mode and in its own types."""
+        return self._model
+
+    @property
+    def data(self) -> Data:
+        """The samples that the stream runs on."""
+        return self._data
+
+    @property
+    def device(self) -> torch.device:
+        """Where arrays are."""
+        return self._device
+
+    @property
+    def network(self) -> Network:
+        """The network taken apart."""
+        return self._network
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the given weights (names, types, shapes, bytes), the layers, and the data."""
+        return self._fingerprint
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """All layers with weights in execution order, those that cannot be retrained included."""
+        return self._layers
+
+    def count(self, name: str) -> int:
+        """How many rows a layer has: samples times positions."""
+        return len(self._data) * self._positions[self._retrainable(name).name]
+
+    # --- weights --------------------------------------------------------------------------------
+
+    def weight(self, name: str, group: int = 0, *, dense: bool = False) -> Tensor:
+        """Weight matrix (n_in [+ 1], n_out), bias last: as it is now, or as given when `dense`."""
+        spec = self._retrainable(name, group)
+        module = (self._dense if dense else self._current).get_submodule(name)
+        values = matrix(module, group)
+        if spec.bias:
+            values = torch.cat([values, bias_of(module, group)[None]])
+        return values.detach().clone()
+
+    def commit(self, name: str, weight: Array, group: int = 0) -> None:
+        """Replace a weight, cast to the network's own type; later `inputs` are computed with it.
+
+        Raises
+        ------
+        ValueError
+            If the layer cannot be retrained, or the weight has another shape or is not finite, also
+            after the cast.
+        """
+        spec = self._retrainable(name, group)
+        wanted = (spec.shape[0] + spec.bias, spec.shape[1])
+        new = weight if isinstance(weight, Tensor) else torch.tensor(np.asarray(weight))
+        if tuple(new.shape) != wanted:
+            raise ValueError(f"weight: got shape {tuple(new.shape)}, layer {name!r} wants {wanted}")
+        module = self._model.get_submodule(name)
+        new = new.detach().to(self._device, cast("Tensor", module.weight).dtype)
+        if not torch.isfinite(new).all():
+            raise ValueError(f"weight: layer {name!r} got NaN or infinity in {new.dtype}")
+        for network in {self._model, self._current}:
+            write(network.get_submodule(name), group, new)
+        self._changed.add(name)
+        self._norms.pop((name, "spectral"), None)
+        self._norms.pop((name, "frobenius"), None)
+
+    # --- activations ----------------------------------------------------------------------------
+
+    def batches(
+        self, name: str, group: int = 0, *, rows: np.ndarray | None = None
+    ) -> Iterator[LayerBatch]:
+        """Yield the layer's rows in order; only the given sorted `rows` when there are any."""
+        spec = self._retrainable(name, group)
+        if rows is not None:
+            rows = np.asarray(rows)
+            count = self.count(name)
+            if rows.ndim != 1 or rows.dtype.kind not in "iu" or (np.diff(rows) <= 0).any():
+                raise ValueError("rows: wanted different row numbers in increasing order")
+            if rows.size and (rows[0] < 0 or rows[-1] >= count):
+                raise ValueError(f"rows: got {rows[0]} to {rows[-1]}, layer {name!r} has {count}")
+        return self._batches(spec, group, rows)
+
+    def _batches(
+        self, spec: LayerSpec, group: int, rows: np.ndarray | None
+    ) -> Iterator[LayerBatch]:
+        positions = self._positions[spec.name]
+        dense_layer = self._dense.get_submodule(spec.name)
+        before = [s.name for s in self._layers[: self._layers.index(spec)]]
+        changed = any(name in self._changed for name in before)
+        for start in range(0, len(self._data), self._batch_size):
+            stop = min(start + self._batch_size, len(self._data))
+            chosen = np.arange(start * positions, stop * positions)
+            if rows is not None:
+                chosen = rows[slice(*np.searchsorted(rows, (start * positions, stop * positions)))]
+                if not chosen.size:
+                    continue
+            # The whole batch runs even if few rows are wanted: other shapes could round otherwise.
+            dense, responses = self._read(self._dense, spec.name, start, stop)
+            inputs = self._read(self._current, spec.name, start, stop)[0] if changed else dense
+            for piece in pieces(chosen, positions, spec):
+                samples, local = np.unique(piece // positions - start, return_inverse=True)
+                pick = torch.from_numpy(local * positions + piece % positions).to(self._device)
+                which = torch.from_numpy(samples).to(self._device)
+
+                def rows_of(values: Tensor, which: Tensor = which, pick: Tensor = pick) -> Tensor:
+                    return input_rows(dense_layer, values[which], group)[pick]
+
+                dense_rows = rows_of(dense)
+                yield LayerBatch(
+                    rows_of(inputs) if changed else dense_rows,
+                    dense_rows,
+                    response_rows(dense_layer, responses[which], group)[pick],
+                    piece.astype(np.int64),
+                )
+
+    def outputs(self, *, dense: bool) -> Iterator[Tensor]:
+        """Yield the network's outputs batch by batch: of the given network, or of the current."""
+        network = self._dense if dense else self._current
+        for start in range(0, len(self._data), self._batch_size):
+            with torch.no_grad():
+                answered = network(self._inputs(start, start + self._batch_size))
+            yield answered.detach()
+
+    def _inputs(self, start: int, stop: int) -> Tensor:
+        """Copy samples to the device, so that a network that works in place spoils nothing."""
+        part = self._data.x[start:stop]
+        values = torch.tensor(part, dtype=self._dtype, device=self._device)
+        return values.reshape(len(part), *self._shape)
+
+    def _read(self, network: nn.Module, name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Run a batch up to a layer; return what the layer received and what it answered."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def stop_here(_: nn.Module, received: tuple[Tensor, ...], answered: Tensor) -> None:
+            seen.append((received[0].detach(), answered.detach()))
+            raise _Reached
+
+        handle = network.get_submodule(name).register_forward_hook(stop_here)
+        try:
+            with torch.no_grad():
+                network(self._inputs(start, stop))
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        received, answered = seen[0]
+        module = network.get_submodule(name)
+        count = min(stop, len(self._data)) - start
+        return by_sample(module, received, count), by_sample(module, answered, count)
+
+    # --- bounds ---------------------------------------------------------------------------------
+
+    def gain(self, name: str, *, norm: Norm = "spectral") -> Gain:
+        """Lipschitz factor from the layer's output to the network's, with the current weights.
+
+        Frobenius norms over the samples; see `retrain.adapters.gain`. For a convolution, "output"
+        is the whole image of responses, so it applies to an error summed over all of its rows and
+        groups.
+        """
+        layer(self, name)
+        graph, node = self._network.graph, self._network.nodes.get(name)
+        if graph is None or node is None:
+            return Gain(None, f"layer {name!r} has no single place in a traced network")
+        if self._shapes is None:
+            self._shapes = _node_shapes(self._dense, graph, self._inputs(0, 1))
+        modules = dict(self._current.named_modules())
+        return gain(graph, modules, node, lambda key: self._layer_norms(key, norm), self._shapes)
+
+    def _layer_norms(self, name: str, norm: Norm) -> list[float]:
+        """A norm of each group's weight matrix, without the bias; kept until the next commit."""
+        if (name, norm) not in self._norms:
+            module = self._current.get_submodule(name)
+            measure = patches.spectral_norm if norm == "spectral" else patches.frobenius_norm
+            groups = range(getattr(module, "groups", 1))
+            self._norms[name, norm] = [measure(matrix(module, group)) for group in groups]
+        return self._norms[name, norm]
+
+    # --- checks at the start --------------------------------------------------------------------
+
+    def _probe(self) -> tuple[tuple[LayerSpec, ...], dict[str, int]]:
+        """Run two samples together and one by one: count positions, and see that rows are theirs.
+
+        A layer whose rows for two samples are not those of each stacked (the samples are not its
+        first axis, or the network mixes them) cannot be retrained row by row.
+        """
+        specs = [found.spec for found in self._network.layers]
+        open_specs = [spec for spec in specs if spec.reason is None]
+        number = min(2, len(self._data))
+        together = self._run(open_specs, 0, number)
+        alone = [self._run(open_specs, i, i + 1) for i in range(number)]
+        positions: dict[str, int] = {}
+        for i, spec in enumerate(specs):
+            if spec.reason is not None:
+                continue
+            whole = together.get(spec.name)
+            parts = [run[spec.name] for run in alone if spec.name in run]
+            if whole is None or len(parts) < number:
+                specs[i] = replace(spec, reason="the forward pass does not reach it on this data")
+            elif not _stacked(whole, parts) or (spec.kind == "conv2d" and len(whole) != number):
+                specs[i] = replace(spec, reason="its input is not one sample after the other")
+            else:
+                module = self._dense.get_submodule(spec.name)
+                positions[spec.name] = len(input_rows(module, whole, 0)) // number
+        return tuple(specs), positions
+
+    def _run(self, specs: list[LayerSpec], start: int, stop: int) -> dict[str, Tensor]:
+        """Run samples through the given network; return what each layer received, cloned."""
+        received: dict[str, Tensor] = {}
+        entered: list[tuple[str, nn.Module, torch.Size]] = []
+        values = self._inputs(start, stop)
+        with ExitStack() as hooks:
+            for spec in specs:
+                module = self._dense.get_submodule(spec.name)
+
+                def keep(
+                    module: nn.Module, args: tuple[Tensor, ...], name: str = spec.name
+                ) -> None:
+                    entered.append((name, module, args[0].shape))
+                    received[name] = args[0].detach().clone()
+
+                hooks.callback(module.register_forward_pre_hook(keep).remove)
+            try:
+                with torch.no_grad():
+                    output = self._dense(values)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise ValueError(self._misfit(entered, error)) from error
+        if not isinstance(output, Tensor) or output.shape[:1] != values.shape[:1]:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"model: returned {got} for {stop - start} samples, wanted one tensor whose first "
+                "axis is the sample"
+            )
+        return received
+
+    def _misfit(self, entered: list[tuple[str, nn.Module, torch.Size]], error: Exception) -> str:
+        """Say why the network cannot take the data: which layer failed, or torch's first line."""
+        shape = tuple(self._data.x.shape[1:])
+        if entered:
+            name, module, got = entered[-1]
+            if isinstance(module, nn.Linear) and got[-1] != module.in_features:
+                return (
+                    f"data: layer {name!r} wants {module.in_features} inputs and got {got[-1]}; "
+                    f"samples have shape {shape}"
+                )
+            if isinstance(module, nn.Conv2d) and (len(got) != 4 or got[1] != module.in_channels):
+                return (
+                    f"data: layer {name!r} wants images of {module.in_channels} channels and got "
+                    f"shape {tuple(got[1:])}; samples have shape {shape}"
+                )
+        text = str(error).strip().split("\n")[0]
+        return f"data: the network cannot take samples of shape {shape}: {text}"
+
+    def _hash(self) -> str:
+        digest = hashlib.sha256()
+        for key, tensor in self._model.state_dict().items():
+            if isinstance(tensor, Tensor):
+                digest.update(f"{key}:{tensor.dtype}{tuple(tensor.shape)};".encode())
+                digest.update(tensor_bytes(tensor))
+        digest.update(repr(self._layers).encode())
+        digest.update(self._data.fingerprint.encode())
+        return digest.hexdigest()
+
+    def _retrainable(self, name: str, group: int = 0) -> LayerSpec:
+        spec = layer(self, name)
+        if spec.reason is not None:
+            raise ValueError(f"name: layer {name!r} cannot be retrained: {spec.reason}")
+        if not 0 <= group < spec.groups:
+            raise ValueError(f"group: got {group}, layer {name!r} has {spec.groups}")
+        return spec
+
+
+def sample_shape(network: Network, model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape in which a network takes a sample that is stored in `shape`.
+
+    That is `shape`, except that images go flat into a network which hands its input to a dense
+    layer of that many inputs.
+    """
+    features = int(np.prod(shape))
+    if network.graph is None or len(shape) == 1:
+        return shape
+    node = next(node for node in network.graph.nodes if node.op == "placeholder")
+    modules = dict(model.named_modules())
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Linear):
+            wide = module.in_features == features and shape[-1] != features
+            return (features,) if wide else shape
+        if not isinstance(module, nn.Dropout | nn.Identity):
+            break
+    return shape
+
+
+def _stacked(whole: Tensor, parts: list[Tensor]) -> bool:
+    """Whether a layer's input for some samples is that for each of them, one after the other."""
+    expected = torch.cat(parts)
+    if whole.ndim < 2 or whole.shape != expected.shape:
+        return False
+    scale = expected.abs().max() if expected.numel() else expected.new_zeros(())
+    return bool(((whole - expected).abs() <= 1e-3 * scale).all())  # other batch, other rounding
+
+
+def _node_shapes(model: nn.Module, graph: fx.Graph, sample: Tensor) -> dict[fx.Node, torch.Size]:
+    """Run the graph on one sample; return the shape of every tensor in it."""
+    shapes: dict[fx.Node, torch.Size] = {}
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            value = super().run_node(node)
+            if isinstance(value, Tensor):
+                shapes[node] = value.shape
+            return value
+
+    with torch.no_grad():
+        Shapes(model, graph=graph).run(sample)
+    return shapes

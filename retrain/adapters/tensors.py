@@ -1,0 +1,42 @@
+"""What several adapters ask of a network's tensors: finite, bytes, the type to compute in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (*HALF, torch.float32, torch.float64)
+"""Types of weights that can be retrained; the half types are computed with in float32."""
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse NaN in parameters and buffers, and infinities in parameters.
+
+    Buffers may hold infinities on purpose (attention masks).
+
+    Raises
+    ------
+    ValueError
+        With the tensor's name.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
+            raise ValueError(f"model: {name!r} has NaN or infinite entries")
+    for name, buffer in model.named_buffers():
+        if not buffer.is_meta and torch.isnan(buffer).any():
+            raise ValueError(f"model: {name!r} has NaN entries")
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Return a tensor's bytes in C order, of any type."""
+    plain = tensor.detach().cpu().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def computing(model: nn.Module) -> nn.Module:
+    """Turn a network's half-precision tensors into float32."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in HALF:
+            tensor.data = tensor.data.float()
+    return model
