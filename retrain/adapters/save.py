@@ -1,0 +1,98 @@
+"""Save a network as safetensors, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+METADATA = {"format": "pt"}
+"""The one key that loaders ask for; with more of them the file's bytes would not repeat."""
+
+
+def save_model(
+    module: nn.Module, path: str | Path, *, names: Mapping[str, str] | None = None
+) -> None:
+    """Save a module's state dict.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The network, on any device.
+    path : str or Path
+        The file; one that is there is replaced in one step, or stays if anything fails.
+    names : mapping, optional
+        The tensors to save and the name of each in the file (`LoadedModel.names`); by default the
+        whole state dict under its own names.
+
+    Raises
+    ------
+    ValueError
+        If a tensor is missing or cannot be saved.
+    OSError
+        If the file cannot be written; then no partial file is left.
+    """
+    state = module.state_dict()
+    if names is None:
+        names = {name: name for name in state}
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise ValueError(f"names: the module has no tensor {missing[0]!r}")
+    save_tensors({theirs: state[ours] for ours, theirs in names.items()}, path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Save tensors by name, in their own types; ones that share memory are written out each.
+
+    The bytes depend on names, types, shapes and values alone.
+
+    Raises
+    ------
+    ValueError
+        If an entry is no tensor, or one that safetensors cannot hold (sparse, quantised, meta).
+    OSError
+        If the file cannot be written; then no partial file is left.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"tensors: {name!r} is a {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise ValueError(f"tensors: {name!r} is sparse, quantised or without values")
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_whole(Path(path), save(own, metadata=METADATA))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside its place, force it to the disk, and move it there.
+
+    Raises
+    ------
+    OSError
+        If any of that fails; then what was there before is still there, and nothing else.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a rename to the disk, where folders can be opened (not on Windows)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
