@@ -1,0 +1,47 @@
+"""Second order: prune a layer so that its output changes least. Arrays in, arrays out.
+
+One layer is a `LayerProblem` (weight, Hessian, what may be zero); how much goes is a `Pattern`; what
+comes back is a `Pruned`. `METHODS` lists the complete methods by name.
+"""
+
+from __future__ import annotations
+
+from .greedy import (
+    Allocation,
+    RemovalPath,
+    allocate,
+    allocate_to_loss,
+    path_support,
+    pattern_support,
+    prune_greedy,
+    removal_path,
+)
+from .hessian import (
+    HessianSum,
+    add_rows,
+    dead_inputs,
+    decoupled,
+    hessian_of,
+    inverse_cholesky,
+    inverse_recursion,
+    mean_diagonal,
+    mean_hessian,
+)
+from .large import admm_support, prune_large
+from .one_shot import Sensitivities, prune_one_shot, prune_to_tolerance, sensitivities
+from .pattern import (
+    Pattern,
+    kept_by,
+    layer_count,
+    n_of_m,
+    parse_pattern,
+    per_layer,
+    per_layer_count,
+    per_unit,
+    whole_inputs,
+)
+from .problem import LayerProblem, Pruned, layer_error, layer_problem
+from .refit import refit, refit_cg
+from .structured import InputPath, input_path, prune_inputs
+from .swaps import improve
+from .sweep import prune_sweep
