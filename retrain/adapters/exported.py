@@ -67,9 +67,9 @@ def load_exported(path: Path) -> tuple[DenseChain, dict[str, str]]:
         zipfile.BadZipFile,
     ) as error:
         text = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
-        raise ValueError(
-            f"model: {str(path)!r} is not a whole exported program ({text})"
-        ) from error
+        raise ValueError(f"model: {str(path)!r} is no whole exported program ({text})") from error
+    finally:
+        logger.disabled = was_disabled
     layers, tensors = _layers(program)
     chain = DenseChain(layers)
     chain.load_state_dict(tensors, assign=True)

@@ -235,8 +235,8 @@ def _check_tensor(name: object, tensor: object) -> None:
     """Refuse whatever is not a plain tensor with its own memory."""
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         raise ValueError(
-            f"model: entry {name!r} is of type {type(tensor).__name__}, not a tensor; save the state "
-            "dict alone, or under the key 'state_dict'"
+            f"model: entry {name!r} is of type {type(tensor).__name__}, not a tensor; save the "
+            "state dict alone, or under the key 'state_dict'"
         )
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise ValueError(f"model: {name!r} is a sparse, quantised or empty-handed tensor")
