@@ -368,7 +368,7 @@ def _is_array_or_numbers(value: Any) -> bool:
         return True
     if not isinstance(value, list | tuple) or not value:
         return False
-    return all(isinstance(v, int | float) or _nested_numbers(v) for v in value)
+    return all(isinstance(v, int | float | np.generic) or _nested_numbers(v) for v in value)
 
 
 def _nested_numbers(value: Any) -> bool:
