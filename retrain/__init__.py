@@ -1,0 +1,1 @@
+"""Convex and second-order retraining of trained networks, with certificates."""

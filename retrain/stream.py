@@ -158,6 +158,15 @@ def layer(stream: LayerStream, name: str) -> LayerSpec:
     raise ValueError(f"name: no layer is called {name!r}; there are {names}")
 
 
+def changed(stream: LayerStream, spec: LayerSpec) -> bool:
+    """Tell whether a layer's weights are no longer the given ones."""
+    pairs = (
+        (stream.weight(spec.name, group), stream.weight(spec.name, group, dense=True))
+        for group in range(spec.groups)
+    )
+    return any(not bool(array_namespace(old).all(new == old)) for new, old in pairs)
+
+
 def collect(
     stream: LayerStream, name: str, group: int = 0, *, rows: np.ndarray | None = None
 ) -> LayerBatch:

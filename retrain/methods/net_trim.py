@@ -1,0 +1,539 @@
+"""Net-Trim over a layer stream: Algorithm 1 (parallel) and Algorithm 2 (cascade).
+
+For each layer, TRIM(X, Y, V, epsilon) of `solvers.trim_program` with
+
+    parallel:  X = Y^(l-1) (dense),      V = 0,                  epsilon_l = epsilon_r |Y^(l)|_F
+    cascade:   X = Yhat^(l-1) (current), V = W_l^T Yhat^(l-1),   epsilon_1 = epsilon_r |Y^(1)|_F,
+               epsilon_l^2 = inflation * |(W_l^T Yhat^(l-1) - Y^(l)) on Omega|_F^2        (7)
+
+where Y^(l) is always the given network's. The first layer of a cascade is the parallel program. An
+absolute epsilon takes the place of epsilon_r |Y|_F. The last layer, without activation, has every
+entry fitted and no ceiling.
+
+Not in the paper: biases (a free row), grouped layers (each group is a program of its own with its
+share of the ball), and the regularised form's default weight, lambda = |W_l|_1 / epsilon_l^2. With
+it the residual r of the optimum obeys
+
+    lambda r^2 <= |W_l|_1 - |What_l|_1 + lambda r_old^2,    so   r^2 <= epsilon_l^2 + r_old^2,
+
+r_old the old weights' residual, zero in the parallel scheme: the optimum cannot miss the targets by
+more than the constrained form allows.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import joblib
+import numpy as np
+from array_api_compat import array_namespace, device
+from threadpoolctl import threadpool_limits
+
+from retrain.chain import activate
+from retrain.layer_report import LayerReport, LayerResult
+from retrain.stream import Array, LayerSpec, LayerStream, changed, collect, layer, sample_rows
+from solvers import L1, Penalty, SolveResult, Status, solve_admm, trim_program
+from solvers.program import Program, RegularisedProgram, like, to_numpy
+from solvers.result import judge
+
+Scheme = Literal["parallel", "cascade"]
+Form = Literal["constrained", "regularised"]
+
+
+@dataclass(frozen=True)
+class NetTrimOptions:
+    """What a Net-Trim run is asked to do.
+
+    Attributes
+    ----------
+    scheme : {"cascade", "parallel"}
+        Algorithm 2 or Algorithm 1.
+    epsilon : float or None
+        Absolute radius: of every layer (parallel), of the first (cascade).
+    relative_epsilon : float or None
+        The same, relative to the norm of the layer's targets. Exactly one of the two.
+    inflation : float
+        gamma of (7), >= 1.
+    form : {"constrained", "regularised"}
+        Programs (4)/(6), or (11).
+    fit_weight : float or None
+        lambda of (11); by default |W_l|_1 / epsilon_l^2, see the module.
+    penalty : Penalty
+        l1 by default.
+    penalise_bias : bool
+        Put the bias under the penalty too; otherwise it is free.
+    link_normalised : bool
+        Read `epsilon` as that of the link-normalised network: epsilon_l = epsilon times the product
+        of |W_j|_1 over the layers up to l. For chains.
+    tolerance, violation_tolerance : float
+        What a layer's certificate must meet, see `solvers.Certificate`.
+    max_iterations : int
+        Of the solver, for each layer.
+    accept_inexact : bool
+        Use weights whose certificate falls short, instead of keeping the dense ones.
+    memory : float
+        Bytes a layer's solve may take; layers with more rows use a seeded sample of them.
+    seed : int
+        Of that sample.
+    jobs : int
+        Layers solved at a time (parallel scheme).
+    threads : int or None
+        Linear algebra threads of each job; by default the machine's cores divided by `jobs`.
+    """
+
+    scheme: Scheme = "cascade"
+    epsilon: float | None = None
+    relative_epsilon: float | None = 0.05
+    inflation: float = 1.1
+    form: Form = "constrained"
+    fit_weight: float | None = None
+    penalty: Penalty = field(default_factory=L1)
+    penalise_bias: bool = False
+    link_normalised: bool = False
+    tolerance: float = 1e-2
+    violation_tolerance: float = 1e-3
+    max_iterations: int = 5000
+    accept_inexact: bool = False
+    memory: float = 4 * 2**30
+    seed: int = 0
+    jobs: int = 1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme not in ("cascade", "parallel"):
+            raise ValueError(f"scheme: want 'cascade' or 'parallel', got {self.scheme!r}")
+        if self.form not in ("constrained", "regularised"):
+            raise ValueError(f"form: want 'constrained' or 'regularised', got {self.form!r}")
+        if (self.epsilon is None) == (self.relative_epsilon is None):
+            raise ValueError("epsilon, relative_epsilon: want exactly one of the two")
+        for name in ("epsilon", "relative_epsilon"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}: want a finite number >= 0, got {value!r}")
+        if not (self.inflation >= 1 and math.isfinite(self.inflation)):
+            raise ValueError(f"inflation: want a finite number >= 1, got {self.inflation!r}")
+        if self.fit_weight is not None:
+            if self.form == "constrained":
+                raise ValueError("fit_weight: belongs to the regularised form; set form too")
+            if not (self.fit_weight > 0 and math.isfinite(self.fit_weight)):
+                raise ValueError(f"fit_weight: want a positive number, got {self.fit_weight!r}")
+        if self.form == "regularised" and not self.penalty.separable:
+            raise ValueError(
+                f"penalty: the {self.penalty.name} penalty couples the units, which the "
+                "regularised form solves one by one; use the constrained form"
+            )
+        radius = self.epsilon or self.relative_epsilon or 0.0
+        if self.form == "regularised" and self.fit_weight is None and radius == 0:
+            raise ValueError("fit_weight: want one in the regularised form when epsilon is 0")
+        if self.link_normalised and self.epsilon is None:
+            raise ValueError("link_normalised: gives an absolute epsilon its meaning; set epsilon")
+        for name in ("tolerance", "violation_tolerance", "memory"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: want a positive number, got {getattr(self, name)!r}")
+        for name in ("max_iterations", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: want at least 1, got {getattr(self, name)!r}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads: want at least 1, got {self.threads!r}")
+
+    @property
+    def threads_per_job(self) -> int:
+        """Linear algebra threads of each job."""
+        return self.threads or max(1, (os.cpu_count() or 1) // self.jobs)
+
+
+def net_trim(
+    stream: LayerStream,
+    options: NetTrimOptions,
+    *,
+    layers: Sequence[str] | None = None,
+    finished: Mapping[str, Sequence[Array]] | None = None,
+) -> Iterator[LayerResult]:
+    """Retrain a network's layers, yielding each as it is done.
+
+    A layer is committed to the stream before it is yielded, cast to the network's dtype, so that
+    the next layer of a cascade sees exactly what a caller saves.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        The network and the calibration data.
+    options : NetTrimOptions
+        What to do.
+    layers : sequence of str, optional
+        Names of the layers to retrain; all that can be, by default.
+    finished : mapping from str to sequence of array, optional
+        Weights (one a group) of layers done by an earlier run. They are committed in their turn and
+        not yielded again.
+
+    Yields
+    ------
+    LayerResult
+        In execution order for the cascade, in order of completion for the parallel scheme.
+
+    Raises
+    ------
+    ValueError
+        If a named layer does not exist or cannot be retrained.
+
+    References
+    ----------
+    Aghasi et al., Net-Trim (2017), Algorithms 1 and 2.
+    """
+    specs = _chosen(stream, layers)
+    done = dict(finished or {})
+    scales = _link_scales(stream) if options.link_normalised else {}
+    if options.scheme == "parallel":
+        open_specs = [spec for spec in specs if spec.name not in done]
+        for name, weights in done.items():
+            _commit(stream, name, weights)
+        tasks = (_task(stream, spec, options, scales, upstream=False) for spec in open_specs)
+        for answer in _solve_all(tasks, options):
+            yield _finish(stream, answer, options)
+        return
+    upstream = False
+    for spec in specs:
+        if spec.name in done:
+            _commit(stream, spec.name, done[spec.name])
+        else:
+            task = _task(stream, spec, options, scales, upstream=upstream)
+            with threadpool_limits(options.threads_per_job):
+                answer = _solve(task, options)
+            yield _finish(stream, answer, options)
+        upstream = upstream or changed(stream, spec)
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """One layer's programs, one a group; travels to a worker and back."""
+
+    spec: LayerSpec
+    programs: tuple[Program, ...]
+    epsilons: tuple[float, ...]
+    total_rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """A task with its results."""
+
+    task: _Task
+    results: tuple[SolveResult, ...]
+
+
+def _chosen(stream: LayerStream, layers: Sequence[str] | None) -> list[LayerSpec]:
+    """Specs to retrain, in execution order."""
+    if layers is None:
+        return [spec for spec in stream.layers if spec.reason is None]
+    for name in layers:
+        spec = layer(stream, name)
+        if spec.reason is not None:
+            raise ValueError(f"layers: {name!r} cannot be retrained: {spec.reason}")
+    return [spec for spec in stream.layers if spec.name in set(layers)]
+
+
+def _link_scales(stream: LayerStream) -> dict[str, float]:
+    """Product of |W_j|_1 over the layers up to each one."""
+    product, scales = 1.0, {}
+    for spec in stream.layers:
+        if spec.reason is not None or spec.groups != 1:
+            raise ValueError(
+                f"link_normalised: wants a chain of dense layers; {spec.name!r} is not one"
+            )
+        weight = to_numpy(stream.weight(spec.name, dense=True)).astype(np.float64)
+        product *= float(np.abs(weight[: spec.shape[0]]).sum())
+        scales[spec.name] = product
+    return scales
+
+
+def rows_within(spec: LayerSpec, memory: float, itemsize: int) -> int:
+    """How many rows of a layer a solve can hold in `memory` bytes.
+
+    A row takes its inputs three times (current, dense, one float64 slab) and some fourteen arrays
+    of the responses' size in the solver.
+    """
+    per_row = itemsize * (3 * (spec.shape[0] + 1) + 14 * spec.shape[1])
+    return max(1, int(memory / per_row))
+
+
+def _task(
+    stream: LayerStream,
+    spec: LayerSpec,
+    options: NetTrimOptions,
+    scales: Mapping[str, float],
+    *,
+    upstream: bool,
+) -> _Task:
+    """State a layer's programs. `upstream`: whether a layer before it has changed (cascade)."""
+    started = time.perf_counter()
+    total = stream.count(spec.name)
+    itemsize = to_numpy(stream.weight(spec.name)[:1, :1]).itemsize
+    rows = sample_rows(total, rows_within(spec, options.memory, itemsize), options.seed)
+    programs, epsilons = [], []
+    for group in range(spec.groups):
+        epsilon, program = _program(stream, spec, group, rows, options, scales, upstream=upstream)
+        epsilons.append(epsilon)
+        programs.append(program)
+    seconds = time.perf_counter() - started
+    return _Task(spec, tuple(programs), tuple(epsilons), total, seconds)
+
+
+def _program(
+    stream: LayerStream,
+    spec: LayerSpec,
+    group: int,
+    rows: np.ndarray | None,
+    options: NetTrimOptions,
+    scales: Mapping[str, float],
+    *,
+    upstream: bool,
+) -> tuple[float, Program]:
+    """One group's TRIM(X, Y, V, epsilon), with its epsilon."""
+    batch = collect(stream, spec.name, group, rows=rows)
+    inputs = _host(batch.inputs if upstream else batch.dense_inputs)
+    targets = _host(activate(spec.follows, batch.responses))
+    old_weight = _host(stream.weight(spec.name, group, dense=True))
+    ceilings = None
+    if upstream:
+        response = inputs @ old_weight
+        if spec.follows == "relu":
+            ceilings = response
+        old_error = _norm_on(targets, response - targets, spec)
+        epsilon = math.sqrt(options.inflation) * old_error
+    elif options.relative_epsilon is not None:
+        epsilon = options.relative_epsilon * _norm_on(targets, targets, spec)
+    else:
+        assert options.epsilon is not None
+        # The groups share the layer's ball.
+        epsilon = options.epsilon * scales.get(spec.name, 1.0) / math.sqrt(spec.groups)
+    form: dict[str, float] = {"epsilon": epsilon}
+    if options.form == "regularised":
+        form = {"fit_weight": _fit_weight(options, old_weight, epsilon, spec)}
+    program = trim_program(
+        inputs,
+        targets,
+        activation=spec.follows,
+        ceilings=ceilings,
+        penalty=options.penalty,
+        free_rows=(spec.shape[0],) if spec.bias and not options.penalise_bias else (),
+        old_weight=old_weight,
+        **form,
+    )
+    return epsilon, program
+
+
+def _fit_weight(
+    options: NetTrimOptions, old_weight: Array, epsilon: float, spec: LayerSpec
+) -> float:
+    """Weight lambda of (11): the given one, or |W_l|_1 / epsilon_l^2 (see the module)."""
+    if options.fit_weight is not None:
+        return options.fit_weight
+    size = float(np.abs(to_numpy(old_weight)[: spec.shape[0]].astype(np.float64)).sum())
+    if not (size > 0 and epsilon > 0):
+        raise ValueError(
+            f"fit_weight: no default for layer {spec.name!r}, whose |W|_1 is {size:.3g} and "
+            f"epsilon {epsilon:.3g}; give one"
+        )
+    return size / epsilon**2
+
+
+def _errors(program: Program, weight: Array) -> tuple[float, float, float]:
+    """|activated response - target|_F, |target|_F and |max(V, 0) off Omega|_F in float64.
+
+    Off Omega the target is 0 and the activated response max(z, 0).
+    """
+    xp = array_namespace(program.inputs)
+    response = program.inputs @ weight
+    nothing = xp.zeros_like(response)
+    target = xp.where(program.active, program.level, nothing)
+    error = xp.where(program.active, response, xp.maximum(response, nothing)) - target
+    above = xp.where(program.active, nothing, xp.maximum(program.level, nothing))
+    squares = (xp.sum(part * part, dtype=xp.float64) for part in (error, target, above))
+    first, second, third = (math.sqrt(float(square)) for square in squares)
+    return first, second, third
+
+
+def _norm_on(targets: Array, values: Array, spec: LayerSpec) -> float:
+    """Frobenius norm of `values` over the fitted entries, in float64."""
+    xp = array_namespace(values)
+    fitted = values if spec.follows == "linear" else xp.where(targets > 0, values, 0 * values)
+    return float(xp.sqrt(xp.sum(fitted * fitted, dtype=xp.float64)))
+
+
+def _host(array: Array) -> Array:
+    """Take arrays on the CPU as numpy: workers need no torch, and memory is shared, not copied."""
+    return to_numpy(array) if str(device(array)) == "cpu" else array
+
+
+def _solve(task: _Task, options: NetTrimOptions) -> _Answer:
+    """Solve a layer's programs."""
+    results = tuple(
+        solve_admm(
+            program,
+            tolerance=options.tolerance,
+            violation_tolerance=options.violation_tolerance,
+            max_iterations=options.max_iterations,
+        )
+        for program in task.programs
+    )
+    return _Answer(task, results)
+
+
+def _worker(task: _Task, options: NetTrimOptions) -> _Answer:
+    """Solve in a joblib worker, which gets its share of the threads."""
+    with threadpool_limits(options.threads_per_job):
+        return _solve(task, options)
+
+
+def _solve_all(tasks: Iterable[_Task], options: NetTrimOptions) -> Iterator[_Answer]:
+    """Solve independent layers with joblib, yielding each as it is done.
+
+    Tasks are stated one by one as workers take them, so that no more than `jobs` layers'
+    activations are held. The backend is whatever ``joblib.parallel_config`` says.
+    """
+    pool = joblib.Parallel(
+        n_jobs=options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered"
+    )
+    yield from pool(joblib.delayed(_worker)(task, options) for task in tasks)
+
+
+def _commit(stream: LayerStream, name: str, weights: Sequence[Array]) -> None:
+    for group, weight in enumerate(weights):
+        stream.commit(name, like(to_numpy(weight), stream.weight(name, group)), group)
+
+
+def _finish(stream: LayerStream, answer: _Answer, options: NetTrimOptions) -> LayerResult:
+    """Commit a layer's weights, or keep the dense ones where they are not certified; report."""
+    spec, limits = answer.task.spec, (options.tolerance, options.violation_tolerance)
+    results = tuple(
+        _as_saved(stream, spec, group, program, result, limits)
+        for group, (program, result) in enumerate(
+            zip(answer.task.programs, answer.results, strict=True)
+        )
+    )
+    dense_units = 0
+    for group, result in enumerate(results):
+        if options.accept_inexact and result.status is not Status.NUMERICAL_ERROR:
+            continue
+        keep = np.broadcast_to(result.certified, (spec.shape[1],))
+        if not keep.all():
+            dense = stream.weight(spec.name, group, dense=True)
+            xp = array_namespace(dense)
+            stream.commit(
+                spec.name,
+                xp.where(like(keep, dense), stream.weight(spec.name, group), dense),
+                group,
+            )
+            dense_units += int((~keep).sum())
+    weights = [stream.weight(spec.name, group) for group in range(spec.groups)]
+    return LayerResult(weights, _report(stream, answer.task, results, dense_units, options))
+
+
+def _as_saved(
+    stream: LayerStream,
+    spec: LayerSpec,
+    group: int,
+    program: Program,
+    result: SolveResult,
+    limits: tuple[float, float],
+) -> SolveResult:
+    """Commit a group's weights; where the network's dtype rounds them, certify what it holds."""
+    reference = stream.weight(spec.name, group)
+    if result.status is Status.NUMERICAL_ERROR:
+        return result
+    stream.commit(spec.name, like(to_numpy(result.weight), reference), group)
+    saved = like(to_numpy(stream.weight(spec.name, group)), program.inputs)
+    if bool(array_namespace(saved).all(saved == result.weight)):
+        return result
+    certificate = program.certificate(saved, result.multiplier)
+    certified = certificate.within(*limits)
+    exhausted = result.status is Status.ITERATION_LIMIT
+    status = judge(certified, finite=True, exhausted=exhausted)
+    return replace(
+        result, weight=saved, certificate=certificate, certified=certified, status=status
+    )
+
+
+_SEVERITY = (Status.SOLVED, Status.INEXACT, Status.ITERATION_LIMIT, Status.NUMERICAL_ERROR)
+
+
+def _report(
+    stream: LayerStream,
+    task: _Task,
+    results: Sequence[SolveResult],
+    dense_units: int,
+    options: NetTrimOptions,
+) -> LayerReport:
+    """Sum up a layer; certificates of groups and units count with their worst."""
+    spec = task.spec
+    errors, sizes, above, zeros, zeros_before = [], [], [], 0, 0
+    for group, program in enumerate(task.programs):
+        saved = like(to_numpy(stream.weight(spec.name, group)), program.inputs)
+        error, size, ceiling = _errors(program, saved)
+        errors.append(error)
+        sizes.append(size)
+        above.append(ceiling)
+        prunable = slice(0, spec.shape[0])
+        zeros += int((to_numpy(saved)[prunable] == 0).sum())
+        old = to_numpy(stream.weight(spec.name, group, dense=True))
+        zeros_before += int((old[prunable] == 0).sum())
+    certificates = [result.certificate for result in results]
+
+    def worst(name: str) -> float:
+        return float(max(np.max(getattr(certificate, name)) for certificate in certificates))
+
+    size = math.hypot(*sizes)
+    details: dict[str, Any] = {
+        "scheme": options.scheme,
+        "form": options.form,
+        "penalty": options.penalty.name,
+        "epsilon": math.hypot(*task.epsilons),
+        "relative_epsilon": math.hypot(*task.epsilons) / size if size > 0 else None,
+        "objective": float(sum(np.sum(certificate.objective) for certificate in certificates)),
+        "dual_bound": float(sum(np.sum(certificate.dual_bound) for certificate in certificates)),
+        "gap": worst("gap"),
+        "ball_violation": worst("ball_violation"),
+        "ceiling_violation": worst("ceiling_violation"),
+        "largest_violation": worst("largest_violation"),
+        "ceiling_norm": math.hypot(*above),
+        "target_norm": size,
+        "tolerance": options.tolerance,
+        "violation_tolerance": options.violation_tolerance,
+        "solver": results[0].solver,
+        "iterations": max(result.iterations for result in results),
+        "setup_seconds": sum(result.setup_seconds for result in results),
+        "solve_seconds": sum(result.solve_seconds for result in results),
+    }
+    if options.form == "regularised":
+        details["fit_weight"] = [
+            program.fit_weight
+            for program in task.programs
+            if isinstance(program, RegularisedProgram)
+        ]
+    status = max((result.status for result in results), key=_SEVERITY.index)
+    solving = details["setup_seconds"] + details["solve_seconds"]
+    return LayerReport(
+        name=spec.name,
+        kind=spec.kind,
+        shape=spec.shape,
+        follows=spec.follows,
+        method="net-trim",
+        weights=spec.size,
+        zeros_before=zeros_before,
+        zeros=zeros,
+        rows=task.programs[0].shape[0],
+        total_rows=task.total_rows,
+        status=status.value,
+        certified=all(bool(np.all(result.certified)) for result in results),
+        dense_units=dense_units,
+        error=math.hypot(*errors),
+        relative_error=math.hypot(*errors) / size if size > 0 else 0.0,
+        seconds=task.seconds + solving,
+        details=details,
+    )
