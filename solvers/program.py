@@ -44,6 +44,9 @@ Array = Any
 _BLOCK_ENTRIES = 4_000_000  # entries of a float64 (samples x units) block: 32 MB
 _ROWS = 8192  # samples whose inputs are cast to float64 at a time
 _ROOT_STEPS = 100  # Newton needs under ten; bisection alone some sixty
+_ROUNDING = 1e-15  # of x^T nu, relative to |x| |nu|: no step can do better
+_ORTHOGONAL = 1e-12  # the same, summed over many samples
+_SMALLEST, _LARGEST = 1e-150, 1e150  # magnitudes whose squares, summed, float64 can hold
 
 
 def to_numpy(array: Array) -> np.ndarray:
@@ -444,9 +447,24 @@ def _gap(objective: np.ndarray, bound: np.ndarray, old_penalty: np.ndarray) -> n
 def _orthogonalise(nu: Array, x: Array, active: Array) -> Array:
     """Project each column of nu onto {x^T nu = 0, nu >= 0 where not active}.
 
-    phi(t) = x^T nu(t) with nu(t) = nu - t x (clipped at 0 off Omega) is continuous, piecewise
-    linear and decreasing. Its root is bracketed, then found by Newton steps on the current piece,
-    with bisection where a step would leave the bracket; the last step solves its piece exactly.
+    Twice: where almost all of nu lies along x, the rest of the first projection is orthogonal only
+    to the rounding of nu, the rest of the second to its own. A column that is not orthogonal even
+    then is made of rounding alone and becomes zero, which is admissible: any scale may multiply nu
+    later, so a remainder would prove a bound that is not one.
+    """
+    xp = array_namespace(nu)
+    nu = _shift_to_root(_shift_to_root(nu, x, active), x, active)
+    size = xp.sqrt(xp.sum(x * x) * xp.sum(nu * nu, axis=0))
+    orthogonal = xp.abs(xp.sum(x * nu, axis=0)) <= _ORTHOGONAL * size
+    return xp.where(orthogonal, nu, xp.zeros_like(nu))
+
+
+def _shift_to_root(nu: Array, x: Array, active: Array) -> Array:
+    """Return nu(t) = nu - t x, clipped at 0 off Omega, at the root t of phi(t) = x^T nu(t).
+
+    phi is continuous, piecewise linear and decreasing. Its root is bracketed, then found by Newton
+    steps on the current piece, with bisection where a step would leave the bracket; the last step
+    solves its piece exactly.
     """
     xp = array_namespace(nu)
     zero = xp.zeros_like(nu)
@@ -461,12 +479,13 @@ def _orthogonalise(nu: Array, x: Array, active: Array) -> Array:
         value = xp.sum(xp.where(moving, shifted, zero) * x, axis=0)
         return value, -xp.sum(xp.where(moving, x * x + zero, zero), axis=0)
 
-    size = xp.max(xp.abs(nu), axis=0)
+    largest = xp.max(xp.abs(nu), axis=0)
     smallest = xp.min(xp.where(x != 0, xp.abs(x), xp.inf * xp.ones_like(x)))
-    # At t = size/smallest phi <= 0, at the opposite end phi >= 0: there |t x| >= |nu| everywhere.
-    high = xp.where(xp.isfinite(smallest), size / smallest, xp.zeros_like(size))
+    # At t = largest/smallest phi <= 0, at the opposite end phi >= 0, since |t x| >= |nu| there.
+    high = xp.where(xp.isfinite(smallest), largest / smallest, xp.zeros_like(largest))
     low = -high
-    t = xp.zeros_like(size)
+    rounding = _ROUNDING * xp.sqrt(xp.sum(x * x) * xp.sum(nu * nu, axis=0))
+    t = xp.zeros_like(largest)
     for _ in range(_ROOT_STEPS):
         value, slope = value_and_slope(t)
         low = xp.where(value > 0, xp.maximum(low, t), low)
@@ -476,7 +495,8 @@ def _orthogonalise(nu: Array, x: Array, active: Array) -> Array:
         )
         newton = t + step
         inside = (newton >= low) & (newton <= high) & (slope < 0)
-        following = xp.where(value == 0, t, xp.where(inside, newton, (low + high) / 2))
+        following = xp.where(inside, newton, (low + high) / 2)
+        following = xp.where(xp.abs(value) <= rounding, t, following)
         if bool(xp.all(following == t)):
             break
         t = following
@@ -505,6 +525,12 @@ def _check_data(program: LayerProgram) -> None:
     for name, array in (("inputs", inputs), ("level", level)):
         if not bool(xp.all(xp.isfinite(array))):
             raise ValueError(f"{name}: want finite numbers, got NaN or infinity")
+        largest = float(xp.max(xp.abs(array)))
+        if largest and not _SMALLEST <= largest <= _LARGEST:
+            raise ValueError(
+                f"{name}: want a largest magnitude from {_SMALLEST:g} to {_LARGEST:g}, "
+                f"got {largest:g}"
+            )
     if n_in <= len(program.free_rows):
         raise ValueError("inputs: want at least one column under the penalty")
     if len(program.free_rows) > 1 or any(not 0 <= row < n_in for row in program.free_rows):
