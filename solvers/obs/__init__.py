@@ -28,6 +28,7 @@ from .hessian import (
     mean_hessian,
 )
 from .large import admm_support, prune_large
+from .methods import METHODS, Method, prune, prune_best, prune_swaps
 from .one_shot import Sensitivities, prune_one_shot, prune_to_tolerance, sensitivities
 from .pattern import (
     Pattern,
@@ -45,3 +46,54 @@ from .refit import refit, refit_cg
 from .structured import InputPath, input_path, prune_inputs
 from .swaps import improve
 from .sweep import prune_sweep
+
+__all__ = [
+    "METHODS",
+    "Allocation",
+    "HessianSum",
+    "InputPath",
+    "LayerProblem",
+    "Method",
+    "Pattern",
+    "Pruned",
+    "RemovalPath",
+    "Sensitivities",
+    "add_rows",
+    "admm_support",
+    "allocate",
+    "allocate_to_loss",
+    "dead_inputs",
+    "decoupled",
+    "hessian_of",
+    "improve",
+    "input_path",
+    "inverse_cholesky",
+    "inverse_recursion",
+    "kept_by",
+    "layer_count",
+    "layer_error",
+    "layer_problem",
+    "mean_diagonal",
+    "mean_hessian",
+    "n_of_m",
+    "parse_pattern",
+    "path_support",
+    "pattern_support",
+    "per_layer",
+    "per_layer_count",
+    "per_unit",
+    "prune",
+    "prune_best",
+    "prune_greedy",
+    "prune_inputs",
+    "prune_large",
+    "prune_one_shot",
+    "prune_swaps",
+    "prune_sweep",
+    "prune_to_tolerance",
+    "refit",
+    "refit_cg",
+    "removal_path",
+    "sensitivities",
+    "whole_inputs",
+]

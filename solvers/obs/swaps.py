@@ -40,15 +40,23 @@ RELATIVE_GAIN = 1e-9
 
 
 class Unit(NamedTuple):
-    """What a search leaves of a unit: its support and the best single moves from there."""
+    """What a search leaves of a unit: its support, and the best single moves from there."""
 
     kept: np.ndarray
     loss: float
     swaps: int
     leaver: int
-    leaving_costs: float
+    cost: float
     enterer: int
-    entering_gains: float
+    gain: float
+
+
+class Room(NamedTuple):
+    """Where a unit's weights may move: which may at all, and where a row's partners lie."""
+
+    movable: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
 
 
 def improve(
@@ -60,6 +68,9 @@ def improve(
     refit_damping: float = REFIT_DAMPING,
     max_swaps: int = 1000,
     max_rounds: int = 100,
+    kicks: int = 0,
+    kick_size: int = 3,
+    seed: int = 0,
     threads: int = 1,
     method: str = "swaps",
 ) -> Pruned:
@@ -79,6 +90,13 @@ def improve(
         Swaps a unit at most, each time it is searched.
     max_rounds : int, optional
         Rounds of exchange across units at most; 0 for none.
+    kicks : int, optional
+        Each time a unit is searched, how often its best support is perturbed by `kick_size` random
+        swaps and searched again, the better one kept.
+    kick_size : int, optional
+        Random swaps in a kick.
+    seed : int, optional
+        Of the kicks; the result does not depend on the number of threads.
     threads : int, optional
         Threads over the units.
     method : str, optional
@@ -108,14 +126,19 @@ def improve(
     hessian = decoupled(arrays.hessian, damping)
     weight = np.where((np.diagonal(arrays.hessian) == 0)[:, None], 0.0, arrays.weight)
     starts, stops = _group_bounds(pattern, arrays.prunable)
-    energy = np.einsum("ij,ij->j", weight, hessian @ weight)
 
     def search(unit: int) -> Unit:
-        movable = arrays.prunable & arrays.allowed[:, unit]
-        return _search(
-            hessian, weight[:, unit], support[:, unit], movable, starts, stops,
-            max_swaps, float(energy[unit]),
-        )  # fmt: skip
+        old = weight[:, unit]
+        room = Room(arrays.prunable & arrays.allowed[:, unit], starts, stops)
+        noise = 1e-15 * float(old @ hessian @ old)
+        best = _search(hessian, old, support[:, unit], room, max_swaps, noise)
+        random = np.random.default_rng([seed, unit])
+        for _ in range(kicks):
+            start = _kicked(best.kept, room, kick_size, random)
+            trial = _search(hessian, old, start, room, max_swaps, noise)
+            if trial.loss < best.loss:
+                best = trial
+        return best
 
     units: list[Unit] = map_units(search, range(support.shape[1]), threads)
     swaps, exchanges, stuck = sum(u.swaps for u in units), 0, False
@@ -185,8 +208,8 @@ def _group_bounds(pattern: Pattern, prunable: np.ndarray) -> tuple[np.ndarray, n
 
 def _exchanges(units: list[Unit], loss: float) -> list[tuple[int, int]]:
     """Pair the cheapest removals with the best additions of other units, each unit once."""
-    losers = sorted(range(len(units)), key=lambda u: units[u].leaving_costs)
-    winners = sorted(range(len(units)), key=lambda u: -units[u].entering_gains)
+    losers = sorted(range(len(units)), key=lambda u: units[u].cost)
+    winners = sorted(range(len(units)), key=lambda u: -units[u].gain)
     used: set[int] = set()
     pairs = []
     for loser in losers:
@@ -195,7 +218,7 @@ def _exchanges(units: list[Unit], loss: float) -> list[tuple[int, int]]:
         winner = next((u for u in winners if u not in used and u != loser), None)
         if winner is None:
             break
-        gain = units[winner].entering_gains - units[loser].leaving_costs
+        gain = units[winner].gain - units[loser].cost
         if not gain > RELATIVE_GAIN * loss:
             break
         used.update((loser, winner))
@@ -203,15 +226,29 @@ def _exchanges(units: list[Unit], loss: float) -> list[tuple[int, int]]:
     return pairs
 
 
+def _kicked(kept: np.ndarray, room: Room, size: int, random: np.random.Generator) -> np.ndarray:
+    """Swap `size` random pairs that the pattern lets one swap."""
+    kept = kept.copy()
+    for _ in range(size):
+        leavers = np.flatnonzero(kept & room.movable)
+        if leavers.size == 0:
+            break
+        p = int(random.choice(leavers))
+        nearby = np.arange(room.starts[p], room.stops[p])
+        enterers = nearby[(~kept & room.movable)[nearby]]
+        if enterers.size:
+            kept[p] = False
+            kept[random.choice(enterers)] = True
+    return kept
+
+
 def _search(
     hessian: np.ndarray,
     old: np.ndarray,
     kept: np.ndarray,
-    movable: np.ndarray,
-    starts: np.ndarray,
-    stops: np.ndarray,
+    room: Room,
     max_swaps: int,
-    energy: float,
+    noise: float,
 ) -> Unit:
     """Set up one unit's tableau and swap to a local optimum."""
     support = np.flatnonzero(kept)
@@ -235,14 +272,11 @@ def _search(
         line[support] = old[support] + change
     loss = float(gone @ np.where(kept, 0.0, line))
     kept = kept.copy()
-    done, loss = _swap(
-        hessian, rows, line, diagonal, support, kept, movable,
-        starts, stops, max_swaps, loss, 1e-15 * energy,
-    )  # fmt: skip
+    done, loss = _swap(hessian, rows, line, diagonal, support, kept, *room, max_swaps, loss, noise)
     if done < 0:
         raise ValueError("damping: a pivot lost its digits in the swaps; raise the damping")
-    costs = np.where(kept & movable, -(line**2) / diagonal, np.inf)
-    gains = np.where(~kept & movable, line**2 / diagonal, -np.inf)
+    costs = np.where(kept & room.movable, -(line**2) / diagonal, np.inf)
+    gains = np.where(~kept & room.movable, line**2 / diagonal, -np.inf)
     p, q = int(np.argmin(costs)), int(np.argmax(gains))
     return Unit(kept, loss, done, p, float(costs[p]), q, float(gains[q]))
 

@@ -12,6 +12,7 @@ where N:M groups end, whatever their size.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def prune_sweep(
     kept = xp.asarray(problem.allowed, copy=True)
     edges = _edges(pattern, problem.prunable, block)
     extra = _extra(pattern, problem, edges)
-    for number, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for number, (start, stop) in enumerate(pairwise(edges)):
         rows = slice(start, stop)
         part = xp.asarray(weight[rows, :], copy=True)
         pivots = xp.linalg.diagonal(factor)[rows]
