@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -166,6 +167,30 @@ def find_layers(model: nn.Module) -> Network:
     return Network(tuple(found), graph, once)
 
 
+class _Proxy(fx.Proxy):
+    """A traced value that notes arithmetic in place as such; fx would note a new value."""
+
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: object) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: object) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: object) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+    def _in_place(self, target: Callable[..., object], other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
 def _trace(model: nn.Module) -> tuple[fx.Graph | None, str | None]:
     """Trace the forward pass with its first argument; the others keep their defaults."""
     wanted = list(inspect.signature(model.forward).parameters.values())
@@ -175,7 +200,7 @@ def _trace(model: nn.Module) -> tuple[fx.Graph | None, str | None]:
         return None, f"the network takes several inputs ({', '.join(required)})"
     defaults = {p.name: p.default for p in plain[1:]}
     try:
-        return fx.Tracer().trace(model, concrete_args=defaults or None), None
+        return _Tracer().trace(model, concrete_args=defaults or None), None
     except _TRACE_ERRORS as error:
         text = (str(error).strip() or type(error).__name__).split("\n")[0]
         return None, f"the network cannot be traced: {text}"

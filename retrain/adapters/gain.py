@@ -41,6 +41,8 @@ CONSTANT = {
     "softmax": 1.0,  # its Jacobian diag(p) − p pᵀ has norm at most 1/2
 }
 
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+
 
 def gain(
     graph: fx.Graph,
@@ -63,7 +65,7 @@ def gain(
     norms : callable
         ``norms(name)``: a norm of each group's weight matrix of a Linear or Conv2d.
     shapes : mapping
-        The shape of every node's value for one sample (a batch of one).
+        The shape of every node's value for a batch of two samples.
 
     Returns
     -------
@@ -103,6 +105,8 @@ def _to_output(
         rest = factors[user]
         if isinstance(step, str):
             return step
+        if _overwrites(user, modules) and (step > 1 or len(user.all_input_nodes) > 1):
+            return f"{describe(user, modules)} overwrites a value that is used elsewhere"
         if step == 0:
             continue
         if isinstance(rest, str):
@@ -151,12 +155,24 @@ def factor(
     if kind == "mean":
         return _mean(node, source, shapes)
     if kind == "add":
-        return _add(node, source, modules, shapes)
+        return _add(node, source, shapes)
     if kind == "cat":
         return float(cast("list[fx.Node]", node.args[0]).count(source))
     if kind == "scale":
         return _scale(node, source)
     return f"{describe(node, modules)} is random"
+
+
+def _overwrites(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node works in place on a value with other users, or on a view.
+
+    Those users see what it wrote, a path that the graph does not show. That matters if it stretches
+    changes, or brings in those of another value.
+    """
+    if node.target not in _IN_PLACE and setting(node, modules, 99, "inplace", False) is not True:
+        return False
+    target = node.all_input_nodes[0]
+    return len(target.users) > 1 or operation(target, modules) in ("move", "identity")
 
 
 def describe(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
@@ -219,24 +235,12 @@ def _mean(node: fx.Node, source: fx.Node, shapes: Mapping[fx.Node, torch.Size]) 
     return 1 / math.sqrt(math.prod(shape[axis] for axis in axes))
 
 
-def _add(
-    node: fx.Node,
-    source: fx.Node,
-    modules: Mapping[str, nn.Module],
-    shapes: Mapping[fx.Node, torch.Size],
-) -> float | str:
+def _add(node: fx.Node, source: fx.Node, shapes: Mapping[fx.Node, torch.Size]) -> float | str:
     """1 for each operand that the source is."""
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         return "a sum with a factor"
     if shapes[source] != shapes[node]:
         return "a sum that repeats its operand"
-    left = node.args[0]
-    in_place = node.target in (operator.iadd, operator.isub)
-    if in_place and isinstance(left, fx.Node):
-        # Other users of `left`, or of what it is a view of, see the sum; the graph hides that.
-        aliased = len(left.users) > 1 or operation(left, modules) in ("move", "identity")
-        if aliased:
-            return "a sum in place whose operand is used elsewhere"
     return float(list(node.args).count(source))
 
 

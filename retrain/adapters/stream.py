@@ -266,7 +266,8 @@ class TorchStream:
         if graph is None or node is None:
             return Gain(None, f"layer {name!r} has no single place in a traced network")
         if self._shapes is None:
-            self._shapes = _node_shapes(self._dense, graph, self._inputs(0, 1))
+            first = self._inputs(0, 1)  # twice, since a batch of one would hide broadcasting
+            self._shapes = _node_shapes(self._dense, graph, torch.cat([first, first]))
         modules = dict(self._current.named_modules())
         return gain(graph, modules, node, lambda key: self._layer_norms(key, norm), self._shapes)
 
@@ -282,36 +283,35 @@ class TorchStream:
     # --- checks at the start --------------------------------------------------------------------
 
     def _probe(self) -> tuple[tuple[LayerSpec, ...], dict[str, int]]:
-        """Run two samples together and one by one: count positions, and see that rows are theirs.
+        """Run two different samples, and the first one twice: count positions, compare rows.
 
-        A layer whose rows for two samples are not those of each stacked (the samples are not its
-        first axis, or the network mixes them) cannot be retrained row by row.
+        A layer whose first half of rows is not the same in both runs, and in the second not the
+        second half too, has not one sample after the other, or sees samples mixed; it cannot be
+        retrained row by row.
         """
         specs = [found.spec for found in self._network.layers]
         open_specs = [spec for spec in specs if spec.reason is None]
-        number = min(2, len(self._data))
-        together = self._run(open_specs, 0, number)
-        alone = [self._run(open_specs, i, i + 1) for i in range(number)]
+        first, last = self._inputs(0, 1), self._inputs(len(self._data) - 1, len(self._data))
+        different = self._run(open_specs, torch.cat([first, last]))
+        same = self._run(open_specs, torch.cat([first, first]))
         positions: dict[str, int] = {}
         for i, spec in enumerate(specs):
             if spec.reason is not None:
                 continue
-            whole = together.get(spec.name)
-            parts = [run[spec.name] for run in alone if spec.name in run]
-            if whole is None or len(parts) < number:
+            if spec.name not in different or spec.name not in same:
                 specs[i] = replace(spec, reason="the forward pass does not reach it on this data")
-            elif not _stacked(whole, parts) or (spec.kind == "conv2d" and len(whole) != number):
+            elif not _one_after_the_other(spec, different[spec.name], same[spec.name]):
                 specs[i] = replace(spec, reason="its input is not one sample after the other")
             else:
                 module = self._dense.get_submodule(spec.name)
-                positions[spec.name] = len(input_rows(module, whole, 0)) // number
+                positions[spec.name] = len(input_rows(module, same[spec.name], 0)) // 2
         return tuple(specs), positions
 
-    def _run(self, specs: list[LayerSpec], start: int, stop: int) -> dict[str, Tensor]:
+    def _run(self, specs: list[LayerSpec], values: Tensor) -> dict[str, Tensor]:
         """Run samples through the given network; return what each layer received, cloned."""
         received: dict[str, Tensor] = {}
         entered: list[tuple[str, nn.Module, torch.Size]] = []
-        values = self._inputs(start, stop)
+        shape = values.shape
         with ExitStack() as hooks:
             for spec in specs:
                 module = self._dense.get_submodule(spec.name)
@@ -328,10 +328,10 @@ class TorchStream:
                     output = self._dense(values)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise ValueError(self._misfit(entered, error)) from error
-        if not isinstance(output, Tensor) or output.shape[:1] != values.shape[:1]:
+        if not isinstance(output, Tensor) or output.shape[:1] != shape[:1]:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"model: returned {got} for {stop - start} samples, wanted one tensor whose first "
+                f"model: returned {got} for {shape[0]} samples, wanted one tensor whose first "
                 "axis is the sample"
             )
         return received
@@ -395,17 +395,21 @@ def sample_shape(network: Network, model: nn.Module, shape: tuple[int, ...]) -> 
     return shape
 
 
-def _stacked(whole: Tensor, parts: list[Tensor]) -> bool:
-    """Whether a layer's input for some samples is that for each of them, one after the other."""
-    expected = torch.cat(parts)
-    if whole.ndim < 2 or whole.shape != expected.shape:
+def _one_after_the_other(spec: LayerSpec, different: Tensor, same: Tensor) -> bool:
+    """Whether inputs for samples (a, b) and (a, a) begin with the rows of a, the latter twice."""
+    if same.shape != different.shape or same.ndim < 2 or len(same) % 2:
         return False
-    scale = expected.abs().max() if expected.numel() else expected.new_zeros(())
-    return bool(((whole - expected).abs() <= 1e-3 * scale).all())  # other batch, other rounding
+    if spec.kind == "conv2d" and (same.ndim != 4 or len(same) != 2):
+        return False
+    rows, again = same.chunk(2)
+    scale = 1e-3 * rows.abs().max() if rows.numel() else 0  # sums may be rounded differently
+    return all(
+        bool(((rows - other).abs() <= scale).all()) for other in (again, different.chunk(2)[0])
+    )
 
 
 def _node_shapes(model: nn.Module, graph: fx.Graph, sample: Tensor) -> dict[fx.Node, torch.Size]:
-    """Run the graph on one sample; return the shape of every tensor in it."""
+    """Run the graph on some samples; return the shape of every tensor in it."""
     shapes: dict[fx.Node, torch.Size] = {}
 
     class Shapes(fx.Interpreter):
