@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from retrain.adapters.patches import padding
-from retrain.adapters.stream import TorchStream
+from retrain.adapters.stream import TorchStream, fit_samples
 from retrain.data import Data
 from retrain.stream import LayerSpec, collect
 
@@ -130,6 +130,7 @@ def test_images_go_flat_into_a_dense_network_only():
     assert torch.equal(collect(stream, "0").inputs[:, :-1], torch.tensor(x).flatten(1))
     model = nn.Sequential(nn.Linear(3, 2), nn.Flatten(), nn.Linear(4, 2))
     tokens = TorchStream(model, x)
+    assert fit_samples(relu_net(), x).shape == (5, 6) and fit_samples(model, x).shape == x.shape
     assert tokens.count("0") == 10 and tokens.count("2") == 5  # rows of width 3 stay as they are
 
 

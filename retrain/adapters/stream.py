@@ -373,6 +373,25 @@ class TorchStream:
         return spec
 
 
+def fit_samples(model: nn.Module, x: np.ndarray) -> np.ndarray:
+    """Shape samples as a network takes them: for training loops and the like, as streams do it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; it is not changed.
+    x : ndarray, shape (n_samples, ...)
+        `retrain.data.Data.x`.
+
+    Returns
+    -------
+    ndarray, shape (n_samples, n_features) or as it was
+        A view.
+    """
+    copied = evaluation_copy(model)
+    return x.reshape(len(x), *sample_shape(find_layers(copied), copied, x.shape[1:]))
+
+
 def sample_shape(network: Network, model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape in which a network takes a sample that is stored in `shape`.
 
