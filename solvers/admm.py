@@ -70,7 +70,7 @@ _WIDEN = 1.5
 _LARGEST_FACTOR = 10.0
 _DEADBAND = 1.3
 # A float32 iterate whose relative residuals are at this level has nothing more to gain.
-_FLOAT32_FLOOR = 3e-6
+_FLOAT32_FLOOR = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,16 +161,13 @@ class _Splitting:
     def prox_penalty(self, t: Array, rho: Array) -> Array:
         """Prox of f / rho: the penalty on the penalised rows, the mask everywhere."""
         xp = array_namespace(t)
-        if self.penalised is None:
-            w = self.program.penalty.prox(t, 1 / rho)
-        else:
-            shrunk = self.program.penalty.prox(
-                xp.where(self.penalised, t, xp.zeros_like(t)), 1 / rho
-            )
-            w = xp.where(self.penalised, shrunk, t)
         if self.program.support is not None:
-            w = xp.where(self.program.support, w, xp.zeros_like(w))
-        return w
+            # Before the shrinkage: an entry held at zero must not count in its group's norm.
+            t = xp.where(self.program.support, t, xp.zeros_like(t))
+        if self.penalised is None:
+            return self.program.penalty.prox(t, 1 / rho)
+        shrunk = self.program.penalty.prox(xp.where(self.penalised, t, xp.zeros_like(t)), 1 / rho)
+        return xp.where(self.penalised, shrunk, t)
 
     def prox_response(self, t: Array, rho: Array) -> Array:
         """Prox of g / (rho tau): the ball or the fit on Omega, the ceilings off it."""
@@ -245,7 +242,8 @@ def solve_admm(
     Raises
     ------
     ValueError
-        If a tolerance or the iteration limit is not positive, or a warm start does not fit.
+        If a tolerance or the iteration limit is not positive, or a warm start or a factor does not
+        fit.
 
     Notes
     -----
@@ -265,6 +263,12 @@ def solve_admm(
     if max_iterations < 1:
         raise ValueError(f"max_iterations: want at least 1, got {max_iterations!r}")
     xp = array_namespace(program.inputs)
+    order = min(program.inputs.shape)
+    if factor is not None and factor.values.shape[0] != order:
+        raise ValueError(
+            f"factor: want that of inputs {tuple(program.inputs.shape)}, of order {order}, "
+            f"got one of order {factor.values.shape[0]}"
+        )
     reused = factor is not None
     factor = prepare(program.inputs) if factor is None else factor
     started = time.perf_counter()
@@ -275,13 +279,14 @@ def solve_admm(
     best = _Best(program)
     history: list[dict[str, float]] = []
     width, adapt_at, check_at = float(_FIRST_ADAPTATION), _FIRST_ADAPTATION, _FIRST_CHECK
-    iteration = 0
+    iteration, diverged = 0, False
     while iteration < max_iterations:
         iteration += 1
         previous, state = state, _step(splitting, state)
         if iteration == adapt_at:
             primal, dual = _residuals(splitting, previous, state)
-            if not math.isfinite(float(xp.max(primal))):
+            diverged = not math.isfinite(float(xp.max(primal)))
+            if diverged:
                 break
             if dtype != xp.float64 and float(xp.max(xp.maximum(primal, dual))) < _FLOAT32_FLOOR:
                 dtype = xp.float64
@@ -301,7 +306,7 @@ def solve_admm(
         best.offer(splitting, state, tolerance, violation_tolerance)
     certificate = best.certificate
     certified = certificate.within(tolerance, violation_tolerance)
-    finite = bool(np.all(np.isfinite(certificate.objective)))
+    finite = not diverged and bool(np.all(np.isfinite(certificate.objective)))
     return SolveResult(
         weight=best.weight,
         multiplier=best.multiplier,
@@ -345,11 +350,14 @@ def _start(splitting: _Splitting, factor: Factor, warm_start: SolveResult | None
     rho0 = rms_input * math.sqrt(n_in) / rms_response if rms_response > 0 else 1.0
     rho = xp.full((() if shared else (n_out,)), rho0, dtype=dtype, device=device(splitting.inputs))
     if warm_start is not None:
-        if tuple(warm_start.weight.shape) != (n_in, n_out):
-            raise ValueError(
-                f"warm_start: want weights of shape {(n_in, n_out)}, "
-                f"got {tuple(warm_start.weight.shape)}"
-            )
+        for name, array, want in (
+            ("weights", warm_start.weight, (n_in, n_out)),
+            ("a multiplier", warm_start.multiplier, (n_samples, n_out)),
+        ):
+            if tuple(array.shape) != want:
+                raise ValueError(
+                    f"warm_start: want {name} of shape {want}, got {tuple(array.shape)}"
+                )
         if (
             warm_start.penalty_parameter is not None
             and warm_start.penalty_parameter.shape == rho.shape

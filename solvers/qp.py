@@ -96,6 +96,7 @@ def solve_osqp(
         kept = np.flatnonzero(support[:, unit])
         fitted = active[:, unit]
         if not len(kept):
+            nu[fitted, unit] = -2 * program.fit_weight * level[fitted, unit]
             continue
         quadratic, linear, matrix, upper = _program_14(
             program, inputs[:, kept], level[:, unit], fitted, kept

@@ -131,7 +131,7 @@ def judge(certified: np.ndarray, *, finite: bool, exhausted: bool) -> Status:
     certified : ndarray of bool
         `Certificate.within` of the returned point.
     finite : bool
-        Whether the returned point is finite.
+        Whether the returned point, and the iterate behind it, are finite.
     exhausted : bool
         Whether the solver used up its iterations (rather than stopping by itself).
     """
