@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from retrain.adapters.load import load_model
+from retrain.adapters.load import fill, load_model
 
 MODELS = Path(__file__).parents[1].parent / "shared" / "data" / "models"
 
@@ -300,6 +300,22 @@ def test_factory_errors(tmp_path, factories, change, arch, text):
     with pytest.raises(ValueError, match=text) as caught:
         load_model(write(tmp_path / "m.pt", state), arch=arch)
     assert "\n" not in str(caught.value)
+
+
+def test_fill_loads_into_a_copy(tmp_path, factories):
+    module = factories.plain()
+    kept = module[0].weight.detach().clone()
+    state = randomised(factories.plain()).state_dict()
+    path = tmp_path / "m.safetensors"
+    save_file({"x." + name: tensor for name, tensor in state.items()}, path)
+    names = {name: "x." + name for name in state}
+    filled = fill(module, path, names)
+    assert all(torch.equal(filled.state_dict()[name], state[name]) for name in state)
+    assert torch.equal(module[0].weight, kept) and not filled.training
+    with pytest.raises(ValueError, match="has no tensor 'y'"):
+        fill(module, path, {"0.weight": "y"})
+    with pytest.raises(ValueError, match=r"does not fit the given module: it lacks '0.bias'"):
+        fill(module, path, {name: names[name] for name in names if name != "0.bias"})
 
 
 # --- hostile files ------------------------------------------------------------------------------

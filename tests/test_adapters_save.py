@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from retrain.adapters.load import load_model
-from retrain.adapters.save import save_model, save_tensors, write_whole
+from retrain.adapters.save import save_model, save_tensors
 
 
 def tensors():
@@ -94,7 +94,7 @@ def test_a_full_disk_is_an_os_error(tmp_path):
 
 def test_folders_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
-        write_whole(tmp_path / "no" / "m", b"x")
+        save_tensors({"a": torch.ones(1)}, tmp_path / "no" / "m.safetensors")
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path):

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from retrain.adapters.load import load_model
 from retrain.adapters.patches import padding
+from retrain.adapters.save import save_model
 from retrain.adapters.stream import TorchStream, fit_samples
 from retrain.data import Data
 from retrain.stream import LayerSpec, collect
@@ -468,3 +470,55 @@ def test_on_a_gpu():
     assert b.inputs.is_cuda and there.fingerprint == here.fingerprint
     torch.testing.assert_close(a.inputs, b.inputs.cpu(), atol=1e-5, rtol=1e-5)
     assert abs(here.gain("0").value / there.gain("0").value - 1) < 1e-6
+
+
+class Plain(nn.Module):
+    """Two dense layers, with what a forward function does around them."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 2)
+        self.apply_to = forward
+
+    def forward(self, x):
+        return self.apply_to(self, x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "plain"),
+    [
+        (lambda n, x: n.b(torch.relu(n.a(x))), True),
+        (lambda n, x: n.b(n.a(x.view(-1, 6)).relu()), True),
+        (lambda n, x: n.b(n.a(x.view(x.size(0), -1)).relu()), True),
+        (lambda n, x: n.b(n.a(torch.flatten(x, 1)).relu()), True),
+        (lambda n, x: n.b(functional.dropout(n.a(x), training=False).relu()), True),
+        (lambda n, x: n.b(torch.relu(n.a(torch.relu(x)))), False),
+        (lambda n, x: torch.relu(n.b(torch.relu(n.a(x)))), False),
+        (lambda n, x: n.b(torch.tanh(n.a(x))), False),
+        (lambda n, x: n.b(n.a(x)), False),
+        (lambda n, x: n.b(torch.relu(n.a(2 * x))), False),
+        (lambda n, x: n.b(torch.relu(n.a(x))) + 1, False),
+        (lambda n, x: n.b(torch.relu(n.a(x)) + n.a.in_features), False),
+        (lambda n, x: n.b(torch.relu(n.a(x.flip(1)))), False),
+    ],
+)
+def test_plain_networks_are_those_that_their_tensors_give_back(tmp_path, forward, plain):
+    x = samples(5, 6)
+    stream = TorchStream(Plain(forward), x)
+    assert stream.plain is plain
+    save_model(stream.model, tmp_path / "m.safetensors")
+    again = load_model(tmp_path / "m.safetensors").module(torch.tensor(x))
+    same = torch.allclose(again, next(stream.outputs(dense=True)), atol=1e-6)
+    assert same or not plain
+
+
+def test_a_plain_chain_needs_a_telling_order_and_no_other_tensors():
+    torch.manual_seed(0)
+    chain = [nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)]
+    x = samples(5, 6)
+    assert TorchStream(nn.Sequential(*chain), x).plain
+    named = nn.Sequential()
+    for name, module in zip(("last", "relu", "first"), chain, strict=True):
+        named.add_module(name, module)
+    assert not TorchStream(named, x).plain  # both orders fit
+    assert not TorchStream(nn.Sequential(*chain, nn.BatchNorm1d(6)), x).plain

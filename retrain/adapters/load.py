@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from retrain.adapters.dense import read_chain
 from retrain.adapters.exported import load_exported
+from retrain.adapters.find import evaluation_copy
 from retrain.adapters.tensors import FLOATS, check_finite
 from retrain.data import import_factory
 
@@ -136,7 +137,7 @@ def load_model(
         module = import_factory(arch, "arch")()
         if not isinstance(module, nn.Module):
             raise ValueError(f"arch: {arch!r} returned a {type(module).__name__}, wanted a module")
-        _fill(module, renamed, arch)
+        _fill(module, renamed, repr(arch))
         names, note = short, ""
     check_finite(module)
     return LoadedModel(module.eval(), names, path, note)
@@ -256,6 +257,38 @@ def _without_prefix(name: str, names: Mapping[str, Tensor]) -> str:
     return name
 
 
+def fill(model: nn.Module, path: str | Path, names: Mapping[str, str]) -> nn.Module:
+    """Load a file's tensors into a copy of a module.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The architecture; it is not changed.
+    path : str or Path
+        A file that `retrain.adapters.save` wrote.
+    names : mapping
+        The module's tensor names, each with its name in the file (`LoadedModel.names`).
+
+    Returns
+    -------
+    nn.Module
+        In evaluation mode, on the CPU, in the file's types.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read or does not fit.
+    """
+    tensors, _ = read_tensors(Path(path))
+    absent = [theirs for theirs in names.values() if theirs not in tensors]
+    if absent:
+        raise ValueError(f"model: {str(path)!r} has no tensor {absent[0]!r}")
+    copied = evaluation_copy(model)
+    _fill(copied, {ours: tensors[theirs] for ours, theirs in names.items()}, "the given module")
+    check_finite(copied)
+    return copied
+
+
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], arch: str) -> None:
     """Load tensors into a module in the types that they have; compare names and shapes first."""
     own = module.state_dict(keep_vars=True)
@@ -268,17 +301,17 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], arch: str) -> None:
             for what, names in (("lacks", missing), ("has besides", extra))
             if names
         ]
-        raise ValueError(f"model: the file does not fit {arch!r}: it {' and '.join(parts)}")
+        raise ValueError(f"model: the file does not fit {arch}: it {' and '.join(parts)}")
     for name, tensor in tensors.items():
         target = own[name]
         if tensor.shape != target.shape:
             raise ValueError(
                 f"model: {name!r} has shape {tuple(tensor.shape)} in the file and "
-                f"{tuple(target.shape)} in {arch!r}"
+                f"{tuple(target.shape)} in {arch}"
             )
         if tensor.dtype.is_floating_point != target.dtype.is_floating_point:
             raise ValueError(
-                f"model: {name!r} is of type {tensor.dtype}, {arch!r} wants {target.dtype}"
+                f"model: {name!r} is of type {tensor.dtype}, {arch} wants {target.dtype}"
             )
     meta = any(target.is_meta for target in own.values())
     if not meta:
@@ -289,7 +322,7 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], arch: str) -> None:
     for name, target in module.state_dict().items():
         if name in tensors and not torch.equal(target, tensors[name]) and _is_number(tensors[name]):
             raise ValueError(
-                f"model: {name!r} shares its memory with another tensor in {arch!r}, but the file "
+                f"model: {name!r} shares its memory with another tensor in {arch}, but the file "
                 "gives them different values"
             )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+
+from retrain.files import write_whole
 
 METADATA = {"format": "pt"}
 """The one key that loaders ask for; with more of them the file's bytes would not repeat."""
@@ -64,35 +65,3 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
             raise ValueError(f"tensors: {name!r} is sparse, quantised or without values")
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_whole(Path(path), save(own, metadata=METADATA))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place, force it to the disk, and move it there.
-
-    Raises
-    ------
-    OSError
-        If any of that fails; then what was there before is still there, and nothing else.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a rename to the disk, where folders can be opened (not on Windows)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from retrain.adapters import patches
 from retrain.adapters.find import Network, evaluation_copy, find_layers
 from retrain.adapters.gain import gain
+from retrain.adapters.plain import is_plain
 from retrain.adapters.rows import (
     bias_of,
     by_sample,
@@ -118,6 +119,11 @@ class TorchStream:
     def network(self) -> Network:
         """The network taken apart."""
         return self._network
+
+    @property
+    def plain(self) -> bool:
+        """Whether the saved tensors alone give the network back (`load_model` without --arch)."""
+        return is_plain(self._network, self._dense)
 
     @property
     def fingerprint(self) -> str:
