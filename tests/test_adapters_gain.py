@@ -88,6 +88,16 @@ TIGHT = {
     "scaled": (lambda net, z: 2 * (z / 4) * 3, (6,)),
     "sum with itself": (lambda net, z: z + z, (6,)),
     "difference": (lambda net, z: -z - 3 + z.neg(), (6,)),
+    "kernel from the shape": (lambda net, z: functional.avg_pool2d(z, z.size()[2:]), IMAGE),
+    "stride from the shape": (
+        lambda net, z: functional.max_pool2d(z, 2, stride=z.size(3) - 5),
+        IMAGE,
+    ),
+    "every second pixel, padded": (
+        lambda net, z: functional.pad(z[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1)),
+        IMAGE,
+    ),
+    "one channel": (lambda net, z: z[:, 1, None], IMAGE),
     "moved": (lambda net, z: z.permute(0, 2, 3, 1).flatten(1).unsqueeze(-1).clone(), IMAGE),
     "size": (lambda net, z: z.view(z.shape[0], -1).view(z.size(0), -1), IMAGE),
 }
@@ -170,6 +180,8 @@ REASONS = {
     "repeats": (lambda net, z: z.unsqueeze(1) + z.unsqueeze(2), "repeats its operand"),
     "weighted sum": (lambda net, z: torch.add(z, z, alpha=2), "a sum with a factor"),
     "in place": (lambda net, z: net.put(z), "add_ has no known factor"),
+    "indexed": (lambda net, z: z[:, [0, 0]], "a selection that may repeat entries"),
+    "reflected": (lambda net, z: functional.pad(z[:, None], (1, 1), "reflect"), "'reflect'"),
     "scaled in place": (lambda net, z: net.scaled(z), "imul overwrites a value"),
     "uneven": (
         lambda net, z: functional.adaptive_avg_pool1d(z, 4),

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from retrain.adapters.operations import argument, operation, setting
+from retrain.adapters.operations import operation, setting
 from retrain.adapters.patches import conv_lipschitz, cover
 from retrain.stream import Gain
 
@@ -49,7 +49,7 @@ def gain(
     modules: Mapping[str, nn.Module],
     start: fx.Node,
     norms: Callable[[str], list[float]],
-    shapes: Mapping[fx.Node, torch.Size],
+    shapes: Mapping[fx.Node, Any],
 ) -> Gain:
     """Bound the factor from one node's output to the network's.
 
@@ -65,7 +65,7 @@ def gain(
     norms : callable
         ``norms(name)``: a norm of each group's weight matrix of a Linear or Conv2d.
     shapes : mapping
-        The shape of every node's value for a batch of two samples.
+        For a batch of two samples, the shape of every tensor, and other values as they are.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def _to_output(
     factors: Mapping[fx.Node, float | str],
     modules: Mapping[str, nn.Module],
     norms: Callable[[str], list[float]],
-    shapes: Mapping[fx.Node, torch.Size],
+    shapes: Mapping[fx.Node, Any],
 ) -> float | str:
     """G(node) from its users'; text where there is none."""
     if node.op == "output":
@@ -120,9 +120,14 @@ def factor(
     source: fx.Node,
     modules: Mapping[str, nn.Module],
     norms: Callable[[str], list[float]],
-    shapes: Mapping[fx.Node, torch.Size],
+    shapes: Mapping[fx.Node, Any],
 ) -> float | str:
     """Lipschitz factor of one node for one of its inputs, or text that says why there is none."""
+
+    def known(position: int, name: str, default: Any) -> Any:
+        """A setting; where it is computed from the samples' shape, its value."""
+        return fx.map_arg(setting(node, modules, position, name, default), shapes.__getitem__)
+
     kind = operation(node, modules)
     if kind is None:
         return f"{describe(node, modules)} has no known factor"
@@ -136,24 +141,31 @@ def factor(
             return f"{node.target} pads with {layer.padding_mode!r}"
         return conv_lipschitz(layer, norms(str(node.target)))
     if kind == "leaky_relu":
-        return max(1.0, abs(setting(node, modules, 1, "negative_slope", 0.01)))
+        return max(1.0, abs(known(1, "negative_slope", 0.01)))
     if kind == "elu":
-        return max(1.0, abs(setting(node, modules, 1, "alpha", 1.0)))
+        return max(1.0, abs(known(1, "alpha", 1.0)))
     if kind == "batch_norm":
         return _batch_norm(modules[str(node.target)], str(node.target))
     if kind == "log_softmax":
         # The Jacobian I − 1 pᵀ is a projection, so its norm is ||1|| ||p|| <= sqrt(classes).
-        axis = setting(node, modules, 1, "dim", None)
+        axis = known(1, "dim", None)
         return "log_softmax without a dim" if axis is None else math.sqrt(shapes[node][axis])
     if kind in ("max_pool", "avg_pool"):
-        return _pool(node, kind, modules)
+        return _pool(kind, int(describe(node, modules).split(" ")[0][-2]), known)
     if kind == "adaptive_avg_pool":
         ratio = [i / o for i, o in zip(shapes[source], shapes[node], strict=True)]
         if any(r != int(r) for r in ratio):
             return f"{describe(node, modules)} has windows of unequal size"
         return 1 / math.sqrt(math.prod(ratio))
     if kind == "mean":
-        return _mean(node, source, shapes)
+        return _mean(known(1, "dim", None), shapes[source])
+    if kind == "select":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        plain = all(entry is None or isinstance(entry, int | slice) for entry in index)
+        return 1.0 if plain else "a selection that may repeat entries"
+    if kind == "pad":
+        mode = known(2, "mode", "constant")
+        return 1.0 if mode == "constant" else f"it pads with {mode!r}"
     if kind == "add":
         return _add(node, source, shapes)
     if kind == "cat":
@@ -193,8 +205,8 @@ def _batch_norm(layer: nn.Module, name: str) -> float | str:
     return float(factors.max())
 
 
-def _pool(node: fx.Node, kind: str, modules: Mapping[str, nn.Module]) -> float:
-    """Factor of max and average pooling.
+def _pool(kind: str, dims: int, known: Callable[[int, str, Any], Any]) -> float:
+    """Factor of max and average pooling over one or two axes.
 
     With c the most windows that cover one entry: for the maximum, each output changes by no more
     than the largest change in its window, so the squares sum to at most c times the input's. For
@@ -202,40 +214,37 @@ def _pool(node: fx.Node, kind: str, modules: Mapping[str, nn.Module]) -> float:
     is at most sqrt(c/K) (Schur's test), which is exact when windows do not overlap. Where windows
     are cut at the border and divided by what is left, column sums are only known to be at most c.
     """
-    dims = int(describe(node, modules).split(" ")[0][-2])  # MaxPool2d, avg_pool1d, ...
 
     def sizes(position: int, name: str, default: Any) -> tuple[int, ...]:
-        value = setting(node, modules, position, name, default)
+        value = known(position, name, default)
         entries = tuple(value) if isinstance(value, tuple | list) else (value,)
         return entries * dims if len(entries) == 1 else entries
 
     kernel = sizes(1, "kernel_size", None)
-    stride = setting(node, modules, 2, "stride", None)
+    stride = known(2, "stride", None)
     strides = sizes(2, "stride", None) if stride not in (None, [], ()) else kernel
     if kind == "max_pool":
         return math.sqrt(math.prod(map(cover, kernel, strides, sizes(4, "dilation", 1))))
     covers = math.prod(map(cover, kernel, strides, (1,) * dims))
-    divisor = setting(node, modules, 6, "divisor_override", None) if dims == 2 else None
+    divisor = known(6, "divisor_override", None) if dims == 2 else None
     entries = math.prod(kernel)
     if divisor:
         return math.sqrt(entries * covers) / abs(divisor)
-    cut = setting(node, modules, 4, "ceil_mode", False) or (
-        any(sizes(3, "padding", 0)) and not setting(node, modules, 5, "count_include_pad", True)
+    cut = known(4, "ceil_mode", False) or (
+        any(sizes(3, "padding", 0)) and not known(5, "count_include_pad", True)
     )
     return math.sqrt(covers) if cut else math.sqrt(covers / entries)
 
 
-def _mean(node: fx.Node, source: fx.Node, shapes: Mapping[fx.Node, torch.Size]) -> float | str:
+def _mean(axes: Any, shape: torch.Size) -> float | str:
     """1 / sqrt(K) for a mean over K entries of a sample."""
-    axes = argument(node, 1, "dim", None)
     axes = [axes] if isinstance(axes, int) else axes
-    shape = shapes[source]
     if axes is None or any(axis % len(shape) == 0 for axis in axes):
         return "mean over the samples"
     return 1 / math.sqrt(math.prod(shape[axis] for axis in axes))
 
 
-def _add(node: fx.Node, source: fx.Node, shapes: Mapping[fx.Node, torch.Size]) -> float | str:
+def _add(node: fx.Node, source: fx.Node, shapes: Mapping[fx.Node, Any]) -> float | str:
     """1 for each operand that the source is."""
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         return "a sum with a factor"

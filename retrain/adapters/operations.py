@@ -103,6 +103,8 @@ FUNCTIONS: dict[Any, str] = {
     operator.truediv: "scale",
     operator.itruediv: "scale",
     torch.div: "scale",
+    operator.getitem: "select",
+    functional.pad: "pad",
     torch.cat: "cat",
     torch.concat: "cat",
     getattr: "getattr",

@@ -95,7 +95,7 @@ class TorchStream:
         self._layers, self._positions = self._probe()
         self._changed: set[str] = set()
         self._norms: dict[tuple[str, Norm], list[float]] = {}
-        self._shapes: dict[fx.Node, torch.Size] | None = None
+        self._shapes: dict[fx.Node, Any] | None = None
         self._fingerprint = self._hash()
 
     # --- what it is -----------------------------------------------------------------------------
@@ -433,17 +433,16 @@ def _one_after_the_other(spec: LayerSpec, different: Tensor, same: Tensor) -> bo
     )
 
 
-def _node_shapes(model: nn.Module, graph: fx.Graph, sample: Tensor) -> dict[fx.Node, torch.Size]:
-    """Run the graph on some samples; return the shape of every tensor in it."""
-    shapes: dict[fx.Node, torch.Size] = {}
+def _node_shapes(model: nn.Module, graph: fx.Graph, samples: Tensor) -> dict[fx.Node, Any]:
+    """Run the graph on some samples; return the shape of every tensor in it, and what is none."""
+    shapes: dict[fx.Node, Any] = {}
 
     class Shapes(fx.Interpreter):
         def run_node(self, node: fx.Node) -> Any:
             value = super().run_node(node)
-            if isinstance(value, Tensor):
-                shapes[node] = value.shape
+            shapes[node] = value.shape if isinstance(value, Tensor) else value
             return value
 
     with torch.no_grad():
-        Shapes(model, graph=graph).run(sample)
+        Shapes(model, graph=graph).run(samples)
     return shapes
