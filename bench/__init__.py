@@ -1,0 +1,1 @@
+"""Benches: seeded problems, peers in the same run, result rows."""

@@ -1,1 +1,34 @@
-"""Convex and second-order retraining of trained networks, with certificates."""
+"""Convex and second-order retraining of trained networks, with certificates.
+
+run = retrain.net_trim(model, data, relative_epsilon=0.05, out="runs/a")
+run.model, run.layers, run.bound, run.measured
+retrain.load("runs/a")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrain.api import Run, load, net_trim
+    from retrain.chain import Chain
+    from retrain.data import load_data
+
+__all__ = ["Chain", "Run", "load", "load_data", "net_trim"]
+
+# Imported when asked for, so that `retrain --help` answers at once.
+_HOMES = {
+    "Chain": "retrain.chain",
+    "Run": "retrain.api",
+    "load": "retrain.api",
+    "load_data": "retrain.data",
+    "net_trim": "retrain.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'retrain' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -56,6 +56,11 @@ class LayerReport:
     details: dict[str, Any]
 
     @property
+    def all_units(self) -> int:
+        """Units of all groups."""
+        return self.weights // self.shape[0]
+
+    @property
     def sparsity(self) -> float:
         """Share of the prunable weights that are exactly zero."""
         return self.zeros / self.weights

@@ -23,7 +23,6 @@ more than the constrained form allows.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -144,7 +143,7 @@ class NetTrimOptions:
     @property
     def threads_per_job(self) -> int:
         """Linear algebra threads of each job."""
-        return self.threads or max(1, (os.cpu_count() or 1) // self.jobs)
+        return self.threads or max(1, joblib.cpu_count() // self.jobs)
 
 
 def net_trim(

@@ -1,0 +1,384 @@
+"""`retrain.net_trim` and `retrain.load`: a network in, a run out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from retrain.bounds import OutputBound, cascade_bound, output_bound
+from retrain.data import Data, as_data
+from retrain.layer_report import LayerReport, LayerResult
+from retrain.methods import net_trim as net_trim_method
+from retrain.methods.net_trim import NetTrimOptions
+from retrain.run import RunDirectory, open_run, read_record, versions
+from retrain.stream import LayerSpec, LayerStream
+from retrain.subject import Subject, reopen, subject_of
+from solvers.program import to_numpy
+
+OnLayer = Callable[[LayerReport, int], None]
+Steps = Callable[[LayerStream, Sequence[str], Mapping[str, Sequence[Any]]], Iterator[LayerResult]]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A retraining run.
+
+    Attributes
+    ----------
+    model : torch.nn.Module or Chain
+        The retrained network, of the kind that was given.
+    layers : tuple of LayerReport
+        What became of each layer.
+    bounds : dict of OutputBound
+        Output deviation, bound beside measured: ``"calibration"`` and, with held-out data,
+        ``"held_out"``. Of the retrained network before any fine-tuning.
+    record : dict
+        All that ``run.json`` holds: options, versions, totals, accuracies, seconds.
+    directory : Path or None
+        Where the run was written, if anywhere.
+    """
+
+    model: Any
+    layers: tuple[LayerReport, ...]
+    bounds: dict[str, OutputBound]
+    record: dict[str, Any]
+    directory: Path | None
+
+    @property
+    def bound(self) -> float | None:
+        """Best bound on |Yhat - Y|_F of the outputs on the calibration rows."""
+        return self.bounds["calibration"].best
+
+    @property
+    def measured(self) -> float:
+        """Measured |Yhat - Y|_F of the outputs on the calibration rows."""
+        return self.bounds["calibration"].measured
+
+    @property
+    def certified(self) -> bool:
+        """Whether every layer's saved weights are certified."""
+        return all(report.certified for report in self.layers)
+
+
+def net_trim(
+    model: Any,
+    data: Any,
+    *,
+    out: str | Path | None = None,
+    evaluate: Any = None,
+    layers: str | Sequence[str] | None = None,
+    skip: str | Sequence[str] | None = None,
+    fine_tune: int = 0,
+    device: str | None = None,
+    on_layer: OnLayer | None = None,
+    options: NetTrimOptions | None = None,
+    **settings: Any,
+) -> Run:
+    """Retrain a network layer by layer with Net-Trim.
+
+    Parameters
+    ----------
+    model : torch.nn.Module, Chain or LoadedModel
+        The trained network. It is not changed.
+    data : array, tensor, DataLoader, Data, or anything that yields batches
+        Calibration inputs; (inputs, labels) pairs give accuracies too, and allow fine-tuning.
+    out : path, optional
+        Run directory: written as the run goes, resumed by the same call. Without one nothing is
+        written.
+    evaluate : like `data`, optional
+        Held-out data for accuracies and bounds.
+    layers, skip : str or sequence of str, optional
+        Shell patterns of layer names to retrain, and to leave out.
+    fine_tune : int, optional
+        Epochs of training after pruning, zeros kept at zero. Wants labels and a torch module.
+    device : str, optional
+        Where torch computes; by default where the module is.
+    on_layer : callable, optional
+        Called with each LayerReport as its layer is done, and the number of layers.
+    options : NetTrimOptions, optional
+        What to do; `settings` are its fields, given one by one or to replace some.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    ValueError
+        If the model, the data, an option or the run directory is unfit; the message names it.
+    OSError
+        If the run directory cannot be written. Finished layers are kept, and the call resumes.
+    """
+    options = _options(options, settings)
+
+    def steps(
+        stream: LayerStream, names: Sequence[str], finished: Mapping[str, Sequence[Any]]
+    ) -> Iterator[LayerResult]:
+        return net_trim_method.net_trim(stream, options, layers=names, finished=finished)
+
+    return drive(
+        "net-trim",
+        steps,
+        subject_of(model, device),
+        as_data(data),
+        held_out=None if evaluate is None else as_data(evaluate),
+        settings={**_plain(options), "threads": options.threads_per_job},
+        layers=layers,
+        skip=skip,
+        fine_tune=fine_tune,
+        out=out,
+        on_layer=on_layer,
+        direct=cascade_bound,
+    )
+
+
+def drive(
+    method: str,
+    steps: Steps,
+    subject: Subject,
+    data: Data,
+    *,
+    held_out: Data | None,
+    settings: dict[str, Any],
+    layers: str | Sequence[str] | None,
+    skip: str | Sequence[str] | None,
+    fine_tune: int,
+    out: str | Path | None,
+    on_layer: OnLayer | None,
+    direct: Callable[[LayerStream, Sequence[LayerReport]], float | None],
+) -> Run:
+    """Run a layer method over a network: resume, retrain, save, bound, evaluate, report.
+
+    `steps` is the method bound to its options; `direct` gives its own bound on the calibration
+    rows, if it has one.
+    """
+    started = time.perf_counter()
+    if fine_tune < 0:
+        raise ValueError(f"fine_tune: want a number of epochs >= 0, got {fine_tune}")
+    if fine_tune and data.y is None:
+        raise ValueError("fine_tune: wants labels, and the data has none")
+    with ExitStack() as stack:
+        stack.enter_context(threadpool_limits(joblib.cpu_count()))
+        stream = subject.stream(data)
+        names = select(stream.layers, layers, skip)
+        identity = {
+            "method": method,
+            "network and data": stream.fingerprint,
+            "layers": names,
+            "options": settings,
+            "fine_tune": fine_tune,
+            "cores": joblib.cpu_count(),
+            "versions": versions(),
+        }
+        directory = None
+        if out is not None:
+            every = tuple(spec.name for spec in stream.layers)
+            directory = stack.enter_context(open_run(out, identity, every))
+        reports = _retrain(stream, steps, names, directory, on_layer)
+        bounds = {"calibration": output_bound(stream, direct=direct(stream, reports))}
+        accuracy = {"calibration": _accuracies(stream, data)}
+        if held_out is not None:
+            other = subject.stream(held_out)
+            _copy_weights(stream, other)
+            bounds["held_out"] = output_bound(other)
+            accuracy["held_out"] = _accuracies(other, held_out)
+        tuned = None
+        if fine_tune:
+            tuned = subject.fine_tune(stream, data, fine_tune, held_out)
+            for name, value in tuned.accuracies.items():
+                accuracy[name]["fine_tuned"] = value
+        model = subject.model(stream) if tuned is None else tuned.model
+        record: dict[str, Any] = {
+            "state": "finished",
+            "identity": identity,
+            "method": method,
+            "model": subject.describe(stream),
+            "data": {"name": data.name, "samples": len(data)},
+            "held_out": None
+            if held_out is None
+            else {"name": held_out.name, "samples": len(held_out)},
+            "options": settings,
+            "layers": [report.to_json() for report in reports],
+            "left": [
+                {"name": spec.name, "kind": spec.kind, "reason": spec.reason or "not selected"}
+                for spec in stream.layers
+                if spec.name not in names
+            ],
+            "totals": totals(reports),
+            "accuracy": accuracy,
+            "bounds": {name: bound.to_json() for name, bound in bounds.items()},
+            "fine_tune": fine_tune,
+            "seconds": time.perf_counter() - started,
+        }
+        if directory is not None:
+            subject.save(model, directory.path)
+            directory.write_record(record)
+    return Run(model, tuple(reports), bounds, record, None if out is None else Path(out))
+
+
+def load(path: str | Path, model: Any = None) -> Run:
+    """Read a finished run back.
+
+    Parameters
+    ----------
+    path : path
+        The run directory.
+    model : torch.nn.Module, optional
+        The architecture, for a network that was given as a module and that is no plain chain; a
+        copy of it is filled.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    ValueError
+        If there is no finished run, or the network's architecture must be given and is not.
+    """
+    directory = Path(path)
+    record = read_record(directory)
+    if record.get("state") != "finished":
+        raise ValueError(f"run: {str(path)!r} is not finished; repeat its command to resume it")
+    return Run(
+        model=reopen(record["model"], directory, model),
+        layers=tuple(LayerReport.from_json(entry) for entry in record["layers"]),
+        bounds={name: OutputBound.from_json(entry) for name, entry in record["bounds"].items()},
+        record=record,
+        directory=directory,
+    )
+
+
+def select(
+    layers: Sequence[LayerSpec],
+    chosen: str | Sequence[str] | None,
+    skip: str | Sequence[str] | None,
+) -> list[str]:
+    """Names of the layers to retrain: those that can be, match `chosen` and do not match `skip`.
+
+    Raises
+    ------
+    ValueError
+        If a pattern matches no layer, a layer named without a wildcard cannot be retrained, or
+        nothing is left.
+    """
+    names = [spec.name for spec in layers if spec.reason is None]
+    for argument, patterns in (("layers", _patterns(chosen)), ("skip", _patterns(skip))):
+        for pattern in patterns or []:
+            hits = [spec for spec in layers if fnmatchcase(spec.name, pattern)]
+            if not hits:
+                every = ", ".join(spec.name for spec in layers)
+                raise ValueError(f"{argument}: no layer matches {pattern!r}; there are {every}")
+            if argument == "layers" and all(spec.reason is not None for spec in hits):
+                raise ValueError(f"layers: {hits[0].name!r} cannot be retrained: {hits[0].reason}")
+    wanted, unwanted = _patterns(chosen), _patterns(skip) or []
+    if wanted is not None:
+        names = [name for name in names if any(fnmatchcase(name, p) for p in wanted)]
+    names = [name for name in names if not any(fnmatchcase(name, p) for p in unwanted)]
+    if not names:
+        reasons = "; ".join(f"{spec.name}: {spec.reason}" for spec in layers if spec.reason)
+        raise ValueError(f"layers: nothing is left to retrain{f' ({reasons})' if reasons else ''}")
+    return names
+
+
+def totals(reports: Sequence[LayerReport]) -> dict[str, Any]:
+    """Sum up the retrained layers."""
+    weights = sum(report.weights for report in reports)
+    zeros = sum(report.zeros for report in reports)
+    return {
+        "weights": weights,
+        "zeros_before": sum(report.zeros_before for report in reports),
+        "zeros": zeros,
+        "sparsity": zeros / weights,
+        "certified": all(report.certified for report in reports),
+        "solve_seconds": sum(report.seconds for report in reports),
+    }
+
+
+def _options(options: NetTrimOptions | None, settings: dict[str, Any]) -> NetTrimOptions:
+    """Options from an object, from single settings, or both."""
+    unknown = sorted(set(settings) - set(NetTrimOptions.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(NetTrimOptions.__dataclass_fields__)
+        raise ValueError(f"{unknown[0]}: no such option of Net-Trim; there are {known}")
+    if "epsilon" in settings and settings["epsilon"] is not None:
+        settings.setdefault("relative_epsilon", None)
+    return replace(options or NetTrimOptions(), **settings)
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    """Options as JSON values; a penalty by its name and parameters."""
+    values = {name: getattr(options, name) for name in options.__dataclass_fields__}
+    for name, value in values.items():
+        if is_dataclass(value) and not isinstance(value, type):
+            values[name] = {"name": getattr(value, "name", type(value).__name__), **asdict(value)}
+    return values
+
+
+def _patterns(value: str | Sequence[str] | None) -> list[str] | None:
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else list(value)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _retrain(
+    stream: LayerStream,
+    steps: Steps,
+    names: list[str],
+    directory: RunDirectory | None,
+    on_layer: OnLayer | None,
+) -> list[LayerReport]:
+    """Go through the layers, writing each as it is done; return all reports in execution order."""
+    finished = directory.finished(stream) if directory is not None else {}
+    finished = {name: result for name, result in finished.items() if name in names}
+    reports = {name: result.report for name, result in finished.items()}
+    for report in reports.values():
+        if on_layer is not None:
+            on_layer(report, len(names))
+    weights = {name: result.weights for name, result in finished.items()}
+    for result in steps(stream, names, weights):
+        if directory is not None:
+            directory.write_layer(result)
+        reports[result.report.name] = result.report
+        if on_layer is not None:
+            on_layer(result.report, len(names))
+    return [reports[name] for name in names]
+
+
+def _copy_weights(source: LayerStream, target: LayerStream) -> None:
+    for spec in source.layers:
+        for group in range(spec.groups if spec.reason is None else 0):
+            target.commit(spec.name, source.weight(spec.name, group), group)
+
+
+def _accuracies(stream: LayerStream, data: Data) -> dict[str, float | None]:
+    """Accuracy before and after on labelled data; None for data without class labels."""
+    return {
+        "before": _accuracy(stream, data, dense=True),
+        "after": _accuracy(stream, data, dense=False),
+    }
+
+
+def _accuracy(stream: LayerStream, data: Data, *, dense: bool) -> float | None:
+    """Share of samples whose largest output is the label's; None without one label a sample."""
+    if data.y is None or data.y.ndim != 1 or not np.issubdtype(data.y.dtype, np.integer):
+        return None
+    hits, start = 0, 0
+    for outputs in stream.outputs(dense=dense):
+        values = to_numpy(outputs)
+        if values.ndim != 2 or values.shape[1] < 2:
+            return None
+        labels = data.y[start : start + len(values)]
+        hits += int((values.argmax(axis=1) == labels).sum())
+        start += len(values)
+    return hits / start

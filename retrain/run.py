@@ -1,0 +1,221 @@
+"""A run directory: lock, identity, finished layers, resume.
+
+    DIR/
+      lock                  held (by the operating system) while a process works here
+      run.json              identity and options from the start, results at the end
+      layers/000.safetensors ...   each finished layer's weights, its report in the header
+      model.safetensors     the finished network
+
+A layer's file appears by one rename when the layer is done, so a killed run loses at most the layer
+in hand. The same command resumes; a command that differs in anything that could change a weight is
+refused. A lock held by a process dies with it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from retrain.files import write_json, write_whole
+from retrain.layer_report import LayerReport, LayerResult
+from retrain.stream import LayerSpec, LayerStream
+from solvers.program import to_numpy
+
+RUN_FILE = "run.json"
+MODEL_FILE = "model.safetensors"
+LAYERS = "layers"
+FORMAT = 1
+_LARGEST_RECORD = 64 * 2**20  # bytes of a run.json anyone would write
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """An open run directory. Made by `open_run`; only its process writes there.
+
+    Attributes
+    ----------
+    path : Path
+        The directory.
+    names : tuple of str
+        The network's layers in execution order, which number the layer files.
+    """
+
+    path: Path
+    names: tuple[str, ...]
+
+    def layer_path(self, name: str) -> Path:
+        """File of a layer: numbered, so that no name of a stranger's becomes a path."""
+        return self.path / LAYERS / f"{self.names.index(name):03d}.safetensors"
+
+    def write_layer(self, result: LayerResult) -> None:
+        """Save a finished layer in one step."""
+        tensors = {
+            f"weight.{group}": np.ascontiguousarray(to_numpy(weight))
+            for group, weight in enumerate(result.weights)
+        }
+        report = json.dumps(result.report.to_json(), allow_nan=True)
+        content = save(tensors, metadata={"report": report})
+        write_whole(self.layer_path(result.report.name), content)
+
+    def read_layer(self, spec: LayerSpec) -> LayerResult | None:
+        """Read a finished layer; None when it is not finished.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged or not of this layer's shape.
+        """
+        path = self.layer_path(spec.name)
+        if not path.exists():
+            return None
+        shape = [spec.shape[0] + int(spec.bias), spec.shape[1]]
+        try:
+            with safe_open(path, framework="numpy") as file:
+                names = [f"weight.{group}" for group in range(spec.groups)]
+                if sorted(file.keys()) != sorted(names):
+                    raise ValueError(f"run: {path} does not hold layer {spec.name!r}")
+                for name in names:
+                    if file.get_slice(name).get_shape() != shape:
+                        raise ValueError(f"run: {path} does not have layer {spec.name!r}'s shape")
+                record = json.loads((file.metadata() or {}).get("report", "{}"))
+                weights = [file.get_tensor(name) for name in names]
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"run: {path} is damaged ({error}); delete it to redo it") from error
+        return LayerResult(weights, LayerReport.from_json(record))
+
+    def finished(self, stream: LayerStream) -> dict[str, LayerResult]:
+        """Read all finished layers by name, in execution order."""
+        results = {
+            spec.name: self.read_layer(spec) for spec in stream.layers if spec.reason is None
+        }
+        return {name: result for name, result in results.items() if result is not None}
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Write run.json."""
+        write_json(self.path / RUN_FILE, {"format": FORMAT, **record})
+
+
+def versions() -> dict[str, str]:
+    """Versions that fix a run's last bits."""
+    names = ("retrain", "numpy", "scipy", "torch")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+@contextmanager
+def open_run(
+    path: str | Path, identity: Mapping[str, Any], names: tuple[str, ...]
+) -> Iterator[RunDirectory]:
+    """Lock a run directory, new or of the same run, for as long as the context lasts.
+
+    Parameters
+    ----------
+    path : str or Path
+        The directory; made if it does not exist.
+    identity : mapping
+        All that could change a weight: fingerprints, options, threads, versions. JSON values.
+    names : tuple of str
+        The network's layers in execution order.
+
+    Raises
+    ------
+    ValueError
+        If the directory belongs to another run (the message lists what differs), holds something
+        else, or is in use.
+    OSError
+        If it cannot be made or written.
+    """
+    directory = Path(path)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"out: {str(directory)!r} is a file")
+    if directory.exists() and not (directory / RUN_FILE).exists():
+        others = {entry.name for entry in directory.iterdir()} - {"lock", LAYERS}
+        if others:
+            raise ValueError(
+                f"out: {str(directory)!r} is not empty and holds no run (it has {min(others)!r}); "
+                "choose another directory"
+            )
+    (directory / LAYERS).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"out: {str(directory)!r} is in use by another process; wait for it, or choose another"
+        ) from error
+    try:
+        if (directory / RUN_FILE).exists():
+            _check_identity(directory, identity)
+        else:
+            record = {"format": FORMAT, "state": "running", "identity": dict(identity)}
+            write_json(directory / RUN_FILE, record)
+        _sweep(directory)
+        yield RunDirectory(directory, names)
+    finally:
+        lock.release()
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read run.json of a run directory.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or it is none of ours.
+    """
+    file = Path(path) / RUN_FILE
+    if not file.is_file():
+        raise ValueError(f"run: {str(path)!r} holds no {RUN_FILE}")
+    if file.stat().st_size > _LARGEST_RECORD:
+        raise ValueError(f"run: {file} is too large for a run's record")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"run: {file} is damaged: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"run: {file} is not a run's record of format {FORMAT}")
+    return record
+
+
+def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that another command began, saying what differs."""
+    before = read_record(directory).get("identity", {})
+    now = json.loads(json.dumps(identity))
+    differing = list(_differences(before, now))
+    if differing:
+        raise ValueError(
+            f"out: {str(directory)!r} belongs to another run ({'; '.join(differing[:4])}); "
+            "repeat that run's command to resume it, or choose another directory"
+        )
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Name what differs between two identities, leaf by leaf."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield f"{name} was {_short(before)}, is {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 24 else f"{text[:20]}…"
+
+
+def _sweep(directory: Path) -> None:
+    """Remove temporary files that a killed process left."""
+    for folder in (directory, directory / LAYERS):
+        for entry in folder.glob(".*.tmp"):
+            if entry.is_file():
+                entry.unlink()
