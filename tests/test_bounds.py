@@ -1,0 +1,166 @@
+"""The theorems' bounds as numbers, against what networks really do."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from retrain.bounds import (
+    cascade_bound,
+    check_link_normalised,
+    discrepancy,
+    l_obs_bound,
+    output_bound,
+    theorem_1,
+    theorem_2,
+)
+from retrain.chain import Chain, ChainStream, forward, link_normalise
+from retrain.methods.net_trim import NetTrimOptions, net_trim
+
+TIGHT = {"tolerance": 1e-4, "violation_tolerance": 1e-6, "max_iterations": 20_000}
+
+
+def random_chain(seed, widths=(10, 14, 12, 5), follows=(), bias=False):
+    rng = np.random.default_rng(seed)
+    weights = tuple(rng.standard_normal((a + bias, b)) / np.sqrt(a) for a, b in pairwise(widths))
+    inputs = rng.standard_normal((80, widths[0]))
+    return Chain(weights, (bias,) * len(weights), follows), inputs
+
+
+def trimmed(chain, inputs, **options):
+    stream = ChainStream(chain, inputs)
+    reports = [result.report for result in net_trim(stream, NetTrimOptions(**TIGHT, **options))]
+    assert all(report.certified for report in reports)
+    return stream, sorted(reports, key=lambda report: report.name)
+
+
+@pytest.mark.parametrize("follows", [(), ("relu",) * 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_theorem_1_on_link_normalised_networks(seed, follows):
+    chain, inputs = random_chain(seed, follows=follows)
+    normalised, _ = link_normalise(chain)
+    dense = forward(normalised, inputs)
+    epsilons = [0.1 * np.linalg.norm(outcome) for outcome in dense]
+    stream, _ = trimmed(normalised, inputs, scheme="parallel", relative_epsilon=0.1)
+    assert check_link_normalised(stream.chain) == []
+    bounds = theorem_1(epsilons)
+    for new, old, bound in zip(forward(stream.chain, inputs), dense, bounds, strict=True):
+        assert np.linalg.norm(new - old) <= bound * (1 + 1e-5)
+    assert theorem_1([0.3] * 4)[-1] == pytest.approx(4 * 0.3)
+
+
+@pytest.mark.parametrize("follows", [(), ("relu",) * 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_theorem_2_on_cascades(seed, follows):
+    chain, inputs = random_chain(seed, follows=follows)
+    normalised, _ = link_normalise(chain)
+    dense = forward(normalised, inputs)
+    epsilon = 0.1 * np.linalg.norm(dense[0])
+    stream, reports = trimmed(normalised, inputs, epsilon=epsilon, relative_epsilon=None)
+    assert reports[0].details["epsilon"] == pytest.approx(epsilon)
+    bounds = theorem_2(epsilon, [1.1] * 2)
+    for new, old, bound in zip(forward(stream.chain, inputs), dense, bounds, strict=True):
+        assert np.linalg.norm(new - old) <= bound * (1 + 1e-5)
+    assert theorem_2(2.0, [1.5] * 3)[-1] == pytest.approx(1.5**1.5 * 2.0)
+
+
+def test_the_premise_of_theorem_1_can_fail_and_is_checked():
+    """Inputs x and x/2 carry the same information: a heavy ridge spreads (1, 0) over both."""
+    heavy = Chain((np.array([[0.8], [0.4]]),))
+    assert check_link_normalised(heavy) == ["layer 0: |W|_1 = 1.2"]
+
+
+def test_theorem_2_wants_inflations_of_at_least_one():
+    with pytest.raises(ValueError, match="every rate >= 1, got 0.9"):
+        theorem_2(1.0, [1.1, 0.9])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_output_bound_holds_for_any_weights(seed, bias):
+    """The sum over layers needs no certificate: it holds for weights from anywhere."""
+    chain, inputs = random_chain(seed, bias=bias)
+    stream = ChainStream(chain, inputs, batch_size=33)
+    rng = np.random.default_rng(seed)
+    for spec in stream.layers:
+        weight = stream.weight(spec.name)
+        stream.commit(spec.name, weight * (rng.random(weight.shape) < 0.6))
+    bound = output_bound(stream)
+    change = forward(stream.chain, inputs)[-1] - forward(chain, inputs)[-1]
+    assert bound.measured == pytest.approx(np.linalg.norm(change))
+    assert bound.bound >= bound.measured
+    frobenius = output_bound(stream, norm="frobenius")
+    assert frobenius.bound >= bound.bound
+
+
+def test_output_bound_is_exact_where_nothing_can_be_lost():
+    """One changed layer, the last: the bound is the measured deviation."""
+    chain, inputs = random_chain(0)
+    stream = ChainStream(chain, inputs)
+    stream.commit("2", 0.5 * stream.weight("2"))
+    bound = output_bound(stream)
+    assert bound.ratio == pytest.approx(1, rel=1e-6)
+    assert bound.discrepancies == {"2": pytest.approx(discrepancy(stream, "2"))}
+
+
+def test_a_bound_without_a_layer_would_be_broken():
+    """The bound must be able to fail: leaving out the largest term breaks it on some network."""
+    broken = 0
+    for seed in range(10):
+        chain, inputs = random_chain(seed)
+        stream = ChainStream(chain, inputs)
+        stream.commit("2", 0.2 * stream.weight("2"))
+        stream.commit("0", 0.99 * stream.weight("0"))
+        bound = output_bound(stream)
+        short = bound.bound - bound.discrepancies["2"] * bound.gains["2"]
+        broken += short < bound.measured
+    assert broken > 0
+
+
+def test_unchanged_network_has_bound_zero():
+    chain, inputs = random_chain(0)
+    bound = output_bound(ChainStream(chain, inputs))
+    assert (bound.bound, bound.measured, bound.ratio) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("follows", [(), ("relu",) * 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_direct_cascade_bound_is_tighter_and_holds(seed, follows):
+    chain, inputs = random_chain(seed, follows=follows, bias=True)
+    stream, reports = trimmed(chain, inputs, relative_epsilon=0.1, inflation=1.3)
+    bound = output_bound(stream, direct=cascade_bound(stream, reports))
+    assert bound.measured <= bound.direct <= bound.bound
+    assert bound.best == bound.direct
+
+
+def test_direct_bound_needs_a_certified_constrained_cascade_of_the_last_layer():
+    chain, inputs = random_chain(0)
+    stream, reports = trimmed(chain, inputs, scheme="parallel", relative_epsilon=0.1)
+    assert cascade_bound(stream, reports) is None
+    stream, reports = trimmed(chain, inputs, relative_epsilon=0.1)
+    assert cascade_bound(stream, reports) is not None
+    assert cascade_bound(stream, reports[:-1]) is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_l_obs_bound_is_theorem_3_2(seed):
+    chain, inputs = random_chain(seed)
+    stream = ChainStream(chain, inputs)
+    rng = np.random.default_rng(seed)
+    for spec in stream.layers:
+        weight = stream.weight(spec.name)
+        stream.commit(spec.name, weight * (rng.random(weight.shape) < 0.7))
+    root = np.sqrt(len(inputs))
+    errors = []
+    for index in range(3):
+        received = inputs if index == 0 else forward(chain, inputs)[index - 1]
+        change = received @ (stream.chain.weights[index] - chain.weights[index])
+        errors.append(np.linalg.norm(change) / root)
+    frobenius = [np.linalg.norm(weight) for weight in stream.chain.weights]
+    spectral = [np.linalg.norm(weight, 2) for weight in stream.chain.weights]
+    by_hand = errors[0] * frobenius[1] * frobenius[2] + errors[1] * frobenius[2] + errors[2]
+    assert l_obs_bound(errors, frobenius) == pytest.approx(by_hand)
+    measured = output_bound(stream).measured / root
+    assert measured <= l_obs_bound(errors, spectral) <= l_obs_bound(errors, frobenius)
+    with pytest.raises(ValueError, match="norms: want 3"):
+        l_obs_bound(errors, frobenius[1:])

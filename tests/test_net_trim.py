@@ -1,0 +1,257 @@
+"""Net-Trim over a layer stream: Algorithms 1 and 2 as the paper has them, and what a run needs."""
+
+import math
+from itertools import pairwise
+
+import joblib
+import numpy as np
+import pytest
+
+from retrain.chain import Chain, ChainStream, activate, forward
+from retrain.methods.net_trim import NetTrimOptions, net_trim, rows_within
+from retrain.stream import collect
+from solvers import ElasticNet, Group, solve_cvxpy, trim_program
+
+TIGHT = {"tolerance": 1e-6, "violation_tolerance": 1e-7, "max_iterations": 20_000}
+
+
+def make(seed=0, widths=(8, 12, 10, 4), samples=60, bias=True, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    weights = tuple(
+        (rng.standard_normal((a + bias, b)) / np.sqrt(a)).astype(dtype) for a, b in pairwise(widths)
+    )
+    inputs = rng.standard_normal((samples, widths[0])).astype(dtype)
+    return ChainStream(Chain(weights, (bias,) * len(weights)), inputs)
+
+
+def run(stream, **options):
+    options = {**TIGHT, **options}
+    return {r.report.name: r for r in net_trim(stream, NetTrimOptions(**options))}
+
+
+def test_parallel_solves_program_5_of_every_layer():
+    """Algorithm 1 line 7, against cvxpy: TRIM(Y^(l-1), Y^(l), 0, epsilon) on dense activations."""
+    stream = make()
+    results = run(stream, scheme="parallel", relative_epsilon=0.2)
+    for spec in stream.layers:
+        batch = collect(stream, spec.name)
+        targets = activate(spec.follows, batch.responses)
+        program = trim_program(
+            batch.dense_inputs,
+            targets,
+            epsilon=0.2 * float(np.linalg.norm(targets)),
+            activation=spec.follows,
+            free_rows=(spec.shape[0],),
+        )
+        oracle = solve_cvxpy(program)
+        details = results[spec.name].report.details
+        assert details["epsilon"] == pytest.approx(program.epsilon)
+        assert details["objective"] == pytest.approx(float(oracle.certificate.objective), rel=1e-4)
+
+
+def test_cascade_solves_program_6_on_the_retrained_inputs():
+    """Algorithm 2 lines 6 to 8: epsilon of (7), ceilings W^T Yhat, the new layer's own inputs."""
+    stream = make()
+    results = run(stream, relative_epsilon=0.2, inflation=1.3)
+    new = stream.chain
+    for index, spec in enumerate(stream.layers[1:], start=1):
+        inputs = forward(new, stream._inputs)[index - 1]
+        inputs = np.hstack([inputs, np.ones((len(inputs), 1))])
+        targets = forward(stream.dense, stream._inputs)[index]
+        old = inputs @ stream.dense.weights[index]
+        fitted = targets > 0 if spec.follows == "relu" else np.ones_like(targets, bool)
+        epsilon = math.sqrt(1.3 * ((old - targets)[fitted] ** 2).sum())
+        program = trim_program(
+            inputs,
+            targets,
+            epsilon=epsilon,
+            activation=spec.follows,
+            ceilings=old if spec.follows == "relu" else None,
+            free_rows=(spec.shape[0],),
+        )
+        report = results[spec.name].report
+        assert report.details["epsilon"] == pytest.approx(epsilon, rel=1e-9)
+        oracle = float(solve_cvxpy(program).certificate.objective)
+        assert report.details["objective"] == pytest.approx(oracle, rel=1e-4)
+
+
+def test_a_cascade_of_one_layer_is_the_parallel_scheme():
+    first, second = make(widths=(8, 5)), make(widths=(8, 5))
+    one = run(first, relative_epsilon=0.1)["0"]
+    two = run(second, scheme="parallel", relative_epsilon=0.1)["0"]
+    np.testing.assert_array_equal(one.weights[0], two.weights[0])
+
+
+def test_the_old_weights_are_always_feasible_in_a_cascade():
+    """Inflation 1 leaves no slack beyond the old weights' own error: still solved, in float32."""
+    stream = make(dtype=np.float32)
+    results = run(stream, relative_epsilon=0.1, inflation=1.0, tolerance=1e-2,
+                  violation_tolerance=1e-3)  # fmt: skip
+    assert all(result.report.certified for result in results.values())
+
+
+def test_larger_radius_prunes_more_and_costs_no_more_l1():
+    zeros, sizes = [], []
+    for epsilon in (0.01, 0.1, 0.4):
+        stream = make()
+        results = run(stream, scheme="parallel", relative_epsilon=epsilon)
+        zeros.append(sum(result.report.zeros for result in results.values()))
+        sizes.append(sum(result.report.details["objective"] for result in results.values()))
+    assert zeros == sorted(zeros) and zeros[0] < zeros[-1]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("scheme", ["parallel", "cascade"])
+def test_regularised_default_weight_keeps_the_residual_within_epsilon(scheme):
+    """r^2 <= epsilon^2 + r_old^2 at the optimum, and r_old is 0 for a first or parallel layer."""
+    stream = make()
+    results = run(stream, form="regularised", scheme=scheme, relative_epsilon=0.1)
+    first = results["0"].report
+    assert first.certified
+    assert first.error <= first.details["epsilon"] * (1 + 1e-6)
+    weight = np.abs(stream.dense.weights[0][:-1]).sum()
+    assert first.details["fit_weight"] == [pytest.approx(weight / first.details["epsilon"] ** 2)]
+
+
+def test_absolute_epsilon_and_its_link_normalised_reading():
+    plain = run(make(), scheme="parallel", epsilon=0.5, relative_epsilon=None)
+    assert [plain[name].report.details["epsilon"] for name in "012"] == [0.5] * 3
+    stream = make()
+    linked = run(
+        stream, scheme="parallel", epsilon=1e-4, relative_epsilon=None, link_normalised=True
+    )
+    scales = np.cumprod([np.abs(w[:-1]).sum() for w in stream.dense.weights])
+    for name, scale in zip("012", scales, strict=True):
+        assert linked[name].report.details["epsilon"] == pytest.approx(1e-4 * scale)
+
+
+def test_penalties_and_a_penalised_bias():
+    group = run(make(), scheme="parallel", relative_epsilon=0.3, penalty=Group())
+    assert all(result.report.certified for result in group.values())
+    assert any((np.abs(r.weights[0][:-1]).sum(axis=1) == 0).any() for r in group.values())
+    elastic = run(make(), scheme="parallel", relative_epsilon=0.3, penalty=ElasticNet(0.5))
+    assert all(result.report.certified for result in elastic.values())
+    stream = make()
+    results = run(stream, scheme="parallel", relative_epsilon=0.3, penalise_bias=True)
+    objective = np.abs(results["0"].weights[0]).sum()
+    assert results["0"].report.details["objective"] == pytest.approx(objective)
+
+
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+def test_jobs_change_nothing_and_the_backend_can_be_chosen(backend):
+    one = run(make(), scheme="parallel", relative_epsilon=0.1, threads=1)
+    with joblib.parallel_config(backend=backend):
+        two = run(make(), scheme="parallel", relative_epsilon=0.1, threads=1, jobs=2)
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name].weights[0], two[name].weights[0])
+
+
+def test_layers_that_are_not_certified_keep_their_dense_weights():
+    stream = make()
+    results = run(stream, relative_epsilon=0.1, max_iterations=1)
+    for name, result in results.items():
+        report = result.report
+        assert (report.certified, report.status) == (False, "iteration limit")
+        assert report.dense_units == report.shape[1]
+        np.testing.assert_array_equal(result.weights[0], stream.weight(name, dense=True))
+
+
+def test_accept_inexact_uses_what_there_is():
+    stream = make()
+    results = run(stream, relative_epsilon=0.1, max_iterations=1, accept_inexact=True)
+    report = results["0"].report
+    assert (report.certified, report.dense_units) == (False, 0)
+    assert (results["0"].weights[0] != stream.weight("0", dense=True)).any()
+
+
+def test_regularised_units_fail_one_by_one():
+    """The unit that stops the others in a run cut short keeps its old weights alone."""
+    for limit in range(50, 2000, 25):
+        stream = make()
+        report = run(
+            stream,
+            form="regularised",
+            scheme="parallel",
+            relative_epsilon=0.1,
+            max_iterations=limit,
+        )["0"].report
+        if 0 < report.dense_units < report.all_units:
+            break
+    else:
+        pytest.fail("no iteration limit split the units")
+    dense = stream.weight("0", dense=True)
+    same = (stream.weight("0") == dense).all(axis=0)
+    assert same.sum() == report.dense_units
+    assert not report.certified
+
+
+def test_finished_layers_are_committed_and_not_solved_again():
+    stream = make()
+    results = run(stream, relative_epsilon=0.1)
+    again = make()
+    finished = {name: results[name].weights for name in ("0", "1")}
+    rest = list(net_trim(again, NetTrimOptions(**TIGHT, relative_epsilon=0.1), finished=finished))
+    assert [result.report.name for result in rest] == ["2"]
+    np.testing.assert_array_equal(rest[0].weights[0], results["2"].weights[0])
+    np.testing.assert_array_equal(again.chain.weights[0], stream.chain.weights[0])
+
+
+def test_only_the_named_layers_change_and_the_first_of_them_is_a_first_layer():
+    stream = make()
+    options = NetTrimOptions(**TIGHT, relative_epsilon=0.1)
+    (result,) = net_trim(stream, options, layers=["1"])
+    assert result.report.details["relative_epsilon"] == pytest.approx(0.1)
+    for name in "02":
+        np.testing.assert_array_equal(stream.weight(name), stream.weight(name, dense=True))
+    with pytest.raises(ValueError, match="no layer is called 'x'"):
+        list(net_trim(stream, options, layers=["x"]))
+
+
+def test_memory_samples_rows_by_seed_and_says_so():
+    stream = make(samples=400)
+    spec = stream.layers[0]
+    memory = 8 * (3 * 9 + 14 * 12) * 100
+    assert rows_within(spec, memory, 8) == 100
+    reports = [
+        run(make(samples=400), relative_epsilon=0.1, memory=memory, seed=s) for s in (0, 0, 1)
+    ]
+    first = reports[0]["0"].report
+    assert (first.rows, first.total_rows) == (100, 400)
+    same, other = reports[1]["0"].weights[0], reports[2]["0"].weights[0]
+    np.testing.assert_array_equal(reports[0]["0"].weights[0], same)
+    assert (same != other).any()
+
+
+def test_counts_are_of_what_is_saved():
+    stream = make()
+    for result in run(stream, relative_epsilon=0.2).values():
+        report = result.report
+        assert report.zeros == (result.weights[0][:-1] == 0).sum()
+        assert report.weights == report.shape[0] * report.shape[1]
+        assert report.sparsity == report.zeros / report.weights
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"scheme": "serial"}, "scheme: want 'cascade' or 'parallel', got 'serial'"),
+        ({"form": "free"}, "form: want"),
+        ({"epsilon": 1.0}, "exactly one of the two"),
+        ({"relative_epsilon": None}, "exactly one of the two"),
+        ({"relative_epsilon": -0.1}, "relative_epsilon: want a finite number >= 0, got -0.1"),
+        ({"relative_epsilon": None, "epsilon": math.nan}, "epsilon: want a finite number"),
+        ({"inflation": 0.99}, "inflation: want a finite number >= 1, got 0.99"),
+        ({"fit_weight": 1.0}, "belongs to the regularised form"),
+        ({"form": "regularised", "fit_weight": 0.0}, "fit_weight: want a positive number"),
+        ({"form": "regularised", "relative_epsilon": 0.0}, "want one in the regularised form"),
+        ({"form": "regularised", "penalty": Group()}, "group penalty couples the units"),
+        ({"link_normalised": True}, "gives an absolute epsilon its meaning"),
+        ({"tolerance": 0.0}, "tolerance: want a positive number"),
+        ({"jobs": 0}, "jobs: want at least 1"),
+        ({"threads": 0}, "threads: want at least 1"),
+    ],
+)
+def test_bad_options_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        NetTrimOptions(**options)
