@@ -1,7 +1,7 @@
 """Second order: prune a layer so that its output changes least. Arrays in, arrays out.
 
-One layer is a `LayerProblem` (weight, Hessian, what may be zero); how much goes is a `Pattern`; what
-comes back is a `Pruned`. `METHODS` lists the complete methods by name.
+One layer is a `LayerProblem` (weight, Hessian, what may be zero); how much goes is a `Pattern`;
+what comes back is a `Pruned`. `METHODS` lists the complete methods by name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from .greedy import (
     path_support,
     pattern_support,
     prune_greedy,
+    prune_greedy_to_tolerance,
     removal_path,
 )
 from .hessian import (
@@ -85,6 +86,7 @@ __all__ = [
     "prune",
     "prune_best",
     "prune_greedy",
+    "prune_greedy_to_tolerance",
     "prune_inputs",
     "prune_large",
     "prune_one_shot",

@@ -270,6 +270,46 @@ def prune_greedy(
     return finish(problem, weight, kept, method="greedy", damping=damping)
 
 
+def prune_greedy_to_tolerance(
+    problem: LayerProblem,
+    tolerance: float,
+    *,
+    damping: float = PATH_DAMPING,
+    refit_damping: float = REFIT_DAMPING,
+    threads: int = 1,
+) -> Pruned:
+    """Remove along the exact paths while sqrt(layer error) does not exceed a tolerance, then refit.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+        The layer.
+    tolerance : float
+        Bound on sqrt((1/n) ||X (What - W)||_F^2), in the units of the layer's output.
+    damping, refit_damping : float, optional
+        Fractions of the mean diagonal: for the paths, for the final weights.
+    threads : int, optional
+        Threads over the units.
+
+    Returns
+    -------
+    Pruned
+        `error` <= tolerance^2: the paths' losses are damped, and the refit can only lower them.
+        What the problem's mask forbids is removed whatever it costs.
+
+    Raises
+    ------
+    ValueError
+        If the tolerance is negative or NaN, or a Hessian singular to working precision.
+    """
+    if not tolerance >= 0.0:
+        raise ValueError(f"tolerance: wanted a number >= 0, got {tolerance!r}")
+    path = removal_path(problem, damping=damping, threads=threads)
+    kept = path_support(problem, path, allocate_to_loss(path, tolerance**2).removed)
+    weight = refit_weight(in_numpy(problem), kept, refit_damping, threads)
+    return finish(problem, weight, kept, method="greedy", damping=damping)
+
+
 @njit(cache=True, nogil=True, error_model="numpy")
 def _path(
     inverse: np.ndarray, w: np.ndarray, groups: np.ndarray, forbidden: np.ndarray, keep: int

@@ -133,10 +133,10 @@ def admm_support(
         checked = support
         rho *= 1.0 + pace * next(times for share, times in TIMES if moved >= share)
     weight = xp.astype(split, xp.float64) * size / root[:, None]
-    # weights of dead inputs that may stay, stay as they were
-    weight = xp.where(
-        dead_inputs(problem.hessian)[:, None], xp.astype(problem.weight, xp.float64), weight
-    )
+    # what ADMM has no say in stays as it was: dead inputs, and units that lose nothing
+    given = xp.astype(problem.weight, xp.float64)
+    intact = xp.all(support | (given == 0), axis=0)[None, :]
+    weight = xp.where(dead_inputs(problem.hessian)[:, None] | intact, given, weight)
     return finish(
         problem,
         weight,
