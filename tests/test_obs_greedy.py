@@ -17,8 +17,8 @@ from solvers.obs import (
     per_unit,
     prune_greedy,
     prune_greedy_to_tolerance,
-    prune_to_tolerance,
     prune_inputs,
+    prune_to_tolerance,
     removal_path,
     whole_inputs,
 )
