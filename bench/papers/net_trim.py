@@ -44,7 +44,7 @@ PAPER = {
     "low discrepancy, table 1(a)": (95.59, 40.86, 1.98, 95.47, 9.3, 95.85, 93.56),
     "high discrepancy, table 1(b)": (95.59, 75.87, 4.95, 94.92, 8.97, 95.89, 95.61),
 }
-SPIRAL_EPSILON = 0.1
+SPIRAL_EPSILON = 0.015
 
 
 def table_column(
