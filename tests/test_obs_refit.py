@@ -67,6 +67,15 @@ def test_cg_agrees_with_cholesky():
     assert ours.history["residual"][-1] <= 1e-11 < ours.history["residual"][0]
 
 
+def test_cg_ends_after_as_many_steps_as_there_are_weights():
+    """Conjugate directions: at most |S| steps, up to rounding; steepest descent needs far more."""
+    inputs, weight = correlated(8, n_in=12, samples=400)
+    kept = magnitude(weight, 0.5)
+    result = refit_cg(problem_of(inputs, weight), kept, tolerance=1e-7)
+    assert result.status == "done"
+    assert len(result.history["residual"]) <= kept.sum(axis=0).max() + 2
+
+
 def test_cg_says_when_it_stops_early_and_is_feasible_then():
     inputs, weight = correlated(4, n_in=40, samples=300)
     kept = magnitude(weight, 0.5)
