@@ -69,8 +69,10 @@ _FIRST_ADAPTATION = 20
 _WIDEN = 1.5
 _LARGEST_FACTOR = 10.0
 _DEADBAND = 1.3
-# A float32 iterate whose relative residuals are at this level has nothing more to gain.
-_FLOAT32_FLOOR = 1e-5
+# A float32 iterate whose relative residuals are at this level has nothing more to gain, nor has one
+# that is near the rounding of a sum over the samples and no longer halves between adaptations.
+_FLOAT32_FLOOR = 3e-6
+_FLOAT32_ROUNDING = 8 * 2.0**-23
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +281,7 @@ def solve_admm(
     best = _Best(program)
     history: list[dict[str, float]] = []
     width, adapt_at, check_at = float(_FIRST_ADAPTATION), _FIRST_ADAPTATION, _FIRST_CHECK
-    iteration, diverged = 0, False
+    iteration, diverged, worst = 0, False, math.inf
     while iteration < max_iterations:
         iteration += 1
         previous, state = state, _step(splitting, state)
@@ -288,7 +290,10 @@ def solve_admm(
             diverged = not math.isfinite(float(xp.max(primal)))
             if diverged:
                 break
-            if dtype != xp.float64 and float(xp.max(xp.maximum(primal, dual))) < _FLOAT32_FLOOR:
+            before, worst = worst, float(xp.max(xp.maximum(primal, dual)))
+            rounding = _FLOAT32_ROUNDING * math.sqrt(program.shape[0])
+            stalled = worst < rounding and worst > before / 2
+            if dtype != xp.float64 and (worst < _FLOAT32_FLOOR or stalled):
                 dtype = xp.float64
                 splitting = _Splitting.build(program, factor, dtype)
                 state = state.astype(dtype)
