@@ -1,0 +1,31 @@
+"""What every layer method does with a stream: which layers, and committing their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from retrain.stream import Array, LayerSpec, LayerStream, layer
+from solvers.program import like, to_numpy
+
+
+def chosen(stream: LayerStream, layers: Sequence[str] | None) -> list[LayerSpec]:
+    """Specs of the layers to retrain in execution order: the named ones, or all that can be.
+
+    Raises
+    ------
+    ValueError
+        If a named layer does not exist or cannot be retrained.
+    """
+    if layers is None:
+        return [spec for spec in stream.layers if spec.reason is None]
+    for name in layers:
+        spec = layer(stream, name)
+        if spec.reason is not None:
+            raise ValueError(f"layers: {name!r} cannot be retrained: {spec.reason}")
+    return [spec for spec in stream.layers if spec.name in set(layers)]
+
+
+def commit(stream: LayerStream, name: str, weights: Sequence[Array]) -> None:
+    """Commit a layer's weights, one matrix a group, from whatever namespace they are in."""
+    for group, weight in enumerate(weights):
+        stream.commit(name, like(to_numpy(weight), stream.weight(name, group)), group)

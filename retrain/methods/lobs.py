@@ -1,0 +1,452 @@
+"""Second-order pruning over a layer stream: the paper's L-OBS and its exact relatives.
+
+Each layer, in execution order:
+
+    H = (1/n) sum x x^T           streamed over all rows (`moments.py`, with the three calibrations)
+    What = prune(W, H, pattern)   a method of `solvers.obs.METHODS`; biases updated, never pruned
+    E(What - W)                   from H, and a second time from the rows
+
+`one-shot` is the paper's; the default, `auto`, is `swaps` (the exact greedy path, then exchanges of
+kept for removed weights), `large` for layers of more than 2048 inputs, and `inputs` for the pattern
+of that name.
+
+A layer is *certified* when what is claimed of the saved weights, after any rounding to the
+network's own type, was found true by other means than it was made: exactly as many weights as the
+pattern says are zero; the error computed from H is the one measured row by row, within the rounding
+that the sizes involved explain; and with a tolerance, that error is within it. It says nothing of
+optimality: unlike Net-Trim's programs this one is combinatorial. Weights of a layer that is not
+certified are used all the same.
+
+Zeros of the given network stay zero by default and count as removed, so that a pruned network can
+be pruned again. A grouped layer has one program a group; the layer's count, or the square of its
+tolerance, is shared evenly among them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import joblib
+import numpy as np
+from array_api_compat import array_namespace, device
+from threadpoolctl import threadpool_limits
+
+from retrain.layer_report import LayerReport, LayerResult
+from retrain.methods.layers import chosen, commit
+from retrain.methods.lobs_options import (
+    TO_TOLERANCE,
+    LobsOptions,
+    bytes_needed,
+)
+from retrain.methods.moments import (
+    Moments,
+    RowErrors,
+    best_dense,
+    row_errors,
+    stream_moments,
+)
+from retrain.stream import Array, LayerSpec, LayerStream
+from solvers.obs import (
+    LayerProblem,
+    Pattern,
+    Pruned,
+    dead_inputs,
+    improve,
+    kept_by,
+    layer_problem,
+    parse_pattern,
+    pattern_support,
+    per_layer,
+    per_layer_count,
+    prune,
+    prune_greedy,
+    prune_inputs,
+    prune_large,
+    prune_one_shot,
+    prune_sweep,
+    removal_path,
+    sensitivities,
+)
+from solvers.obs.greedy import PATH_DAMPING
+from solvers.program import like, to_numpy
+from solvers.result import Status
+
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+SMALL_SENSITIVITY = 1e-3
+"""The paper counts the sensitivities below this (figure 3)."""
+
+_AGREEMENT = 1e-9
+_STORED = 1e-5  # what rounding a weight to float32 may add to a squared error at its tolerance
+
+
+def lobs(
+    stream: LayerStream,
+    options: LobsOptions,
+    *,
+    layers: Sequence[str] | None = None,
+    finished: Mapping[str, Sequence[Array]] | None = None,
+) -> Iterator[LayerResult]:
+    """Prune a network's layers by second-order information, yielding each as it is done.
+
+    A layer is committed to the stream before it is yielded, cast to the network's own type, so
+    that sequential calibration sees exactly what a caller saves. A layer that has nothing to lose
+    is left as it is, bit for bit.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        The network and the calibration data.
+    options : LobsOptions
+        What to do.
+    layers : sequence of str, optional
+        Names of the layers to prune; all that can be, by default.
+    finished : mapping from str to sequence of array, optional
+        Weights (one a group) of layers done by an earlier run: committed and not yielded again.
+
+    Yields
+    ------
+    LayerResult
+        In execution order; in order of completion when several jobs work.
+
+    Raises
+    ------
+    ValueError
+        If a named layer does not exist, cannot be retrained, has no number in a mapping, would take
+        more than `memory`, or if its Hessian is singular to working precision.
+
+    References
+    ----------
+    Dong, Chen, Pan, Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain Surgeon
+    (NIPS 2017).
+    """
+    specs = chosen(stream, layers)
+    for spec in specs:
+        _check(spec, options)
+    done = dict(finished or {})
+    if options.jobs > 1:
+        for name, weights in done.items():
+            commit(stream, name, weights)
+        tasks = (_state(stream, spec, options) for spec in specs if spec.name not in done)
+        for task, results in _solve_all(tasks, options):
+            yield _finish(stream, task, results, options)
+        return
+    for spec in specs:
+        if spec.name in done:
+            commit(stream, spec.name, done[spec.name])
+            continue
+        with threadpool_limits(options.threads_per_job):
+            task = _state(stream, spec, options)
+            yield _finish(stream, *_solve(task, options), options)
+
+
+# --- stating ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """One group's program: the quadratic, the problem, and what is to go."""
+
+    moments: Moments
+    old: Array
+    problem: LayerProblem
+    pattern: Pattern | None
+    """None with a tolerance."""
+    wanted: int
+    """Zeros the pattern asks for, those that must stay among them; -1 with a tolerance."""
+    sensitivities: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """One layer's programs, one a group; travels to a worker and back."""
+
+    spec: LayerSpec
+    groups: tuple[_Group, ...]
+    seconds: float
+
+
+def _check(spec: LayerSpec, options: LobsOptions) -> None:
+    """Refuse what would fail later, before any layer is touched."""
+    options.sparsity_for(spec.name)
+    options.tolerance_for(spec.name)
+    needed = bytes_needed(spec, options)
+    if needed > options.memory:
+        raise ValueError(
+            f"memory: layer {spec.name!r} with {spec.shape[0]} inputs takes about "
+            f"{needed / 2**30:.2g} GiB, more than the {options.memory / 2**30:.2g} GiB allowed"
+        )
+
+
+def _state(stream: LayerStream, spec: LayerSpec, options: LobsOptions) -> _Task:
+    """Stream a layer's Hessians and state its programs."""
+    started = time.perf_counter()
+    groups = tuple(
+        _state_group(stream, spec, group, pattern, options)
+        for group, pattern in enumerate(_patterns(spec, options))
+    )
+    return _Task(spec, groups, time.perf_counter() - started)
+
+
+def _state_group(
+    stream: LayerStream, spec: LayerSpec, group: int, pattern: Pattern | None, options: LobsOptions
+) -> _Group:
+    moments = stream_moments(stream, spec, group, options.calibration)
+    old = stream.weight(spec.name, group)
+    rows = spec.shape[0] + int(spec.bias and options.bias == "update")
+    part = replace(
+        moments,
+        hessian=moments.hessian[:rows, :rows],
+        gradient=None if moments.gradient is None else moments.gradient[:rows, :],
+    )
+    damping = PATH_DAMPING if options.damping is None else options.damping
+    try:
+        allowed = _allowed(spec, old[:rows, :], options)
+        problem = layer_problem(
+            _host(best_dense(old[:rows, :], part, damping)),
+            _host(part.hessian),
+            allowed=_host(allowed),
+            free_rows=range(spec.shape[0], rows),
+        )
+        summary = _sensitivities(problem, damping)
+    except ValueError as error:
+        raise ValueError(f"layer {spec.name!r}: {error}") from error
+    wanted = -1
+    if pattern is not None:
+        flat = np.zeros(tuple(problem.weight.shape))
+        kept = kept_by(flat, pattern, to_numpy(problem.allowed), problem.prunable)
+        wanted = int((~kept).sum())
+    return _Group(moments, old, problem, pattern, wanted, summary)
+
+
+def _allowed(spec: LayerSpec, weight: Array, options: LobsOptions) -> Array:
+    """Where a weight may be other than zero: everywhere, or where it is; and in the bias."""
+    xp = array_namespace(weight)
+    allowed = xp.ones(tuple(weight.shape), dtype=xp.bool, device=device(weight))
+    if options.zeros == "free":
+        return allowed
+    zero = weight[: spec.shape[0], :] == 0
+    if options.pattern == "inputs" and bool(xp.any(xp.any(zero, axis=1) & ~xp.all(zero, axis=1))):
+        raise ValueError(
+            "zeros: an input is zero for some units only, and whole inputs need whole rows; let "
+            "zeros become free (zeros='free', --free-zeros)"
+        )
+    allowed[: spec.shape[0], :] = ~zero
+    return allowed
+
+
+def _sensitivities(problem: LayerProblem, damping: float) -> dict[str, Any]:
+    """Sum up the paper's L_q before anything is removed."""
+    values = sensitivities(problem, damping=damping).saliency[problem.prunable]
+    quantiles = np.quantile(values, QUANTILES)
+    return {
+        "damping": damping,
+        "quantiles": {f"{q:g}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)},
+        "below_0.001": float(np.mean(values < SMALL_SENSITIVITY)),
+    }
+
+
+def _patterns(spec: LayerSpec, options: LobsOptions) -> list[Pattern | None]:
+    """What each group of a layer is to lose; the layer's count is shared evenly, and exactly."""
+    if options.tolerance is not None:
+        return [None] * spec.groups
+    sparsity = options.sparsity_for(spec.name)
+    if options.pattern != "layer" or sparsity is None:
+        return [parse_pattern(options.pattern, sparsity)] * spec.groups
+    count = per_layer(sparsity).removed(spec.size)
+    edges = [count * group // spec.groups for group in range(spec.groups + 1)]
+    return [per_layer_count(stop - start) for start, stop in pairwise(edges)]
+
+
+def _host(array: Array) -> Array:
+    """Take arrays on the CPU as numpy: workers need no torch, and memory is shared, not copied."""
+    return to_numpy(array) if str(device(array)) == "cpu" else array
+
+
+# --- solving ---------------------------------------------------------------------------------
+
+
+def _solve(task: _Task, options: LobsOptions) -> tuple[_Task, tuple[Pruned | None, ...]]:
+    """Solve a layer's programs; None for a group that has nothing to lose."""
+    started = time.perf_counter()
+    try:
+        results = tuple(_solve_group(task.spec, group, options) for group in task.groups)
+    except ValueError as error:
+        raise ValueError(f"layer {task.spec.name!r}: {error}") from error
+    return replace(task, seconds=task.seconds + time.perf_counter() - started), results
+
+
+def _solve_group(spec: LayerSpec, group: _Group, options: LobsOptions) -> Pruned | None:
+    method, threads = options.method_for(spec), options.threads_per_job
+    damped = {} if options.damping is None else {"damping": options.damping}
+    if group.pattern is None:
+        tolerance = options.tolerance_for(spec.name)
+        assert tolerance is not None
+        # The groups share the layer's mean squared error.
+        tolerance /= math.sqrt(spec.groups)
+        if method == "greedy":
+            damped["threads"] = threads
+        return TO_TOLERANCE[method](group.problem, tolerance, **damped)
+    prunable = to_numpy(group.old)[: spec.shape[0]]
+    if group.wanted == int((prunable == 0).sum()) and _stays(group, options):
+        return None
+    if not damped:
+        return prune(group.problem, group.pattern, method, threads=threads)
+    return _prune_damped(group.problem, group.pattern, method, damped["damping"], threads)
+
+
+def _stays(group: _Group, options: LobsOptions) -> bool:
+    """Whether the zeros there are, are the zeros wanted."""
+    return options.zeros == "stay" or group.wanted == 0
+
+
+def _prune_damped(
+    problem: LayerProblem, pattern: Pattern, method: str, damping: float, threads: int
+) -> Pruned:
+    """Run a method with a damping of the caller's instead of its own."""
+    if method == "one-shot":
+        return prune_one_shot(problem, pattern, damping=damping)
+    if method == "sweep":
+        return prune_sweep(problem, pattern, damping=damping)
+    if method == "swaps":
+        path = removal_path(problem, pattern=pattern, damping=damping, threads=threads)
+        found = improve(problem, pattern_support(problem, path, pattern), pattern, threads=threads)
+        return replace(found, damping=damping)
+    threaded = {"greedy": prune_greedy, "large": prune_large, "inputs": prune_inputs}
+    return threaded[method](problem, pattern, damping=damping, threads=threads)
+
+
+def _worker(task: _Task, options: LobsOptions) -> tuple[_Task, tuple[Pruned | None, ...]]:
+    """Solve in a joblib worker, which gets its share of the threads."""
+    with threadpool_limits(options.threads_per_job):
+        return _solve(task, options)
+
+
+def _solve_all(
+    tasks: Iterable[_Task], options: LobsOptions
+) -> Iterator[tuple[_Task, tuple[Pruned | None, ...]]]:
+    """Solve independent layers with joblib, yielding each as it is done; `jobs` are held."""
+    pool = joblib.Parallel(
+        n_jobs=options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered"
+    )
+    yield from pool(joblib.delayed(_worker)(task, options) for task in tasks)
+
+
+# --- what came of it --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A group's numbers, of the weights as saved."""
+
+    rows: RowErrors
+    quadratic: float
+    agrees: bool
+    exact: bool
+    removed: int
+
+
+def _finish(
+    stream: LayerStream, task: _Task, results: Sequence[Pruned | None], options: LobsOptions
+) -> LayerResult:
+    """Commit a layer's weights, check them as they were saved, report."""
+    started = time.perf_counter()
+    spec = task.spec
+    for number, (group, result) in enumerate(zip(task.groups, results, strict=True)):
+        if result is not None:
+            new = to_numpy(group.old).copy()
+            new[: result.weight.shape[0]] = to_numpy(result.weight)
+            stream.commit(spec.name, like(new, group.old), number)
+    checks = [
+        _check_group(stream, spec, number, group, result, options)
+        for number, (group, result) in enumerate(zip(task.groups, results, strict=True))
+    ]
+    task = replace(task, seconds=task.seconds + time.perf_counter() - started)
+    weights = [stream.weight(spec.name, group) for group in range(spec.groups)]
+    return LayerResult(weights, _report(task, results, weights, checks, options))
+
+
+def _check_group(
+    stream: LayerStream,
+    spec: LayerSpec,
+    number: int,
+    group: _Group,
+    result: Pruned | None,
+    options: LobsOptions,
+) -> _Checked:
+    """Recompute a group's error from rows and count its zeros, from the weights as saved."""
+    saved = stream.weight(spec.name, number)
+    xp = array_namespace(saved)
+    change = xp.astype(saved, xp.float64) - xp.astype(group.old, xp.float64)
+    quadratic = group.moments.error(change)
+    measured = row_errors(stream, spec, number, options.calibration, group.old, saved)
+    apart = abs(quadratic - measured.error)
+    agrees = apart <= _AGREEMENT * measured.error + group.moments.rounding(change)
+    values = to_numpy(saved)[: spec.shape[0]]
+    if result is None:
+        return _Checked(measured, quadratic, agrees, True, group.wanted)
+    gone = ~to_numpy(result.kept)[: spec.shape[0]]
+    removed = int(gone.sum())
+    exact = removed == (removed if group.pattern is None else group.wanted)
+    return _Checked(measured, quadratic, agrees, exact and not np.any(values[gone]), removed)
+
+
+def _report(
+    task: _Task,
+    results: Sequence[Pruned | None],
+    weights: Sequence[Array],
+    checks: Sequence[_Checked],
+    options: LobsOptions,
+) -> LayerReport:
+    """Sum up a layer; groups add their squared errors, and certify together."""
+    spec = task.spec
+    error = sum(check.rows.error for check in checks)
+    energy = sum(check.rows.energy for check in checks)
+    activated = math.hypot(*(check.rows.activated for check in checks))
+    target = math.hypot(*(check.rows.target for check in checks))
+    tolerance = options.tolerance_for(spec.name)
+    within = tolerance is None or error <= tolerance**2 * (1 + _STORED)
+    certified = within and all(check.agrees and check.exact for check in checks)
+    solved = [result for result in results if result is not None]
+    said = dict.fromkeys(result.status for result in solved)
+    details: dict[str, Any] = {
+        "method": options.method_for(spec),
+        "pattern": options.pattern,
+        "calibration": options.calibration,
+        "bias": ("updated" if options.bias == "update" else "kept") if spec.bias else "none",
+        "damping": solved[0].damping if solved else options.damping,
+        "sparsity": options.sparsity_for(spec.name),
+        "tolerance": tolerance,
+        "removed": sum(check.removed for check in checks),
+        "dead_inputs": [int(dead_inputs(to_numpy(g.problem.hessian)).sum()) for g in task.groups],
+        "layer_error": error,
+        "layer_error_from_hessian": sum(check.quadratic for check in checks),
+        "rms_error": math.sqrt(error),
+        "energy": energy,
+        "relative_layer_error": error / energy if energy > 0 else None,
+        "method_status": "; ".join(said) or "nothing to remove",
+        "sensitivities": [group.sensitivities for group in task.groups],
+    }
+    return LayerReport(
+        name=spec.name,
+        kind=spec.kind,
+        shape=spec.shape,
+        follows=spec.follows,
+        method="lobs",
+        weights=spec.size,
+        zeros_before=sum(int((to_numpy(g.old)[: spec.shape[0]] == 0).sum()) for g in task.groups),
+        zeros=sum(int((to_numpy(weight)[: spec.shape[0]] == 0).sum()) for weight in weights),
+        rows=checks[0].rows.rows,
+        total_rows=checks[0].rows.rows,
+        status=(Status.SOLVED if certified else Status.INEXACT).value,
+        certified=certified,
+        dense_units=0,
+        error=activated,
+        relative_error=activated / target if target > 0 else 0.0,
+        seconds=task.seconds,
+        details=details,
+    )
