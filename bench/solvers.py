@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from solvers import (
 from solvers.program import Program
 
 Row = dict[str, Any]
-OSQP_LADDER = (1e-3, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 3e-7, 1e-7, 1e-8)
+OSQP_LADDER = (1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 1e-7, 1e-8)
 PACKAGES = ("numpy", "scipy", "osqp", "cvxpy", "clarabel")
 WANTED_RATIO = 20.0  # of OSQP's seconds a unit to ADMM's, on "iid"
 
@@ -60,28 +60,38 @@ class Answer:
     result: SolveResult
     setup_seconds: float
     solve_seconds: float
+    cpu_seconds: float
     settings: dict[str, Any]
     dtype: str = "float64"
 
 
+def timed(solve: Callable[[], SolveResult]) -> tuple[SolveResult, float]:
+    """Run a solve and count its processor time, which waiting for a busy machine does not change."""
+    started = time.process_time()
+    result = solve()
+    return result, time.process_time() - started
+
+
 def run_admm(program: Program, tolerance: float, units: int) -> Answer:
     """All units at once, in float64."""
-    result = solve_admm(program, tolerance=tolerance)
-    return Answer(program, result, result.setup_seconds, result.solve_seconds, {})
+    result, cpu = timed(lambda: solve_admm(program, tolerance=tolerance))
+    return Answer(program, result, result.setup_seconds, result.solve_seconds, cpu, {})
 
 
 def run_admm_single(program: Program, tolerance: float, units: int) -> Answer:
     """All units at once, data in float32, judged on the float64 data."""
-    result = solve_admm(in_single_precision(program), tolerance=tolerance)
-    seconds = result.setup_seconds, result.solve_seconds
+    single = in_single_precision(program)
+    result, cpu = timed(lambda: solve_admm(single, tolerance=tolerance))
+    seconds = result.setup_seconds, result.solve_seconds, cpu
     return Answer(program, result, *seconds, {}, dtype="float32")
 
 
 def run_clarabel(program: Program, tolerance: float, units: int) -> Answer:
     """Clarabel through cvxpy, lifted; the first units, or all where a ball ties them."""
     few = some_units(program, range(units)) if isinstance(program, RegularisedProgram) else program
-    result = solve_cvxpy(few, tolerance=tolerance)
-    return Answer(few, result, result.setup_seconds, result.solve_seconds, {"form": "lifted"})
+    result, cpu = timed(lambda: solve_cvxpy(few, tolerance=tolerance))
+    seconds = result.setup_seconds, result.solve_seconds, cpu
+    return Answer(few, result, *seconds, {"form": "lifted"})
 
 
 def run_osqp(program: Program, tolerance: float, units: int) -> Answer:
@@ -89,10 +99,12 @@ def run_osqp(program: Program, tolerance: float, units: int) -> Answer:
     assert isinstance(program, RegularisedProgram)
     few = some_units(program, range(units))
     settings = [osqp_settings(program, unit, tolerance) for unit in range(units)]
-    results = [
-        solve_osqp(some_units(program, [unit]), tolerance=tolerance, options=chosen)
-        for unit, chosen in enumerate(settings)
-    ]
+    results, cpu = [], 0.0
+    for unit, chosen in enumerate(settings):
+        one = some_units(program, [unit])
+        result, used = timed(partial(solve_osqp, one, tolerance=tolerance, options=chosen))
+        results.append(result)
+        cpu += used
     together = replace(
         results[0],
         weight=np.hstack([each.weight for each in results]),
@@ -104,6 +116,7 @@ def run_osqp(program: Program, tolerance: float, units: int) -> Answer:
         together,
         sum(each.setup_seconds for each in results),
         sum(each.solve_seconds for each in results),
+        cpu,
         {"by_unit": settings},
     )
 
@@ -116,9 +129,9 @@ def osqp_settings(program: RegularisedProgram, unit: int, tolerance: float) -> d
     for polishing in (False, True):
         for eps in OSQP_LADDER:
             chosen = {"eps_abs": eps, "eps_rel": eps, "polishing": polishing}
-            result = solve_osqp(one, tolerance=tolerance, options=chosen)
+            result, cpu = timed(partial(solve_osqp, one, tolerance=tolerance, options=chosen))
             if result.certified.all():
-                runs.append((result.setup_seconds + result.solve_seconds, eps, chosen))
+                runs.append((cpu, eps, chosen))
                 break
     # Nothing held: the tightest is counted, and printed as a loss.
     return min(runs, key=lambda run: run[0])[-1] if runs else chosen
@@ -197,6 +210,7 @@ def measure(
         "setup_seconds": answer.setup_seconds,
         "solve_seconds": answer.solve_seconds,
         "seconds_a_unit": seconds / units,
+        "cpu_seconds_a_unit": answer.cpu_seconds / units,
         "dtype": answer.dtype,
         "settings": answer.settings,
         "when": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -230,22 +244,18 @@ def spell(row: Row) -> str:
     """One line of the table."""
     return (
         f"  {row['solver']:13} {row['round']:>5} {row['solved_units']:>6} "
-        f"{row['seconds_a_unit']:>9.4f} {row['setup_seconds']:>8.2f} {row['solve_seconds']:>8.2f} "
+        f"{row['seconds_a_unit']:>9.4f} {row['cpu_seconds_a_unit']:>10.4f} {row['setup_seconds']:>8.2f} {row['solve_seconds']:>8.2f} "
         f"{row['iterations']:>6} {row['gap']:>9.1e} {row['violation']:>9.1e} "
         f"{row['zeros']:>6.1%}  {row['status'] if row['certified'] else 'NOT CERTIFIED'}"
     )
 
 
-HEADER = (
-    "  solver        round  units    s/unit  set-up s  solve s  iters       gap violation  zeros"
-)
+HEADER = "  solver        round  units    s/unit cpu s/unit set-up s  solve s  iters       gap violation  zeros"
 
 
-def ratios(rows: list[Row], slow: str, fast: str) -> list[float]:
+def ratios(rows: list[Row], slow: str, fast: str, time_of: str = "seconds_a_unit") -> list[float]:
     """Seconds a unit of `slow` over those of `fast`, round by round, where both are certified."""
-    seconds = {
-        (row["solver"], row["round"]): row["seconds_a_unit"] for row in rows if row["certified"]
-    }
+    seconds = {(row["solver"], row["round"]): row[time_of] for row in rows if row["certified"]}
     rounds = sorted({number for name, number in seconds if name == slow})
     return [
         seconds[slow, number] / seconds[fast, number]
@@ -290,9 +300,11 @@ def report(rows: list[Row], wanted: bool) -> None:
                 found = ratios(mine, other, ours)
                 if found:
                     middle = statistics.median(found)
+                    cpu = ratios(mine, other, ours, "cpu_seconds_a_unit")
                     print(
                         f"  {other} / {ours}, seconds a unit: median {middle:.1f} "
-                        f"({min(found):.1f} to {max(found):.1f}, {len(found)} rounds)"
+                        f"({min(found):.1f} to {max(found):.1f}, {len(found)} rounds); "
+                        f"of processor time {statistics.median(cpu):.1f}"
                     )
         for row in mine:
             if row["solver"] == "osqp" and row["round"] == 0:
@@ -306,13 +318,16 @@ def report(rows: list[Row], wanted: bool) -> None:
     for line in lines:
         print(f"  {line}")
     if wanted:
-        found = ratios([row for row in rows if row["problem"] == "iid"], "osqp", "admm")
+        iid_rows = [row for row in rows if row["problem"] == "iid"]
+        found = ratios(iid_rows, "osqp", "admm")
         if found:
             middle = statistics.median(found)
-            verdict = "met" if middle >= WANTED_RATIO else "MISSED"
+            cpu = statistics.median(ratios(iid_rows, "osqp", "admm", "cpu_seconds_a_unit"))
+            verdict = "met" if min(middle, cpu) >= WANTED_RATIO else "MISSED"
             print(
                 f"\nper unit, ADMM in float64 on the whole of iid is {middle:.1f} times faster "
-                f"than the paper's QP by OSQP (wanted: {WANTED_RATIO:g}; {verdict})"
+                f"than the paper's QP by OSQP, by processor time {cpu:.1f} "
+                f"(wanted: {WANTED_RATIO:g}; {verdict})"
             )
 
 
