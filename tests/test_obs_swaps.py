@@ -143,8 +143,9 @@ def test_limits_are_reported():
     inputs, weight = correlated(7, n_in=30, n_out=4, samples=300)
     problem, pattern = problem_of(inputs, weight), per_layer(0.7)
     start = random_support(1, weight, pattern)
-    few = improve(problem, start, pattern, max_swaps=1, max_rounds=0)
+    few = improve(problem, start, pattern, max_rounds=1)
     assert few.status == "exchanges left; raise max_rounds"
+    assert improve(problem, start, pattern, max_rounds=0).status == "done"  # none were asked for
     few = improve(problem, random_support(1, weight, per_unit(0.7)), per_unit(0.7), max_swaps=1)
     assert few.status == "swaps left; raise max_swaps" and few.history["swaps"] == [4]
     none = improve(problem, start, pattern, max_swaps=0, max_rounds=0)

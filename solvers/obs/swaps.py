@@ -141,12 +141,13 @@ def improve(
         return best
 
     units: list[Unit] = map_units(search, range(support.shape[1]), threads)
+    across = pattern.kind == "layer" and max_rounds > 0
     swaps, exchanges, stuck = sum(u.swaps for u in units), 0, False
     losses = [sum(u.loss for u in units)]
     for round_ in range(max_rounds + 1):
         for index, unit in enumerate(units):
             support[:, index] = unit.kept
-        pairs = _exchanges(units, losses[-1]) if pattern.kind == "layer" else []
+        pairs = _exchanges(units, losses[-1]) if across else []
         stuck = bool(pairs) and round_ == max_rounds
         if not pairs or stuck:
             break
