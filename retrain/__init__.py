@@ -1,6 +1,7 @@
 """Convex and second-order retraining of trained networks, with certificates.
 
 run = retrain.net_trim(model, data, relative_epsilon=0.05, out="runs/a")
+run = retrain.lobs(model, data, sparsity=0.93, out="runs/b")
 run.model, run.layers, run.bound, run.measured
 retrain.load("runs/a")
 """
@@ -13,8 +14,9 @@ if TYPE_CHECKING:
     from retrain.api import Run, load, net_trim
     from retrain.chain import Chain
     from retrain.data import load_data
+    from retrain.second_order import lobs
 
-__all__ = ["Chain", "Run", "load", "load_data", "net_trim"]
+__all__ = ["Chain", "Run", "load", "load_data", "lobs", "net_trim"]
 
 # Imported when asked for, so that `retrain --help` answers at once.
 _HOMES = {
@@ -22,6 +24,7 @@ _HOMES = {
     "Run": "retrain.api",
     "load": "retrain.api",
     "load_data": "retrain.data",
+    "lobs": "retrain.second_order",
     "net_trim": "retrain.api",
 }
 

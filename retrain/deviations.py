@@ -86,7 +86,8 @@ def second_order_bounds(stream: LayerStream) -> SecondOrderBounds:
         |act(Xhat What) - act(X What)|_F <= |What| |Xhat - X|_F                theorem 5.1
 
     gain_h is the product of the later layers' norms (`LayerStream.gain`, which knows convolutions
-    and branches too). Unlike in `retrain.bounds`, dE is measured before the activation, as the paper has it.
+    and branches too). Unlike in `retrain.bounds`, dE is measured before the activation, as the
+    paper has it.
 
     Parameters
     ----------
@@ -143,5 +144,7 @@ def _layer_deviation(stream: LayerStream, spec: LayerSpec) -> LayerDeviation:
         rows = to_numpy(new)[: spec.shape[0]]
         squares = [float(np.linalg.norm(rows, 2)) ** 2, float(np.linalg.norm(rows)) ** 2]
         sums += [error, moved, apart, moved * squares[0], moved * squares[1]]
-    roots = [math.sqrt(value) for value in sums]
-    return LayerDeviation(spec.name, *roots[:3], roots[3] * _ROUNDING, roots[4] * _ROUNDING)
+    error, moved, apart, spectral, frobenius = (math.sqrt(value) for value in sums)
+    return LayerDeviation(
+        spec.name, error, moved, apart, spectral * _ROUNDING, frobenius * _ROUNDING
+    )
