@@ -18,7 +18,7 @@ from retrain.adapters.save import save_model
 from retrain.api import Run, net_trim
 from retrain.data import Data, load_data
 from retrain.files import json_bytes
-from retrain.methods.net_trim import Scheme
+from retrain.methods.net_trim_options import Scheme
 from retrain.report.terminal import bound_line
 from retrain.trainers.states import seeded
 from retrain.trainers.supervised import train

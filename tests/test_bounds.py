@@ -15,7 +15,8 @@ from retrain.bounds import (
     theorem_2,
 )
 from retrain.chain import Chain, ChainStream, forward, link_normalise
-from retrain.methods.net_trim import NetTrimOptions, net_trim
+from retrain.methods.net_trim import net_trim
+from retrain.methods.net_trim_options import NetTrimOptions
 
 TIGHT = {"tolerance": 1e-4, "violation_tolerance": 1e-6, "max_iterations": 20_000}
 

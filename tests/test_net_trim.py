@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from retrain.chain import Chain, ChainStream, activate, forward
-from retrain.methods.net_trim import NetTrimOptions, net_trim, rows_within
+from retrain.methods.net_trim import net_trim, rows_within
+from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.stream import collect
 from solvers import ElasticNet, Group, solve_cvxpy, trim_program
 

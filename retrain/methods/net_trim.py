@@ -25,8 +25,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import joblib
 import numpy as np
@@ -35,115 +35,12 @@ from threadpoolctl import threadpool_limits
 
 from retrain.chain import activate
 from retrain.layer_report import LayerReport, LayerResult
-from retrain.stream import Array, LayerSpec, LayerStream, changed, collect, layer, sample_rows
-from solvers import L1, Penalty, SolveResult, Status, solve_admm, trim_program
+from retrain.methods.layers import chosen, commit
+from retrain.methods.net_trim_options import NetTrimOptions
+from retrain.stream import Array, LayerSpec, LayerStream, changed, collect, sample_rows
+from solvers import SolveResult, Status, solve_admm, trim_program
 from solvers.program import Program, RegularisedProgram, like, to_numpy
 from solvers.result import judge
-
-Scheme = Literal["parallel", "cascade"]
-Form = Literal["constrained", "regularised"]
-
-
-@dataclass(frozen=True)
-class NetTrimOptions:
-    """What a Net-Trim run is asked to do.
-
-    Attributes
-    ----------
-    scheme : {"cascade", "parallel"}
-        Algorithm 2 or Algorithm 1.
-    epsilon : float or None
-        Absolute radius: of every layer (parallel), of the first (cascade).
-    relative_epsilon : float or None
-        The same, relative to the norm of the layer's targets. Exactly one of the two.
-    inflation : float
-        gamma of (7), >= 1.
-    form : {"constrained", "regularised"}
-        Programs (4)/(6), or (11).
-    fit_weight : float or None
-        lambda of (11); by default |W_l|_1 / epsilon_l^2, see the module.
-    penalty : Penalty
-        l1 by default.
-    penalise_bias : bool
-        Put the bias under the penalty too; otherwise it is free.
-    link_normalised : bool
-        Read `epsilon` as that of the link-normalised network: epsilon_l = epsilon times the product
-        of |W_j|_1 over the layers up to l. For chains.
-    tolerance, violation_tolerance : float
-        What a layer's certificate must meet, see `solvers.Certificate`.
-    max_iterations : int
-        Of the solver, for each layer.
-    accept_inexact : bool
-        Use weights whose certificate falls short, instead of keeping the dense ones.
-    memory : float
-        Bytes a layer's solve may take; layers with more rows use a seeded sample of them.
-    seed : int
-        Of that sample.
-    jobs : int
-        Layers solved at a time (parallel scheme).
-    threads : int or None
-        Linear algebra threads of each job; by default the machine's cores divided by `jobs`.
-    """
-
-    scheme: Scheme = "cascade"
-    epsilon: float | None = None
-    relative_epsilon: float | None = 0.05
-    inflation: float = 1.1
-    form: Form = "constrained"
-    fit_weight: float | None = None
-    penalty: Penalty = field(default_factory=L1)
-    penalise_bias: bool = False
-    link_normalised: bool = False
-    tolerance: float = 1e-2
-    violation_tolerance: float = 1e-3
-    max_iterations: int = 5000
-    accept_inexact: bool = False
-    memory: float = 4 * 2**30
-    seed: int = 0
-    jobs: int = 1
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.scheme not in ("cascade", "parallel"):
-            raise ValueError(f"scheme: want 'cascade' or 'parallel', got {self.scheme!r}")
-        if self.form not in ("constrained", "regularised"):
-            raise ValueError(f"form: want 'constrained' or 'regularised', got {self.form!r}")
-        if (self.epsilon is None) == (self.relative_epsilon is None):
-            raise ValueError("epsilon, relative_epsilon: want exactly one of the two")
-        for name in ("epsilon", "relative_epsilon"):
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: want a finite number >= 0, got {value!r}")
-        if not (self.inflation >= 1 and math.isfinite(self.inflation)):
-            raise ValueError(f"inflation: want a finite number >= 1, got {self.inflation!r}")
-        if self.fit_weight is not None:
-            if self.form == "constrained":
-                raise ValueError("fit_weight: belongs to the regularised form; set form too")
-            if not (self.fit_weight > 0 and math.isfinite(self.fit_weight)):
-                raise ValueError(f"fit_weight: want a positive number, got {self.fit_weight!r}")
-        if self.form == "regularised" and not self.penalty.separable:
-            raise ValueError(
-                f"penalty: the {self.penalty.name} penalty couples the units, which the "
-                "regularised form solves one by one; use the constrained form"
-            )
-        radius = self.epsilon or self.relative_epsilon or 0.0
-        if self.form == "regularised" and self.fit_weight is None and radius == 0:
-            raise ValueError("fit_weight: want one in the regularised form when epsilon is 0")
-        if self.link_normalised and self.epsilon is None:
-            raise ValueError("link_normalised: gives an absolute epsilon its meaning; set epsilon")
-        for name in ("tolerance", "violation_tolerance", "memory"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: want a positive number, got {getattr(self, name)!r}")
-        for name in ("max_iterations", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: want at least 1, got {getattr(self, name)!r}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads: want at least 1, got {self.threads!r}")
-
-    @property
-    def threads_per_job(self) -> int:
-        """Linear algebra threads of each job."""
-        return self.threads or max(1, joblib.cpu_count() // self.jobs)
 
 
 def net_trim(
@@ -184,13 +81,13 @@ def net_trim(
     ----------
     Aghasi et al., Net-Trim (2017), Algorithms 1 and 2.
     """
-    specs = _chosen(stream, layers)
+    specs = chosen(stream, layers)
     done = dict(finished or {})
     scales = _link_scales(stream) if options.link_normalised else {}
     if options.scheme == "parallel":
         open_specs = [spec for spec in specs if spec.name not in done]
         for name, weights in done.items():
-            _commit(stream, name, weights)
+            commit(stream, name, weights)
         tasks = (_task(stream, spec, options, scales, upstream=False) for spec in open_specs)
         for answer in _solve_all(tasks, options):
             yield _finish(stream, answer, options)
@@ -198,7 +95,7 @@ def net_trim(
     upstream = False
     for spec in specs:
         if spec.name in done:
-            _commit(stream, spec.name, done[spec.name])
+            commit(stream, spec.name, done[spec.name])
         else:
             task = _task(stream, spec, options, scales, upstream=upstream)
             with threadpool_limits(options.threads_per_job):
@@ -224,17 +121,6 @@ class _Answer:
 
     task: _Task
     results: tuple[SolveResult, ...]
-
-
-def _chosen(stream: LayerStream, layers: Sequence[str] | None) -> list[LayerSpec]:
-    """Specs to retrain, in execution order."""
-    if layers is None:
-        return [spec for spec in stream.layers if spec.reason is None]
-    for name in layers:
-        spec = layer(stream, name)
-        if spec.reason is not None:
-            raise ValueError(f"layers: {name!r} cannot be retrained: {spec.reason}")
-    return [spec for spec in stream.layers if spec.name in set(layers)]
 
 
 def _link_scales(stream: LayerStream) -> dict[str, float]:
@@ -400,11 +286,6 @@ def _solve_all(tasks: Iterable[_Task], options: NetTrimOptions) -> Iterator[_Ans
         n_jobs=options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered"
     )
     yield from pool(joblib.delayed(_worker)(task, options) for task in tasks)
-
-
-def _commit(stream: LayerStream, name: str, weights: Sequence[Array]) -> None:
-    for group, weight in enumerate(weights):
-        stream.commit(name, like(to_numpy(weight), stream.weight(name, group)), group)
 
 
 def _finish(stream: LayerStream, answer: _Answer, options: NetTrimOptions) -> LayerResult:

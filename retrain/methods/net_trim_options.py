@@ -1,0 +1,116 @@
+"""What a Net-Trim run is asked to do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import joblib
+
+from solvers import L1, Penalty
+
+Scheme = Literal["parallel", "cascade"]
+Form = Literal["constrained", "regularised"]
+
+
+@dataclass(frozen=True)
+class NetTrimOptions:
+    """What a Net-Trim run is asked to do.
+
+    Attributes
+    ----------
+    scheme : {"cascade", "parallel"}
+        Algorithm 2 or Algorithm 1.
+    epsilon : float or None
+        Absolute radius: of every layer (parallel), of the first (cascade).
+    relative_epsilon : float or None
+        The same, relative to the norm of the layer's targets. Exactly one of the two.
+    inflation : float
+        gamma of (7), >= 1.
+    form : {"constrained", "regularised"}
+        Programs (4)/(6), or (11).
+    fit_weight : float or None
+        lambda of (11); by default |W_l|_1 / epsilon_l^2, see the module.
+    penalty : Penalty
+        l1 by default.
+    penalise_bias : bool
+        Put the bias under the penalty too; otherwise it is free.
+    link_normalised : bool
+        Read `epsilon` as that of the link-normalised network: epsilon_l = epsilon times the product
+        of |W_j|_1 over the layers up to l. For chains.
+    tolerance, violation_tolerance : float
+        What a layer's certificate must meet, see `solvers.Certificate`.
+    max_iterations : int
+        Of the solver, for each layer.
+    accept_inexact : bool
+        Use weights whose certificate falls short, instead of keeping the dense ones.
+    memory : float
+        Bytes a layer's solve may take; layers with more rows use a seeded sample of them.
+    seed : int
+        Of that sample.
+    jobs : int
+        Layers solved at a time (parallel scheme).
+    threads : int or None
+        Linear algebra threads of each job; by default the machine's cores divided by `jobs`.
+    """
+
+    scheme: Scheme = "cascade"
+    epsilon: float | None = None
+    relative_epsilon: float | None = 0.05
+    inflation: float = 1.1
+    form: Form = "constrained"
+    fit_weight: float | None = None
+    penalty: Penalty = field(default_factory=L1)
+    penalise_bias: bool = False
+    link_normalised: bool = False
+    tolerance: float = 1e-2
+    violation_tolerance: float = 1e-3
+    max_iterations: int = 5000
+    accept_inexact: bool = False
+    memory: float = 4 * 2**30
+    seed: int = 0
+    jobs: int = 1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme not in ("cascade", "parallel"):
+            raise ValueError(f"scheme: want 'cascade' or 'parallel', got {self.scheme!r}")
+        if self.form not in ("constrained", "regularised"):
+            raise ValueError(f"form: want 'constrained' or 'regularised', got {self.form!r}")
+        if (self.epsilon is None) == (self.relative_epsilon is None):
+            raise ValueError("epsilon, relative_epsilon: want exactly one of the two")
+        for name in ("epsilon", "relative_epsilon"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}: want a finite number >= 0, got {value!r}")
+        if not (self.inflation >= 1 and math.isfinite(self.inflation)):
+            raise ValueError(f"inflation: want a finite number >= 1, got {self.inflation!r}")
+        if self.fit_weight is not None:
+            if self.form == "constrained":
+                raise ValueError("fit_weight: belongs to the regularised form; set form too")
+            if not (self.fit_weight > 0 and math.isfinite(self.fit_weight)):
+                raise ValueError(f"fit_weight: want a positive number, got {self.fit_weight!r}")
+        if self.form == "regularised" and not self.penalty.separable:
+            raise ValueError(
+                f"penalty: the {self.penalty.name} penalty couples the units, which the "
+                "regularised form solves one by one; use the constrained form"
+            )
+        radius = self.epsilon or self.relative_epsilon or 0.0
+        if self.form == "regularised" and self.fit_weight is None and radius == 0:
+            raise ValueError("fit_weight: want one in the regularised form when epsilon is 0")
+        if self.link_normalised and self.epsilon is None:
+            raise ValueError("link_normalised: gives an absolute epsilon its meaning; set epsilon")
+        for name in ("tolerance", "violation_tolerance", "memory"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: want a positive number, got {getattr(self, name)!r}")
+        for name in ("max_iterations", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: want at least 1, got {getattr(self, name)!r}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads: want at least 1, got {self.threads!r}")
+
+    @property
+    def threads_per_job(self) -> int:
+        """Linear algebra threads of each job."""
+        return self.threads or max(1, joblib.cpu_count() // self.jobs)
