@@ -72,7 +72,7 @@ def test_the_premise_of_theorem_1_can_fail_and_is_checked():
 
 
 def test_theorem_2_wants_inflations_of_at_least_one():
-    with pytest.raises(ValueError, match="every rate >= 1, got 0.9"):
+    with pytest.raises(ValueError, match=r"every rate >= 1, got 0\.9"):
         theorem_2(1.0, [1.1, 0.9])
 
 

@@ -31,7 +31,7 @@ class NetTrimOptions:
     form : {"constrained", "regularised"}
         Programs (4)/(6), or (11).
     fit_weight : float or None
-        lambda of (11); by default |W_l|_1 / epsilon_l^2, see the module.
+        lambda of (11); by default |W_l|_1 / epsilon_l^2, see `retrain.methods.net_trim`.
     penalty : Penalty
         l1 by default.
     penalise_bias : bool
