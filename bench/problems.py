@@ -106,6 +106,13 @@ def some_units(program: Program, units: Iterable[int]) -> RegularisedProgram:
     )
 
 
+def typical_units(program: Program, count: int) -> list[int]:
+    """Choose units at even quantiles of the size of Omega, which the cost of a QP hangs on."""
+    order = np.argsort(program.active.sum(axis=0), kind="stable")
+    places = (np.arange(count) + 0.5) / count * len(order)
+    return [int(order[int(place)]) for place in places]
+
+
 def in_single_precision(program: Program) -> Program:
     """The program with its data rounded to float32."""
     return replace(
