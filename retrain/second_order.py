@@ -191,6 +191,12 @@ def _plain(amount: Amount) -> Amount:
     return dict(amount) if isinstance(amount, Mapping) else amount
 
 
+def layers_of(options: LobsOptions) -> list[str] | None:
+    """Layers that the options name, as shell patterns; None when they name none."""
+    amount = options.sparsity if options.tolerance is None else options.tolerance
+    return list(amount) if isinstance(amount, Mapping) else None
+
+
 def _stage(
     network: Any,
     data: Data,
@@ -211,9 +217,6 @@ def _stage(
     ) -> Iterator[LayerResult]:
         return method.lobs(stream, options, layers=names, finished=finished)
 
-    amount = options.sparsity if options.tolerance is None else options.tolerance
-    if layers is None and isinstance(amount, Mapping):
-        layers = list(amount)
     return drive(
         "lobs",
         steps,
@@ -221,7 +224,7 @@ def _stage(
         data,
         held_out=held_out,
         settings=_settings(options),
-        layers=layers,
+        layers=layers_of(options) if layers is None else layers,
         skip=skip,
         fine_tune=fine_tune,
         out=out,

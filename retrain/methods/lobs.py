@@ -57,7 +57,7 @@ from solvers.obs import (
     Pruned,
     dead_inputs,
     improve,
-    kept_by,
+    layer_count,
     layer_problem,
     parse_pattern,
     pattern_support,
@@ -144,6 +144,31 @@ def lobs(
             yield _finish(stream, *_solve(task, options), options)
 
 
+def lobs_plan(
+    stream: LayerStream, options: LobsOptions, layers: Sequence[str]
+) -> Iterator[tuple[LayerSpec, int | None, float]]:
+    """Say what `lobs` would do: layers, how many weights would go, and in how many bytes.
+
+    The number is None with a tolerance; zeros that are there already are not looked at.
+
+    Raises
+    ------
+    ValueError
+        As `lobs`, where that can be told without data.
+    """
+    for spec in chosen(stream, layers):
+        _check(spec, options)
+        everything = np.ones(spec.shape, dtype=bool)
+        counts = [
+            None
+            if pattern is None
+            else layer_count(pattern, everything, np.ones(spec.shape[0], dtype=bool))
+            for pattern in _patterns(spec, options)
+        ]
+        known = [count for count in counts if count is not None]
+        yield spec, sum(known) if known else None, bytes_needed(spec, options)
+
+
 # --- stating ---------------------------------------------------------------------------------
 
 
@@ -217,9 +242,7 @@ def _state_group(
         raise ValueError(f"layer {spec.name!r}: {error}") from error
     wanted = -1
     if pattern is not None:
-        flat = np.zeros(tuple(problem.weight.shape))
-        kept = kept_by(flat, pattern, to_numpy(problem.allowed), problem.prunable)
-        wanted = int((~kept).sum())
+        wanted = layer_count(pattern, to_numpy(problem.allowed), problem.prunable)
     return _Group(moments, old, problem, pattern, wanted, summary)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -32,31 +33,65 @@ def layer_list(layers: Iterable[Any]) -> Table:
 
 
 def run_table(reports: Sequence[LayerReport]) -> Table:
-    """Table of a run's layers, one row each."""
+    """Table of a run's layers, one row each, with the columns of its method."""
+    columns = _LOBS if reports and reports[0].method == "lobs" else _NET_TRIM
     table = Table(box=SIMPLE_HEAD)
-    table.add_column("layer")
-    table.add_column("shape")
-    for title in ("zeros", "error", "epsilon", "gap", "violation"):
-        table.add_column(title, justify="right")
-    table.add_column("certificate")
-    table.add_column("seconds", justify="right")
+    for title in columns:
+        left = title in ("layer", "shape", "method", "certificate")
+        table.add_column(title, justify="left" if left else "right")
     for report in reports:
-        details = report.details
-        violation = max(
-            details.get("ball_violation") or 0.0, details.get("ceiling_violation") or 0.0
-        )
-        table.add_row(
-            report.name,
-            f"{report.shape[0]} x {report.shape[1]}",
-            f"{100 * report.sparsity:.1f} %",
-            f"{report.relative_error:.4f}",
-            _number(details.get("relative_epsilon"), ".4f"),
-            _number(details.get("gap"), ".1e"),
-            f"{violation:.1e}",
-            verdict(report),
-            f"{report.seconds:.1f}",
-        )
+        table.add_row(*(entry(report) for entry in columns.values()))
     return table
+
+
+def _shape(report: LayerReport) -> str:
+    groups = report.weights // (report.shape[0] * report.shape[1])
+    return f"{report.shape[0]} x {report.shape[1]}" + (f" x {groups}" if groups > 1 else "")
+
+
+def _violation(report: LayerReport) -> str:
+    details = report.details
+    worst = max(details.get("ball_violation") or 0.0, details.get("ceiling_violation") or 0.0)
+    return f"{worst:.1e}"
+
+
+def _method(report: LayerReport) -> str:
+    details = report.details
+    pattern = "" if details["pattern"] == "layer" else f", {details['pattern']}"
+    return f"{details['method']}{pattern}"
+
+
+_Columns = dict[str, Callable[[LayerReport], str]]
+_FIRST: _Columns = {"layer": lambda report: report.name, "shape": _shape}
+_LAST: _Columns = {
+    "certificate": lambda report: verdict(report),
+    "seconds": lambda report: f"{report.seconds:.1f}",
+}
+_NET_TRIM: _Columns = {
+    **_FIRST,
+    "zeros": lambda report: f"{100 * report.sparsity:.1f} %",
+    "error": lambda report: f"{report.relative_error:.4f}",
+    "epsilon": lambda report: _number(report.details.get("relative_epsilon"), ".4f"),
+    "gap": lambda report: _number(report.details.get("gap"), ".1e"),
+    "violation": _violation,
+    **_LAST,
+}
+_LOBS: _Columns = {
+    **_FIRST,
+    "method": _method,
+    "kept": lambda report: f"{report.weights - report.zeros:,} of {report.weights:,}",
+    "zeros": lambda report: f"{100 * report.sparsity:.2f} %",
+    "rms error": lambda report: f"{report.details['rms_error']:.4g}",
+    "relative": lambda report: _number(_relative_rms(report), ".4f"),
+    "activated": lambda report: f"{report.relative_error:.4f}",
+    **_LAST,
+}
+
+
+def _relative_rms(report: LayerReport) -> float | None:
+    """Root of the layer error over the responses' mean square."""
+    relative = report.details["relative_layer_error"]
+    return None if relative is None else math.sqrt(relative)
 
 
 def verdict(report: LayerReport) -> str:
@@ -90,6 +125,10 @@ def summary(record: dict[str, Any], bounds: dict[str, OutputBound]) -> list[str]
         lines.append(line)
     for name, bound in bounds.items():
         lines.append(f"outputs on {_data(name)} ({bound.rows:,} rows): {bound_line(bound)}")
+    for name, theorems in record.get("theorems", {}).items():
+        lines.append(f"theorem 3.2 on {_data(name)}: {theorem_line(theorems)}")
+    for number, stage in enumerate(record.get("stages", []), start=1):
+        lines.append(f"stage {number}: {stage_line(stage)}")
     for entry in record["left"]:
         lines.append(f"left as it was: {entry['name']} ({entry['kind']}): {entry['reason']}")
     for entry in record["layers"]:
@@ -118,6 +157,31 @@ def bound_line(bound: OutputBound) -> str:
     ratio = bound.ratio
     tightness = "" if ratio is None else f"; best bound / measured = {ratio:.2f}"
     return f"{moved}, proven at most {', '.join(parts)}{tightness}"
+
+
+def theorem_line(theorems: dict[str, Any]) -> str:
+    """Say what theorem 3.2 of L-OBS gives, root mean squared over the samples as in the paper."""
+    scale = 1 / math.sqrt(theorems["rows"])
+    measured = f"accumulated error {scale * theorems['measured']:.4g}"
+    if theorems["frobenius"] is None:
+        return f"{measured}; no bound: {theorems['reason']}"
+    return (
+        f"{measured}, at most {scale * theorems['spectral']:.4g} (spectral norms), "
+        f"{scale * theorems['frobenius']:.4g} (Frobenius norms, as in the paper)"
+    )
+
+
+def stage_line(stage: dict[str, Any]) -> str:
+    """Sum up one stage of an iterative run."""
+    parts = [f"{100 * (1 - stage['totals']['sparsity']):.2f} % kept"]
+    for name, accuracy in stage["accuracy"].items():
+        if accuracy["before"] is None:
+            continue
+        words = f"{_data(name)} {100 * accuracy['after']:.2f} %"
+        if accuracy.get("fine_tuned") is not None:
+            words += f", {100 * accuracy['fine_tuned']:.2f} % fine-tuned"
+        parts.append(words)
+    return "; ".join(parts)
 
 
 def _data(name: str) -> str:
