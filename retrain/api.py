@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import joblib
-import numpy as np
+from safetensors import SafetensorError
 from threadpoolctl import threadpool_limits
 
 from retrain.bounds import OutputBound, cascade_bound, output_bound
 from retrain.data import Data, as_data
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import net_trim as net_trim_method
-from retrain.methods.net_trim import NetTrimOptions
+from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.run import RunDirectory, open_run, read_record, versions
 from retrain.stream import LayerSpec, LayerStream
-from retrain.subject import Subject, reopen, subject_of
+from retrain.subject import Subject, has_classes, reopen, subject_of
 from solvers.program import to_numpy
 
 OnLayer = Callable[[LayerReport, int], None]
@@ -155,21 +155,24 @@ def drive(
     out: str | Path | None,
     on_layer: OnLayer | None,
     direct: Callable[[LayerStream, Sequence[LayerReport]], float | None],
+    theorems: Callable[[LayerStream], dict[str, Any]] | None = None,
 ) -> Run:
     """Run a layer method over a network: resume, retrain, save, bound, evaluate, report.
 
     `steps` is the method bound to its options; `direct` gives its own bound on the calibration
-    rows, if it has one.
+    rows, if it has one; `theorems` what its paper proves, in numbers, on each data set.
     """
     started = time.perf_counter()
     if fine_tune < 0:
         raise ValueError(f"fine_tune: want a number of epochs >= 0, got {fine_tune}")
-    if fine_tune and data.y is None:
-        raise ValueError("fine_tune: wants labels, and the data has none")
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(joblib.cpu_count()))
         stream = subject.stream(data)
         names = select(stream.layers, layers, skip)
+        # Before the first layer, so that what cannot be used is not found out after the last.
+        other = None if held_out is None else subject.stream(held_out)
+        if fine_tune:
+            subject.check_fine_tune(stream, data)
         identity = {
             "method": method,
             "network and data": stream.fingerprint,
@@ -186,14 +189,16 @@ def drive(
         reports = _retrain(stream, steps, names, directory, on_layer)
         bounds = {"calibration": output_bound(stream, direct=direct(stream, reports))}
         accuracy = {"calibration": _accuracies(stream, data)}
-        if held_out is not None:
-            other = subject.stream(held_out)
+        proven = {} if theorems is None else {"calibration": theorems(stream)}
+        if held_out is not None and other is not None:
             _copy_weights(stream, other)
             bounds["held_out"] = output_bound(other)
             accuracy["held_out"] = _accuracies(other, held_out)
+            if theorems is not None:
+                proven["held_out"] = theorems(other)
         tuned = None
         if fine_tune:
-            tuned = subject.fine_tune(stream, data, fine_tune, held_out)
+            tuned = subject.fine_tune(stream, data, fine_tune, held_out, settings["seed"])
             for name, value in tuned.accuracies.items():
                 accuracy[name]["fine_tuned"] = value
         model = subject.model(stream) if tuned is None else tuned.model
@@ -216,6 +221,7 @@ def drive(
             "totals": totals(reports),
             "accuracy": accuracy,
             "bounds": {name: bound.to_json() for name, bound in bounds.items()},
+            "theorems": proven,
             "fine_tune": fine_tune,
             "seconds": time.perf_counter() - started,
         }
@@ -249,13 +255,17 @@ def load(path: str | Path, model: Any = None) -> Run:
     record = read_record(directory)
     if record.get("state") != "finished":
         raise ValueError(f"run: {str(path)!r} is not finished; repeat its command to resume it")
-    return Run(
-        model=reopen(record["model"], directory, model),
-        layers=tuple(LayerReport.from_json(entry) for entry in record["layers"]),
-        bounds={name: OutputBound.from_json(entry) for name, entry in record["bounds"].items()},
-        record=record,
-        directory=directory,
-    )
+    try:
+        return Run(
+            model=reopen(record["model"], directory, model),
+            layers=tuple(LayerReport.from_json(entry) for entry in record["layers"]),
+            bounds={name: OutputBound.from_json(entry) for name, entry in record["bounds"].items()},
+            record=record,
+            directory=directory,
+        )
+    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"run: {str(path)!r} is damaged ({what}); repeat its command") from error
 
 
 def select(
@@ -371,7 +381,7 @@ def _accuracies(stream: LayerStream, data: Data) -> dict[str, float | None]:
 
 def _accuracy(stream: LayerStream, data: Data, *, dense: bool) -> float | None:
     """Share of samples whose largest output is the label's; None without one label a sample."""
-    if data.y is None or data.y.ndim != 1 or not np.issubdtype(data.y.dtype, np.integer):
+    if data.y is None or not has_classes(data):
         return None
     hits, start = 0, 0
     for outputs in stream.outputs(dense=dense):

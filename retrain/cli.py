@@ -1,4 +1,4 @@
-"""The command line: `retrain layers`, `retrain trim`, `retrain demo`.
+"""The command line: `retrain layers`, `retrain trim`, `retrain lobs`, `retrain demo`.
 
 Imports what a command needs when it is called, so that help answers at once. Exit codes: 0 done, 1
 done but something is not certified, 2 bad usage or input; 130 after Ctrl-C.
@@ -6,12 +6,19 @@ done but something is not certified, 2 bad usage or input; 130 after Ctrl-C.
 
 from __future__ import annotations
 
+import _thread
 import argparse
+import errno
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     parser = build_parser()
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    if not sys.warnoptions:  # python -W ... shows them
+        warnings.simplefilter("ignore")
     if getattr(options, "threads", None):
         # Before numpy and torch start their pools.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -47,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output went away; what was to be written to disk is written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, BrokenExecutor) as error:
         print(f"retrain: error: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
 
@@ -56,7 +65,13 @@ def one_line(error: BaseException) -> str:
     """Say an error in one line; of an OSError the system's words and the file."""
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{where}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        after = "; finished layers are kept, and the same command resumes" if full else ""
+        return f"{error.strerror}{where}{after}"
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}); use a smaller --memory, --jobs or --limit"
+    if isinstance(error, BrokenExecutor):
+        return "a worker ended before its time (out of memory?); the same command resumes"
     return " ".join(str(error).split())
 
 
@@ -69,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_layers(commands)
     _add_trim(commands)
+    _add_lobs(commands)
     _add_demo(commands)
     return parser
 
@@ -191,7 +207,7 @@ def _add_trim(commands: Any) -> None:
 
 def run_trim(options: argparse.Namespace) -> int:
     """Retrain with Net-Trim."""
-    from retrain.methods.net_trim import NetTrimOptions
+    from retrain.methods.net_trim_options import NetTrimOptions
 
     gap, violation = _tolerances(options.tolerance)
     relative = options.relative_epsilon
@@ -222,7 +238,7 @@ def run_trim(options: argparse.Namespace) -> int:
     if options.dry_run:
         stream = subject_of(loaded, options.device).stream(data)
         return _dry_run(stream, select(stream.layers, options.layers, options.skip), settings)
-    with _Progress(options) as progress:
+    with _Progress(options) as progress, _interrupts_kept_from_workers(options.jobs):
         run = net_trim(
             loaded,
             data,
@@ -285,6 +301,162 @@ def _dry_run(stream: Any, names: list[str], settings: Any) -> int:
     return DONE
 
 
+# --- retrain lobs --------------------------------------------------------------------
+
+
+def _add_lobs(commands: Any) -> None:
+    parser = commands.add_parser(
+        "lobs",
+        help="prune a saved network by second-order information (L-OBS and its relatives)",
+        description="L-OBS: remove, layer by layer, the weights whose removal changes the layer's "
+        "response least, and let the others make up for them; theorem 3.2's bound on the outputs "
+        "comes with it. The same command resumes a run that was interrupted.",
+    )
+    _add_model(parser)
+    _add_run(parser)
+    lobs = parser.add_argument_group("L-OBS")
+    lobs.add_argument(
+        "--method",
+        default="auto",
+        metavar="M",
+        help="one-shot (the paper's), sweep, greedy, swaps, large, best, inputs, or auto: swaps, "
+        "large beyond 2048 inputs; default auto",
+    )
+    lobs.add_argument(
+        "--pattern",
+        default="layer",
+        metavar="P",
+        help="where the count holds: layer, unit, inputs (whole ones), or N:M such as 2:4; "
+        "default layer",
+    )
+    amount = lobs.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--sparsity",
+        action="append",
+        metavar="S",
+        help="fraction of a layer's weights to remove, 0.93, or by layer, fc1=0.93,fc2=0.8; given "
+        "more than once: one for each stage",
+    )
+    amount.add_argument(
+        "--tolerance",
+        metavar="T",
+        help="remove while the root mean squared error of a layer's response is at most T; or by "
+        "layer, fc1=0.5,fc2=0.1",
+    )
+    lobs.add_argument(
+        "--stages",
+        type=int,
+        metavar="N",
+        help="prune N times, with --fine-tune after each; a single --sparsity is the last one's",
+    )
+    lobs.add_argument(
+        "--calibration",
+        choices=("dense", "sequential", "corrected"),
+        default="dense",
+        help="dense: each layer on the given network's activations; sequential: on the pruned "
+        "network's, like the old layer there; corrected: on those, like the given network; "
+        "default dense",
+    )
+    lobs.add_argument(
+        "--damping",
+        type=float,
+        metavar="D",
+        help="fraction of the Hessian's mean diagonal; default: each method's own",
+    )
+    lobs.add_argument(
+        "--keep-bias", action="store_true", help="leave biases as they are instead of updating them"
+    )
+    lobs.add_argument(
+        "--free-zeros", action="store_true", help="let weights that are zero become something else"
+    )
+    parser.set_defaults(run=run_lobs)
+
+
+def run_lobs(options: argparse.Namespace) -> int:
+    """Prune by second-order information."""
+    from retrain.second_order import lobs, plan_stages
+
+    sparsity = [_by_layer("--sparsity", text) for text in options.sparsity or []]
+    tolerance = None
+    if options.tolerance is not None:
+        tolerance = _by_layer("--tolerance", options.tolerance)
+    amounts: dict[str, Any] = {
+        "sparsity": sparsity[0] if len(sparsity) == 1 else sparsity or None,
+        "tolerance": tolerance,
+        "stages": options.stages,
+    }
+    settings = {
+        "method": options.method,
+        "pattern": options.pattern,
+        "damping": options.damping,
+        "calibration": options.calibration,
+        "bias": "keep" if options.keep_bias else "update",
+        "zeros": "free" if options.free_zeros else "stay",
+        "memory": options.memory * 2**30,
+        "seed": options.seed,
+        "jobs": options.jobs,
+        "threads": options.threads,
+    }
+    plan = plan_stages(None, settings=settings, **amounts)
+    loaded = _load(options)
+    data, held_out = _data(options)
+    if options.dry_run:
+        return _dry_run_lobs(options, loaded, data, plan)
+    with _Progress(options) as progress:
+        run = lobs(
+            loaded,
+            data,
+            out=options.out,
+            evaluate=held_out,
+            layers=options.layers,
+            skip=options.skip,
+            fine_tune=options.fine_tune,
+            device=options.device,
+            on_layer=progress.done,
+            **amounts,
+            **settings,
+        )
+    return _conclude(run, options, loaded.note)
+
+
+def _by_layer(argument: str, text: str) -> float | dict[str, float]:
+    """Parse a number, or NAME=NUMBER,...: layer names or shell patterns."""
+    try:
+        if "=" not in text:
+            return float(text)
+        pairs = [part.rpartition("=") for part in text.split(",")]
+        named = {name.strip(): float(number) for name, _, number in pairs}
+    except ValueError as error:
+        raise ValueError(
+            f"{argument}: want a number, or NAME=NUMBER,NAME=NUMBER, got {text!r}"
+        ) from error
+    if "" in named or len(named) < len(pairs):
+        raise ValueError(f"{argument}: a name is missing or given twice in {text!r}")
+    return named
+
+
+def _dry_run_lobs(options: argparse.Namespace, loaded: Any, data: Any, plan: Any) -> int:
+    """Say what would be pruned, how, in how much memory."""
+    from retrain.api import select
+    from retrain.methods.lobs import lobs_plan
+    from retrain.second_order import layers_of
+    from retrain.subject import subject_of
+
+    stream = subject_of(loaded, options.device).stream(data)
+    for number, stage in enumerate(plan, start=1):
+        chosen = options.layers if options.layers is not None else layers_of(stage)
+        names = select(stream.layers, chosen, options.skip)
+        for spec, removed, size in lobs_plan(stream, stage, names):
+            amount = "to a tolerance" if removed is None else f"{removed:,} of {spec.size:,} to go"
+            place = f"stage {number}, " if len(plan) > 1 else ""
+            print(
+                f"{place}{spec.name}: {spec.shape[0]} x {spec.shape[1]}, {amount}, by "
+                f"{stage.method_for(spec)} on {stream.count(spec.name):,} rows, about "
+                f"{size / 2**30:.2f} GiB"
+            )
+    return DONE
+
+
 # --- retrain demo --------------------------------------------------------------------
 
 
@@ -306,7 +478,42 @@ def run_demo(options: argparse.Namespace) -> int:
     """Train, prune both ways, compare."""
     from retrain.demo import demo
 
-    return demo(options.out, seed=options.seed, quiet=options.quiet, as_json=options.json)
+    return demo(
+        options.out,
+        seed=options.seed,
+        threads=options.threads,
+        device=options.device,
+        quiet=options.quiet,
+        as_json=options.json,
+    )
+
+
+@contextmanager
+def _interrupts_kept_from_workers(jobs: int) -> Iterator[None]:
+    """Let Ctrl-C reach this process only, which then ends its workers.
+
+    A terminal sends SIGINT to every process of the job, and each worker would print a traceback.
+    They inherit that the signal is blocked; a thread waits for it in the main one's stead.
+    """
+    if jobs == 1 or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    over = threading.Event()
+
+    def listen() -> None:
+        while not over.is_set():
+            if signal.sigtimedwait({signal.SIGINT}, 0.1) is not None:
+                _thread.interrupt_main()
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        over.set()
+        listener.join()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 # --- shared --------------------------------------------------------------------------
@@ -372,14 +579,18 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--skip", metavar="PATTERN", help="layers to leave out")
     run.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="layers at a time (parallel scheme)"
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="layers at a time (parallel scheme, dense calibration)",
     )
     run.add_argument(
         "--memory",
         type=float,
         default=4.0,
         metavar="GIB",
-        help="a layer's solve; beyond it rows are sampled; default 4",
+        help="a layer's solve; beyond it Net-Trim samples rows, L-OBS refuses; default 4",
     )
     run.add_argument(
         "--fine-tune",

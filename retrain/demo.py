@@ -29,7 +29,15 @@ RELATIVE_EPSILON = 0.05
 SCHEMES: tuple[Scheme, ...] = ("cascade", "parallel")
 
 
-def demo(out: str | Path, *, seed: int = 0, quiet: bool = False, as_json: bool = False) -> int:
+def demo(
+    out: str | Path,
+    *,
+    seed: int = 0,
+    threads: int | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+    as_json: bool = False,
+) -> int:
     """Run the demonstration; return the exit code (0, or 1 if a layer is not certified).
 
     Parameters
@@ -38,6 +46,8 @@ def demo(out: str | Path, *, seed: int = 0, quiet: bool = False, as_json: bool =
         Directory for the trained network and one run directory a scheme.
     seed : int
         Of the network's initial weights and the order of its training samples.
+    threads, device
+        As of `retrain.net_trim`.
     quiet, as_json : bool
         Print nothing; print the two runs' records as JSON.
     """
@@ -54,6 +64,8 @@ def demo(out: str | Path, *, seed: int = 0, quiet: bool = False, as_json: bool =
             scheme=scheme,
             relative_epsilon=RELATIVE_EPSILON,
             out=folder / scheme,
+            device=device,
+            threads=threads,
         )
         for scheme in SCHEMES
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -76,14 +77,36 @@ class LayerReport:
         Raises
         ------
         ValueError
-            If a field is missing.
+            If a field is missing or of another type.
         """
-        names = [entry.name for entry in fields(LayerReport)]
-        missing = [name for name in names if name not in record]
+        if not isinstance(record, dict):
+            raise ValueError(f"layer report: want named fields, got a {type(record).__name__}")
+        missing = [entry.name for entry in fields(LayerReport) if entry.name not in record]
         if missing:
             raise ValueError(f"layer report: lacks {', '.join(missing)}")
-        values = {name: record[name] for name in names}
-        return LayerReport(**{**values, "shape": tuple(values["shape"])})
+        values: dict[str, Any] = {}
+        for entry in fields(LayerReport):
+            value = record[entry.name]
+            if entry.type == "float" and value is None:
+                value = math.nan  # which JSON cannot hold
+            if not _is_of(value, str(entry.type)):
+                raise ValueError(f"layer report: {entry.name}: want {entry.type}, got {value!r}")
+            values[entry.name] = tuple(value) if entry.name == "shape" else value
+        return LayerReport(**values)
+
+
+def _is_of(value: Any, annotation: str) -> bool:
+    """Whether a JSON value is of a field's type; true and false are no numbers."""
+    if annotation == "tuple[int, int]":
+        return isinstance(value, list) and [type(size) for size in value] == [int, int]
+    kinds: dict[str, tuple[type, ...]] = {
+        "str": (str,),
+        "int": (int,),
+        "float": (int, float),
+        "bool": (bool,),
+        "dict[str, Any]": (dict,),
+    }
+    return type(value) in kinds[annotation]
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from retrain.files import write_json, write_whole
+from retrain.files import plain, write_json, write_whole
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.stream import LayerSpec, LayerStream
 from solvers.program import to_numpy
@@ -64,7 +65,7 @@ class RunDirectory:
             f"weight.{group}": np.ascontiguousarray(to_numpy(weight))
             for group, weight in enumerate(result.weights)
         }
-        report = json.dumps(result.report.to_json(), allow_nan=True)
+        report = json.dumps(plain(result.report.to_json()), allow_nan=False)
         content = save(tensors, metadata={"report": report})
         write_whole(self.layer_path(result.report.name), content)
 
@@ -79,31 +80,55 @@ class RunDirectory:
         path = self.layer_path(spec.name)
         if not path.exists():
             return None
-        shape = [spec.shape[0] + int(spec.bias), spec.shape[1]]
         try:
-            with safe_open(path, framework="numpy") as file:
-                names = [f"weight.{group}" for group in range(spec.groups)]
-                if sorted(file.keys()) != sorted(names):
-                    raise ValueError(f"run: {path} does not hold layer {spec.name!r}")
-                for name in names:
-                    if file.get_slice(name).get_shape() != shape:
-                        raise ValueError(f"run: {path} does not have layer {spec.name!r}'s shape")
-                record = json.loads((file.metadata() or {}).get("report", "{}"))
-                weights = [file.get_tensor(name) for name in names]
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"run: {path} is damaged ({error}); delete it to redo it") from error
-        return LayerResult(weights, LayerReport.from_json(record))
+            return _read_layer(path, spec)
+        except (SafetensorError, OSError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"run: {path} is damaged ({error}); delete it, and the layer is done again"
+            ) from error
 
     def finished(self, stream: LayerStream) -> dict[str, LayerResult]:
-        """Read all finished layers by name, in execution order."""
-        results = {
-            spec.name: self.read_layer(spec) for spec in stream.layers if spec.reason is None
-        }
-        return {name: result for name, result in results.items() if result is not None}
+        """Read all finished layers by name, in execution order.
+
+        Raises
+        ------
+        ValueError
+            As `read_layer`; or if a layer's numbers are not of the network's type.
+        """
+        results = {}
+        for spec in stream.layers:
+            result = None if spec.reason is not None else self.read_layer(spec)
+            if result is None:
+                continue
+            dtype = to_numpy(stream.weight(spec.name)).dtype
+            if any(weight.dtype != dtype for weight in result.weights):
+                path = self.layer_path(spec.name)
+                raise ValueError(f"run: {path} is damaged (want {dtype}); delete it to redo it")
+            results[spec.name] = result
+        return results
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Write run.json."""
         write_json(self.path / RUN_FILE, {"format": FORMAT, **record})
+
+
+def _read_layer(path: Path, spec: LayerSpec) -> LayerResult:
+    """Read a layer's file, checking everything against the layer."""
+    shape = [spec.shape[0] + int(spec.bias), spec.shape[1]]
+    with safe_open(path, framework="numpy") as file:
+        names = [f"weight.{group}" for group in range(spec.groups)]
+        if sorted(file.keys()) != sorted(names):
+            raise ValueError(f"it does not hold layer {spec.name!r}")
+        for name in names:
+            if file.get_slice(name).get_shape() != shape:
+                raise ValueError(f"it does not have layer {spec.name!r}'s shape")
+        report = LayerReport.from_json(json.loads((file.metadata() or {}).get("report", "{}")))
+        weights = [file.get_tensor(name) for name in names]
+    if (report.name, report.shape) != (spec.name, spec.shape):
+        raise ValueError(f"its report is not of layer {spec.name!r}")
+    if not all(np.isfinite(weight).all() for weight in weights):
+        raise ValueError("it has NaN or infinite weights")
+    return LayerResult(weights, report)
 
 
 def versions() -> dict[str, str]:
@@ -134,17 +159,26 @@ def open_run(
         else, or is in use.
     OSError
         If it cannot be made or written.
+
+    Notes
+    -----
+    A run that fails before a layer is finished leaves nothing, so that a corrected command can have
+    the directory. One that is interrupted leaves what it has.
     """
     directory = Path(path)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"out: {str(directory)!r} is a file")
-    if directory.exists() and not (directory / RUN_FILE).exists():
-        others = {entry.name for entry in directory.iterdir()} - {"lock", LAYERS}
+    there = directory.exists()
+    if there and not (directory / RUN_FILE).exists():
+        others = [entry.name for entry in directory.iterdir() if not _empty_part(entry)]
         if others:
             raise ValueError(
                 f"out: {str(directory)!r} is not empty and holds no run (it has {min(others)!r}); "
                 "choose another directory"
             )
+    for part in ("lock", LAYERS):
+        if (directory / part).is_symlink():
+            raise ValueError(f"out: {str(directory / part)!r} is a link, which no run makes")
     (directory / LAYERS).mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / "lock", timeout=0)
     try:
@@ -153,14 +187,19 @@ def open_run(
         raise ValueError(
             f"out: {str(directory)!r} is in use by another process; wait for it, or choose another"
         ) from error
+    fresh = not (directory / RUN_FILE).exists()
     try:
-        if (directory / RUN_FILE).exists():
-            _check_identity(directory, identity)
-        else:
+        if fresh:
             record = {"format": FORMAT, "state": "running", "identity": dict(identity)}
             write_json(directory / RUN_FILE, record)
+        else:
+            _check_identity(directory, identity)
         _sweep(directory)
         yield RunDirectory(directory, names)
+    except Exception:
+        if fresh:
+            _withdraw(directory, there)
+        raise
     finally:
         lock.release()
 
@@ -180,8 +219,10 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"run: {file} is too large for a run's record")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"run: {file} is damaged: {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(
+            f"run: {file} is damaged ({error}); delete the directory to start anew"
+        ) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"run: {file} is not a run's record of format {FORMAT}")
     return record
@@ -190,7 +231,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
 def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
     """Refuse to go on with a run that another command began, saying what differs."""
     before = read_record(directory).get("identity", {})
-    now = json.loads(json.dumps(identity))
+    now = json.loads(json.dumps(plain(identity)))
     differing = list(_differences(before, now))
     if differing:
         raise ValueError(
@@ -213,9 +254,33 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:20]}…"
 
 
+def _is_temporary(path: Path) -> bool:
+    """Whether a file is one that `write_whole` had not moved to its place."""
+    return re.fullmatch(r"\.(run\.json|(model|\d+)\.safetensors)\.\d+\.tmp", path.name) is not None
+
+
+def _empty_part(entry: Path) -> bool:
+    """Whether an entry is there in a run that is killed before it has said what it is."""
+    if entry.name == LAYERS and entry.is_dir():
+        return not any(entry.iterdir())
+    return entry.name == "lock" or _is_temporary(entry)
+
+
 def _sweep(directory: Path) -> None:
     """Remove temporary files that a killed process left."""
     for folder in (directory, directory / LAYERS):
-        for entry in folder.glob(".*.tmp"):
-            if entry.is_file():
+        for entry in folder.iterdir():
+            if _is_temporary(entry):
                 entry.unlink()
+
+
+def _withdraw(directory: Path, there: bool) -> None:
+    """Take back a new run that failed with no layer finished; the directory too if it is ours."""
+    if any((directory / LAYERS).iterdir()):
+        return
+    with suppress(OSError):  # the error on its way matters more
+        (directory / RUN_FILE).unlink(missing_ok=True)
+        (directory / LAYERS).rmdir()
+        (directory / "lock").unlink()
+        if not there:
+            directory.rmdir()

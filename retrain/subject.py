@@ -6,8 +6,9 @@ imports torch only when it is given a torch module.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,7 +43,13 @@ class Subject(Protocol):
         """Return the stream's current network, of the kind that was given."""
         ...
 
-    def fine_tune(self, stream: Any, data: Data, epochs: int, held_out: Data | None) -> FineTuned:
+    def check_fine_tune(self, stream: Any, data: Data) -> None:
+        """Raise ValueError if `fine_tune` could not train on this data."""
+        ...
+
+    def fine_tune(
+        self, stream: Any, data: Data, epochs: int, held_out: Data | None, seed: int
+    ) -> FineTuned:
         """Train the current network, zeros kept at zero."""
         ...
 
@@ -61,7 +68,7 @@ def subject_of(model: Any, device: str | None = None) -> Subject:
     Raises
     ------
     ValueError
-        If it is neither a Chain nor a torch module nor a loaded model.
+        If it is neither a Chain nor a torch module nor a loaded model, or the device is none.
     """
     if isinstance(model, Chain):
         if device not in (None, "cpu"):
@@ -71,12 +78,30 @@ def subject_of(model: Any, device: str | None = None) -> Subject:
 
     from retrain.adapters.load import LoadedModel
 
+    if device is not None:
+        _check_device(device)
     if isinstance(model, LoadedModel):
         return _ModuleSubject(model.module, model.names, str(model.path), model.note, device)
     if isinstance(model, nn.Module):
         names = {name: name for name in model.state_dict()}
         return _ModuleSubject(model, names, None, "", device)
     raise ValueError(f"model: want a torch module or a retrain.Chain, got {type(model).__name__}")
+
+
+def has_classes(data: Data) -> bool:
+    """Whether every sample is labelled with a class number."""
+    return data.y is not None and data.y.ndim == 1 and np.issubdtype(data.y.dtype, np.integer)
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that torch does not know or cannot compute on here."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: cannot compute on {device!r} here ({reason})") from error
 
 
 def reopen(description: Mapping[str, Any], directory: Path, model: Any = None) -> Any:
@@ -96,6 +121,8 @@ def reopen(description: Mapping[str, Any], directory: Path, model: Any = None) -
         return Chain(tuple(weights), tuple(description["biases"]), tuple(description["follows"]))
     from retrain.adapters.load import fill, load_model
 
+    if model is None and description["dense_layers"]:
+        model = _dense_chain(description["dense_layers"])
     if model is not None:
         return fill(model, path, description["names"])
     if description["plain"]:
@@ -104,6 +131,31 @@ def reopen(description: Mapping[str, Any], directory: Path, model: Any = None) -
         "model: the run was of a torch module that is no plain chain of dense layers; pass the "
         "architecture, retrain.load(DIR, model)"
     )
+
+
+def _dense_chain(layers: list[dict[str, Any]]) -> Any:
+    """Build the chain that --arch auto had read, whose code no user has."""
+    import torch
+
+    from retrain.adapters.dense import DenseChain, DenseLayer
+
+    dtypes = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+    dtypes[str(torch.float64)] = torch.float64
+    return DenseChain(
+        [
+            DenseLayer(
+                layer["name"],
+                tuple(layer["shape"]),
+                layer["bias"],
+                dtypes[layer["dtype"]],
+                layer["activation"],
+            )
+            for layer in layers
+        ]
+    )
+
+
+_NO_TRAINING = "fine_tune: trains torch modules, and this is a chain of arrays"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,10 +174,13 @@ class _ChainSubject:
     def model(self, stream: ChainStream) -> Chain:
         return stream.chain
 
+    def check_fine_tune(self, stream: LayerStream, data: Data) -> None:
+        raise ValueError(_NO_TRAINING)
+
     def fine_tune(
-        self, stream: LayerStream, data: Data, epochs: int, held_out: Data | None
+        self, stream: LayerStream, data: Data, epochs: int, held_out: Data | None, seed: int
     ) -> FineTuned:
-        raise ValueError("fine_tune: trains torch modules, and this is a chain of arrays")
+        raise ValueError(_NO_TRAINING)
 
     def save(self, model: Chain, directory: Path) -> None:
         tensors = {
@@ -156,19 +211,51 @@ class _ModuleSubject:
         return TorchStream(self.module, data, device=self.device)
 
     def model(self, stream: Any) -> Any:
-        return stream.model
+        """Copy the stream's network; what could be trained in the given one can be again."""
+        network = copy.deepcopy(stream.model)
+        trainable = {name: tensor.requires_grad for name, tensor in self.module.named_parameters()}
+        for name, tensor in network.named_parameters():
+            tensor.requires_grad_(trainable[name])
+        return network
 
-    def fine_tune(self, stream: Any, data: Data, epochs: int, held_out: Data | None) -> FineTuned:
+    def check_fine_tune(self, stream: Any, data: Data) -> None:
+        if not any(tensor.requires_grad for tensor in self.module.parameters()):
+            raise ValueError("fine_tune: no parameter of the model requires a gradient")
+        if data.y is None:
+            raise ValueError(f"fine_tune: wants labels, and {data.name!r} has none")
+        if not has_classes(data):
+            raise ValueError(
+                f"fine_tune: wants a class number for each sample, and the labels of "
+                f"{data.name!r} are {data.y.dtype} of shape {data.y.shape}"
+            )
+        outputs = next(stream.outputs(dense=True))
+        if outputs.ndim != 2 or data.y.min() < 0 or data.y.max() >= outputs.shape[1]:
+            raise ValueError(
+                f"fine_tune: wants labels from 0 to one less than the network's outputs, of shape "
+                f"{tuple(outputs.shape[1:])}; those of {data.name!r} are {data.y.min()} to "
+                f"{data.y.max()}"
+            )
+
+    def fine_tune(
+        self, stream: Any, data: Data, epochs: int, held_out: Data | None, seed: int
+    ) -> FineTuned:
+        import torch
+
         from retrain.adapters.stream import fit_samples
         from retrain.trainers.accuracy import evaluate
         from retrain.trainers.masked import fine_tune
 
-        def pair(source: Data) -> tuple[Any, Any]:
-            return fit_samples(stream.model, source.x), source.y
+        model = self.model(stream)
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
 
-        trained = fine_tune(stream.model, pair(data), epochs=epochs, device=self.device)
+        def pair(source: Data) -> tuple[Any, Any]:
+            labels: Any = source.y
+            inputs = torch.as_tensor(fit_samples(model, source.x)).to(dtype)
+            return inputs, torch.as_tensor(labels.astype(np.int64))
+
+        trained = fine_tune(model, pair(data), epochs=epochs, device=self.device, seed=seed)
         accuracies = {"calibration": evaluate(trained.model, pair(data))}
-        if held_out is not None and held_out.y is not None:
+        if held_out is not None and has_classes(held_out):
             accuracies["held_out"] = evaluate(trained.model, pair(held_out))
         return FineTuned(trained.model, accuracies)
 
@@ -184,4 +271,8 @@ class _ModuleSubject:
             "note": self.note,
             "names": dict(self.names),
             "plain": stream.plain,
+            "dense_layers": [
+                {**asdict(layer), "dtype": str(layer.dtype)}
+                for layer in getattr(self.module, "dense_layers", ())
+            ],
         }

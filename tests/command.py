@@ -1,0 +1,125 @@
+"""The command line in processes of its own, forked off one that has imported everything.
+
+A process of its own can be killed, has its own standard streams and a real exit code; forking
+spares each of them the seconds that importing torch takes.
+"""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that is forked should have no threads
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["retrain.api", "retrain.report.terminal", "retrain.demo"])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+    def error(self) -> str:
+        """The one line of a refused command."""
+        assert self.code == 2, self
+        assert self.out == "", self
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self
+        return lines[0]
+
+
+class Command:
+    """A running command."""
+
+    def __init__(self, folder: Path, arguments: list[str], prepare) -> None:
+        self._files = [folder / f".{time.monotonic_ns()}.{name}" for name in ("out", "err")]
+        self.process = _FORKS.Process(
+            target=_child, args=(str(folder), arguments, self._files, prepare)
+        )
+        self.process.start()
+
+    def wait(self, seconds: float = 60) -> Answer:
+        """Wait for its end."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.kill()
+            pytest.fail(f"no end after {seconds} s: {self.read()}")
+        return self.read()
+
+    def read(self) -> Answer:
+        """What there is by now."""
+        out, err = (file.read_text() if file.exists() else "" for file in self._files)
+        code = self.process.exitcode
+        return Answer(-1 if code is None else code, out, err)
+
+    def kill(self) -> None:
+        """SIGKILL, which a process cannot answer; only the command, not its workers."""
+        self.process.kill()
+        self.process.join()
+
+    def interrupt(self) -> None:
+        """SIGINT to the command and its workers, as Ctrl-C on a terminal."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def group(self) -> list[int]:
+        """Processes of the command's group that are alive: itself, its workers."""
+        alive = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[2]) == self.process.pid and fields[0] != "Z":
+                alive.append(int(entry.name))
+        return alive
+
+
+def start(folder: Path, *arguments: object, prepare=None) -> Command:
+    """Start ``retrain ARGUMENTS`` in a folder; `prepare()` is called first, in the process."""
+    return Command(folder, [str(part) for part in arguments], prepare)
+
+
+def command(folder: Path, *arguments: object, prepare=None, seconds: float = 60) -> Answer:
+    """Run ``retrain ARGUMENTS`` in a folder to its end."""
+    return start(folder, *arguments, prepare=prepare).wait(seconds)
+
+
+def _child(folder: str, arguments: list[str], files: list[Path], prepare) -> None:
+    os.setsid()
+    os.chdir(folder)
+    for number, file in enumerate(files, start=1):
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, number)
+        os.close(handle)
+    # Line by line, as the interpreter has it for a file only on stderr.
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    from retrain.cli import main
+
+    if prepare is not None:
+        prepare()
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    # The end of an interpreter, in its order; multiprocessing's own is another one.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
