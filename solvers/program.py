@@ -453,10 +453,14 @@ def _orthogonalise(nu: Array, x: Array, active: Array) -> Array:
     later, so a remainder would prove a bound that is not one.
     """
     xp = array_namespace(nu)
-    nu = _shift_to_root(_shift_to_root(nu, x, active), x, active)
-    size = xp.sqrt(xp.sum(x * x) * xp.sum(nu * nu, axis=0))
-    orthogonal = xp.abs(xp.sum(x * nu, axis=0)) <= _ORTHOGONAL * size
-    return xp.where(orthogonal, nu, xp.zeros_like(nu))
+    for _ in range(2):
+        # The projection is homogeneous; at size 1 no square overflows.
+        largest = xp.max(xp.abs(nu), axis=0)
+        largest = xp.where(largest > 0, largest, xp.ones_like(largest))
+        nu = largest * _shift_to_root(nu / largest, x, active)
+    moment = xp.abs(xp.sum(x * (nu / largest), axis=0))
+    size = xp.sqrt(xp.sum(x * x) * xp.sum((nu / largest) ** 2, axis=0))
+    return xp.where(moment <= _ORTHOGONAL * size, nu, xp.zeros_like(nu))
 
 
 def _shift_to_root(nu: Array, x: Array, active: Array) -> Array:

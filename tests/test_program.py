@@ -89,6 +89,8 @@ def difficult_multipliers(program, multiplier, rng):
     yield np.where(program.active, noise, 0)
     yield 1e6 * noise
     yield 1e-6 * noise
+    yield 1e200 * noise  # squares overflow: no number is no bound, a number must be one
+    yield 1e-200 * noise
     for size in (1e-8, 1e-3, 0.3):
         yield multiplier + size * noise
     for scale in (0.0, 0.5, 3.0):
@@ -106,6 +108,7 @@ def difficult_multipliers(program, multiplier, rng):
     yield noise
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize(("form", "penalty", "bias", "mask"), CASES)
 def test_no_bound_exceeds_the_optimum(form, penalty, bias, mask):
     for seed in range(8):
@@ -115,14 +118,15 @@ def test_no_bound_exceeds_the_optimum(form, penalty, bias, mask):
         rng = np.random.default_rng(seed)
         for nu in difficult_multipliers(program, multiplier, rng):
             bound = program.dual_bound(nu)
-            assert np.all(bound <= optimum * (1 + 1e-9)), (bound - optimum) / optimum
+            assert not np.any(bound > optimum * (1 + 1e-9)), (bound - optimum) / optimum
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_row_of_any_sign_without_penalty_gives_valid_bounds():
     rng = np.random.default_rng(3)
     worst = -np.inf
     for trial in range(60):
-        n_samples, n_in = int(rng.integers(2, 40)), int(rng.integers(2, 12))
+        n_samples, n_in = int(rng.integers(1, 40)), int(rng.integers(2, 12))
         X = np.maximum(arrays(rng, n_samples, n_in), 0)
         X[:, -1] = arrays(rng, n_samples) + trial % 4
         weight = arrays(rng, n_in, 3)
@@ -137,10 +141,11 @@ def test_a_row_of_any_sign_without_penalty_gives_valid_bounds():
         )
         above = program.objective(weight)  # feasible, so at least the optimum
         for nu in difficult_multipliers(program, np.zeros((n_samples, 3)), rng):
-            worst = max(worst, np.max(program.dual_bound(nu) / above))
+            worst = max(worst, np.nanmax(program.dual_bound(nu) / above, initial=-np.inf))
     assert worst <= 1 + 1e-9
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_an_inactive_layer_with_a_bias_has_the_bound_zero():
     # A bias low enough is free of charge, so any bound above 0 would be wrong.
     rng = np.random.default_rng(4)
@@ -150,7 +155,7 @@ def test_an_inactive_layer_with_a_bias_has_the_bound_zero():
             X, np.zeros((30, 4)), ceilings=-rng.random((30, 4)), free_rows=(6,), **form
         )
         for nu in difficult_multipliers(program, np.zeros((30, 4)), rng):
-            assert np.all(program.dual_bound(nu) <= 0)
+            assert not np.any(program.dual_bound(nu) > 0)
 
 
 def bound_without_the_projection(program, nu):
