@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -154,18 +155,31 @@ def relaxed(values: np.ndarray, theta: np.ndarray) -> tuple[float, np.ndarray]:
     return float(total), gradient
 
 
-def box_minimum(point: Point) -> Numbers:
+def nothing(theta: np.ndarray) -> tuple[float, np.ndarray]:
+    """Add nothing to L: the flattening hyper-prior's term is in it already."""
+    return 0.0, np.zeros_like(theta)
+
+
+def box_minimum(
+    point: Point, extra: Callable[[np.ndarray], tuple[float, np.ndarray]] = nothing
+) -> Numbers:
     """How far below all vertices a bounded minimiser gets inside the box, and along each axis.
 
     "below the vertices": the least vertex value minus the least that L-BFGS-B finds from random
     starts. "bend": the largest second difference along an axis of the box, over L's range; L(theta)
-    here is evaluated network by network.
+    here is evaluated network by network. `extra` is another hyper-prior's term in theta, with its
+    gradient.
     """
     values = vertex_values(point.problem)
+
+    def value(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        own, more = relaxed(values, theta), extra(theta)
+        return own[0] + more[0], own[1] + more[1]
+
     lowest = min(
         float(
             minimize(
-                lambda theta: relaxed(values, theta),
+                value,
                 start,
                 jac=True,
                 method="L-BFGS-B",
@@ -180,7 +194,7 @@ def box_minimum(point: Point) -> Numbers:
         for value in (0.1, 0.5, 0.9):
             theta = point.theta.copy()
             theta[index] = value
-            line.append(net.objective(point.problem, theta))
+            line.append(net.objective(point.problem, theta) + extra(theta)[0])
         bend = max(bend, abs(line[0] - 2 * line[1] + line[2]))
     spread = float(values.max() - values.min())
     return {

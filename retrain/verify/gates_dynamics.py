@@ -6,7 +6,7 @@ and 5.2 are almost-sure limits of the stochastic algorithm, which a run can only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -205,11 +205,15 @@ def _ratios(difference: float, slope: np.ndarray, w: np.ndarray) -> tuple[float,
     return abs(difference) / size, abs(float(w @ slope)) / size
 
 
-def attraction(case: Case, rng: np.random.Generator) -> Attraction:
+def attraction(
+    case: Case,
+    rng: np.random.Generator,
+    region: Callable[[Problem, np.ndarray, int], Flow] = certify,
+) -> Attraction:
     """Integrate from points of the certified region, and from a grid of growing size."""
     problem = teacher_problem({**case, "decay": 1.0}, rng)
     theta = rng.uniform(0.2, 0.8, (case["gates"],))
-    flow = certify(problem, theta, 0)
+    flow = region(problem, theta, 0)
     count = net.fan_out(problem.network, 0).size
     inside = []
     for _ in range(case["inside"]):
@@ -366,7 +370,7 @@ def _gradient_size(problem: Problem, theta: np.ndarray) -> float:
 
 def algorithm_cases(level: Level) -> list[Case]:
     """Runs from several seeds, at a price between the blocks' values."""
-    repeats, steps = (2, 4000) if level == "quick" else (6, 15000)
+    repeats, steps = (2, 3000) if level == "quick" else (6, 15000)
     return [
         {
             "gates": 3,
@@ -375,8 +379,8 @@ def algorithm_cases(level: Level) -> list[Case]:
             "batch": 20,
             "log_gamma": -4.0,
             "decay": 0.1,
-            "rate": 0.2,
-            "settle": 500,
+            "rate": 0.05,
+            "settle": 1000,
             "steps": steps,
             "repeat": index,
         }
@@ -386,7 +390,7 @@ def algorithm_cases(level: Level) -> list[Case]:
 
 _ALGORITHM = (
     "tanh network (1), three blocks; targets from one block and noise",
-    "steps a(n) = a / (1 + n / 500)^0.7, which meet (31)",
+    "steps a(n) = a / (1 + n / 1000)^0.7, which meet (31)",
     "an almost-sure limit: a finite run illustrates it",
 )
 

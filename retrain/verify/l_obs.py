@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,11 +100,11 @@ def obs_update(unit: Removal) -> np.ndarray:
     return -unit.weight[unit.index] / column[unit.index] * column
 
 
-def update_errors(unit: Removal) -> Numbers:
+def update_errors(unit: Removal, rule: Callable[[Removal], np.ndarray] = obs_update) -> Numbers:
     """KKT of min (1/2) d^T H d, e_q^T d + w_q = 0, and the optimum found twice more."""
     import cvxpy as cp
 
-    update = obs_update(unit)
+    update = rule(unit)
     size = float(np.linalg.norm(unit.hessian, 2) * np.linalg.norm(update))
     gradient = unit.hessian @ update
     value = float(update @ gradient) / 2
