@@ -114,11 +114,9 @@ def run_layers(options: argparse.Namespace) -> int:
         entries = [{**asdict(found.spec), "meets": found.meets} for found in layers]
         print(json.dumps({"note": loaded.note, "layers": entries}, indent=1))
         return DONE
-    from rich.console import Console
+    from retrain.report.terminal import layer_list, output
 
-    from retrain.report.terminal import layer_list
-
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = output()
     if loaded.note:
         console.print(loaded.note, markup=False)
     console.print(layer_list(layers))
@@ -627,11 +625,9 @@ def _conclude(run: Run, options: argparse.Namespace, note: str) -> int:
 
         sys.stdout.write(json_bytes(run.record).decode())
     elif not options.quiet:
-        from rich.console import Console
+        from retrain.report.terminal import output, run_table, summary
 
-        from retrain.report.terminal import run_table, summary
-
-        console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+        console = output()
         if note:
             console.print(note, markup=False)
         console.print(run_table(run.layers))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -19,7 +18,7 @@ from retrain.api import Run, net_trim
 from retrain.data import Data, load_data
 from retrain.files import json_bytes
 from retrain.methods.net_trim_options import Scheme
-from retrain.report.terminal import bound_line
+from retrain.report.terminal import bound_line, output
 from retrain.trainers.states import seeded
 from retrain.trainers.supervised import train
 
@@ -89,7 +88,7 @@ def trained_network(data: Data, seed: int) -> nn.Module:
 
 
 def _show(model: Path, runs: dict[Scheme, Run]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = output()
     shape = "-".join(map(str, WIDTHS))
     console.print(f"trained a {shape} ReLU network on scikit-learn's digits: {model}")
     table = Table(box=SIMPLE_HEAD)

@@ -9,8 +9,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,8 @@ class Command:
     """A running command."""
 
     def __init__(self, folder: Path, arguments: list[str], prepare) -> None:
-        self._files = [folder / f".{time.monotonic_ns()}.{name}" for name in ("out", "err")]
+        self._kept = tempfile.TemporaryDirectory()
+        self._files = [Path(self._kept.name) / name for name in ("out", "err")]
         self.process = _FORKS.Process(
             target=_child, args=(str(folder), arguments, self._files, prepare)
         )
@@ -63,10 +64,20 @@ class Command:
         code = self.process.exitcode
         return Answer(-1 if code is None else code, out, err)
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.exitcode is None
+
     def kill(self) -> None:
         """SIGKILL, which a process cannot answer; only the command, not its workers."""
         self.process.kill()
         self.process.join()
+
+    def sweep(self) -> None:
+        """SIGKILL to what is left of the group: workers that wait for a parent that is no more."""
+        for pid in self.group():
+            os.kill(pid, signal.SIGKILL)
 
     def interrupt(self) -> None:
         """SIGINT to the command and its workers, as Ctrl-C on a terminal."""
@@ -115,8 +126,8 @@ def _child(folder: str, arguments: list[str], files: list[Path], prepare) -> Non
         code = main(arguments)
     except SystemExit as end:
         code = end.code
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:  # noqa: BLE001 - an interpreter's last resort
+        traceback.print_exception(error)
         code = 1
     # The end of an interpreter, in its order; multiprocessing's own is another one.
     threading._shutdown()

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from retrain.bounds import OutputBound
 from retrain.layer_report import LayerReport
 from solvers.result import Status
+
+
+_REMEDIES = {
+    Status.INEXACT.value: "ask for less (--tolerance), or save the network in float64",
+    Status.ITERATION_LIMIT.value: "raise --max-iterations, or ask for less (--tolerance)",
+}
+"""What a person at the command line can do, where `Status.remedy` speaks of arguments."""
+
+
+class _Output(Console):
+    """Standard output whose reader may go away: rich would end with the code of a bad run."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def output() -> Console:
+    """Open standard output: as wide as the terminal, 120 columns where there is none."""
+    return _Output(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def layer_list(layers: Iterable[Any]) -> Table:
@@ -140,7 +161,7 @@ def summary(record: dict[str, Any], bounds: dict[str, OutputBound]) -> list[str]
     if not totals["certified"]:
         remedies = {entry["status"] for entry in record["layers"] if not entry["certified"]}
         for status in sorted(remedies):
-            lines.append(f"not certified: {status}; {Status(status).remedy}")
+            lines.append(f"not certified: {status}; {_REMEDIES.get(status, Status(status).remedy)}")
     return lines
 
 
