@@ -1,8 +1,8 @@
 """`retrain.lobs`: second-order pruning of a network, in one stage or in several.
 
 The paper's iterative version prunes, retrains lightly, prunes again, retrains again. Each stage is
-a run of its own on the network that the stage before it left, in ``DIR/stage-1``, ``DIR/stage-2``,
-..., and is resumed as one; DIR holds the outcome.
+a run of its own on the network that the stage before it left, in ``DIR/layers/stage-1``,
+``DIR/layers/stage-2``, ..., and is resumed as one; DIR holds the outcome.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from retrain.deviations import second_order_bounds
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import lobs as method
 from retrain.methods.lobs_options import Amount, LobsOptions, stage_amounts
-from retrain.run import RUN_FILE, open_run, read_record, versions
+from retrain.run import LAYERS, RUN_FILE, open_run, read_record, versions
 from retrain.stream import LayerStream
 from retrain.subject import subject_of
 
@@ -130,7 +130,7 @@ def lobs(
         runs: list[Run] = []
         network = model
         for number in range(len(plan)):
-            place = None if target is None else target / f"stage-{number + 1}"
+            place = None if target is None else target / LAYERS / f"stage-{number + 1}"
             notify = None if on_layer is None else _counting(on_layer, len(plan))
             stream = subject_of(network, device).stream(calibration)
             if place is not None and _is_finished(place, stream, plan[number]):
