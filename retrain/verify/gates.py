@@ -191,9 +191,9 @@ def box_minimum(
     bend = 0.0
     for index in range(min(len(point.theta), 3)):
         line = []
-        for value in (0.1, 0.5, 0.9):
+        for place in (0.1, 0.5, 0.9):
             theta = point.theta.copy()
-            theta[index] = value
+            theta[index] = place
             line.append(net.objective(point.problem, theta) + extra(theta)[0])
         bend = max(bend, abs(line[0] - 2 * line[1] + line[2]))
     spread = float(values.max() - values.min())

@@ -190,7 +190,8 @@ def parallel_equal(case: Case, rng: np.random.Generator) -> Retrained:
     chain, inputs = _network(case, rng, "relu")
     outcomes = forward(chain, inputs)
     first, last = float(np.linalg.norm(outcomes[0])), float(np.linalg.norm(outcomes[-1]))
-    radius = case["radius"] * math.sqrt(first * last)
+    # Not below what a solver can resolve in the first layer, where responses are the largest.
+    radius = max(case["radius"] * math.sqrt(first * last), 0.01 * first)
     if case["solver"] == "admm":
         settings = _options("parallel", epsilon=radius, relative_epsilon=None)
         return package_run(chain, inputs, settings)

@@ -166,7 +166,9 @@ def phase_transition(rows: Sequence[Row], path: Path) -> None:
 
 
 def _edges(centres: np.ndarray, back: Any = np.asarray) -> np.ndarray:
-    """Cell edges halfway between the centres."""
+    """Cell edges halfway between the centres; a single one gets a cell of its own size."""
+    if len(centres) == 1:
+        return back(np.array([centres[0] / 2, 1.5 * centres[0]]))
     middle = (centres[1:] + centres[:-1]) / 2
     first, last = 2 * centres[0] - middle[0], 2 * centres[-1] - middle[-1]
     return back(np.concatenate([[first], middle, [last]]))
