@@ -15,7 +15,6 @@ from retrain.bounds import OutputBound
 from retrain.layer_report import LayerReport
 from solvers.result import Status
 
-
 _REMEDIES = {
     Status.INEXACT.value: "ask for less (--tolerance), or save the network in float64",
     Status.ITERATION_LIMIT.value: "raise --max-iterations, or ask for less (--tolerance)",
