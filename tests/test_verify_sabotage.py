@@ -12,9 +12,12 @@ from retrain.verify import (
     gated_network,
     gates,
     gates_dynamics,
+    gates_estimators,
+    gates_prior,
     itp,
     l_obs,
     net_trim,
+    net_trim_programs,
     net_trim_recovery,
     shrinknets,
     statements,
@@ -64,7 +67,7 @@ def raised_ceilings(case, rng):
     targets = np.maximum(inputs @ weight, 0)
     epsilon = 0.1 * np.linalg.norm(targets)
     program = trim_program(inputs, targets, epsilon=epsilon, ceilings=np.full(targets.shape, 1e3))
-    return net_trim.OneLayer(inputs, targets, solve_cvxpy(program).weight, epsilon)
+    return net_trim_programs.OneLayer(inputs, targets, solve_cvxpy(program).weight, epsilon)
 
 
 def other_inputs(sample):
@@ -110,7 +113,7 @@ def skip_not_absorbed(instance):
     kept = [b for i, b in enumerate(instance.network.blocks) if i not in instance.closed]
     network = replace(instance.network, blocks=tuple(kept))
     output = gated_network.activations(network, instance.x, [1] * len(kept))[-1]
-    return gates._outputs(output)
+    return gates_estimators._outputs(output)
 
 
 def wide_region(problem, theta, index):
@@ -205,7 +208,7 @@ SABOTAGE = {
     "net-trim/equation-14": [
         with_measure(
             "net-trim/equation-14",
-            lambda p: net_trim.objective_of_14(replace(p, fit_weight=2 * p.fit_weight)),
+            lambda p: net_trim_programs.objective_of_14(replace(p, fit_weight=2 * p.fit_weight)),
         )
     ],
     "net-trim/section-2-indices": [with_printed_bound("net-trim/section-2-indices")],
@@ -253,7 +256,9 @@ SABOTAGE = {
     "gates/hyper-prior": [
         with_measure(
             "gates/hyper-prior",
-            lambda gamma: {"mass": gates.prior_mass(gamma)["mass"] * math.log(gamma) / (gamma - 1)},
+            lambda gamma: {
+                "mass": gates_prior.prior_mass(gamma)["mass"] * math.log(gamma) / (gamma - 1)
+            },
         )
     ],
     "gates/equation-8": [
@@ -262,7 +267,7 @@ SABOTAGE = {
     "gates/equation-9": [
         replace(
             only(KNOWN["gates/equation-9"]),
-            bound=lambda prior: {**gates.equation_9(prior), "slope": 0.0},
+            bound=lambda prior: {**gates_prior.equation_9(prior), "slope": 0.0},
         )
     ],
     "gates/equation-13": [with_printed_bound("gates/equation-13")],
@@ -279,7 +284,9 @@ SABOTAGE = {
     "gates/equation-26": [
         with_measure(
             "gates/equation-26",
-            lambda point: {"C_1 - C_0": gates.expected_difference(point)["C_1 - C_0"] / 5},
+            lambda point: {
+                "C_1 - C_0": gates_estimators.expected_difference(point)["C_1 - C_0"] / 5
+            },
         )
     ],
     "gates/equation-27": [with_printed_bound("gates/equation-27")],
@@ -419,6 +426,6 @@ def test_algorithms_agree_with_the_package():
 def test_uncertified_programs_are_no_instances():
     chain = net_trim.random_chain([4, 4, 4], np.random.default_rng(0), bias=False)
     inputs = np.abs(np.random.default_rng(1).standard_normal((20, 4)))
-    options = replace(net_trim._options("cascade", relative_epsilon=0.01), max_iterations=1)
+    options = replace(net_trim.options("cascade", relative_epsilon=0.01), max_iterations=1)
     with pytest.raises(RuntimeError, match="was not solved"):
         net_trim.package_run(chain, inputs, options)

@@ -6,98 +6,18 @@ patterns. What happens in time, theorems 5.1 to 5.3, is in `gates_dynamics`.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.integrate import quad
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize
 
 from retrain.verify import gated_network as net
-from retrain.verify.gated_network import GatedNetwork, Problem
+from retrain.verify.gated_network import Problem
 from retrain.verify.statement import Case, Level, Numbers, Statement
 
 PAPER = "Guenter, Sideris: Concurrent Training and Layer Pruning of DNNs (2024)"
-
-
-# The hyper-prior --------------------------------------------------------------------------------
-
-
-def hyper_prior(pi: float, gamma: float) -> float:
-    """p(pi | gamma) of section 2.2."""
-    return (gamma - 1) / math.log(gamma) / (1 + (gamma - 1) * (1 - pi))
-
-
-def prior_cases(level: Level) -> list[Case]:
-    """Values of gamma over many decades."""
-    gammas = [0.9, 0.1, 1e-4] if level == "quick" else [0.999, 0.9, 0.5, 0.1, 1e-2, 1e-4, 1e-8]
-    return [{"gamma": gamma} for gamma in gammas]
-
-
-def prior_mass(gamma: float) -> Numbers:
-    """The integral of p(pi | gamma) over [0, 1]; the density is steep near pi = 0."""
-    edges = [0.0, *(gamma * 10.0**k for k in range(-1, 9) if gamma * 10.0**k < 1), 1.0]
-    total = sum(
-        quad(hyper_prior, low, high, args=(gamma,), epsabs=1e-13)[0]
-        for low, high in itertools.pairwise(edges)
-    )
-    return {"mass": total}
-
-
-def negative_log_posterior(pi: float, theta: float, gamma: float) -> float:
-    """J(pi): KL(Bernoulli(theta) | Bernoulli(pi)) - log p(pi | gamma), without its constant."""
-    kl = theta * math.log(theta / pi) + (1 - theta) * math.log((1 - theta) / (1 - pi))
-    return kl + math.log(1 + (gamma - 1) * (1 - pi))
-
-
-@dataclass(frozen=True)
-class Prior:
-    """A pair (theta, gamma)."""
-
-    theta: float
-    gamma: float
-
-
-def pair(case: Case, rng: np.random.Generator) -> Prior:
-    """A random theta for the case's gamma."""
-    return Prior(float(rng.uniform(0.02, 0.98)), case["gamma"])
-
-
-def best_prior(prior: Prior) -> tuple[float, float]:
-    """Minimise J over pi numerically: in the logit, where both ends are far away."""
-
-    def value(logit: float) -> float:
-        pi = 1 / (1 + math.exp(-logit))
-        return negative_log_posterior(pi, prior.theta, prior.gamma)
-
-    found = minimize_scalar(value, bounds=(-30, 30), method="bounded", options={"xatol": 1e-12})
-    return 1 / (1 + math.exp(-found.x)), float(found.fun)
-
-
-def minimiser(prior: Prior) -> Numbers:
-    """The numerical argmin and, around it, the curvature's sign."""
-    return {"pi": best_prior(prior)[0]}
-
-
-def equation_8(prior: Prior) -> Numbers:
-    """The closed form gamma theta / (1 + theta (gamma - 1))."""
-    return {"pi": prior.gamma * prior.theta / (1 + prior.theta * (prior.gamma - 1))}
-
-
-def minimum_and_slope(prior: Prior) -> Numbers:
-    """J at its minimum, and its slope in theta by a central difference."""
-    step = 1e-3
-    up = best_prior(replace(prior, theta=prior.theta + step))[1]
-    down = best_prior(replace(prior, theta=prior.theta - step))[1]
-    return {"J": best_prior(prior)[1], "slope": (up - down) / (2 * step)}
-
-
-def equation_9(prior: Prior) -> Numbers:
-    """The closed form log gamma - theta log gamma, and its constant slope -log gamma."""
-    log_gamma = math.log(prior.gamma)
-    return {"J": (1 - prior.theta) * log_gamma, "slope": -log_gamma}
 
 
 # The objective over the gates -------------------------------------------------------------------
@@ -397,155 +317,6 @@ def minor_eigenvalue(point: Interior) -> Numbers:
     return {"eigenvalue": (diagonal - math.hypot(diagonal, 2 * slope)) / 2}
 
 
-# Gradients and estimators -----------------------------------------------------------------------
-
-
-def weight_gradient(point: Point) -> Numbers:
-    """dL/dW of some random weights, by central differences of L."""
-    problem, vector = point.problem, net.to_vector(point.problem.network)
-    step, numbers = 1e-5, {}
-    for entry in _entries(vector):
-        sides = []
-        for move in (step, -step):
-            moved = vector.copy()
-            moved[entry] += move
-            at = replace(problem, network=net.from_vector(moved, problem.network))
-            sides.append(net.objective(at, point.theta))
-        numbers[f"weight {entry}"] = (sides[0] - sides[1]) / (2 * step)
-    return numbers
-
-
-def expected_estimate(point: Point, sign: float = 1.0) -> Numbers:
-    """E of the estimates (19)-(22) over the gates and over batches of one sample, N/B = N."""
-    problem, count = point.problem, len(point.problem.x)
-    total = np.zeros_like(net.to_vector(problem.network))
-    for gates in net.patterns(len(point.theta)):
-        share = net.probability(gates, point.theta)
-        for i in range(count):
-            gradient, _ = net.cost_gradient(
-                problem.network, problem.x[i : i + 1], problem.y[i : i + 1], gates, sign=sign
-            )
-            total += share / count * count * net.to_vector(gradient)
-    vector = net.to_vector(problem.network)
-    total += problem.decay * vector
-    return {f"weight {entry}": float(total[entry]) for entry in _entries(vector)}
-
-
-def _entries(vector: np.ndarray) -> list[int]:
-    """Every seventh weight: some of every matrix."""
-    return list(range(0, vector.size, 7))
-
-
-def cost_difference(point: Point) -> Numbers:
-    """C_1 - C_0 of the gate."""
-    on, off = net.gated_costs(point.problem, point.theta, point.index)
-    return {"C_1 - C_0": on - off}
-
-
-def expected_difference(point: Point) -> Numbers:
-    """E of (26) over all patterns of the gates and all batches of one sample."""
-    problem, index = point.problem, point.index
-    count, total = len(problem.x), 0.0
-    for gates in net.patterns(len(point.theta)):
-        share = net.probability(gates, point.theta)
-        for i in range(count):
-            x, y = problem.x[i : i + 1], problem.y[i : i + 1]
-            on = (*gates[:index], 1, *gates[index + 1 :])
-            off = (*gates[:index], 0, *gates[index + 1 :])
-            estimate = count * float(
-                np.sum(net.costs(problem.network, x, y, on))
-                - np.sum(net.costs(problem.network, x, y, off))
-            )
-            total += share / count * estimate
-    return {"C_1 - C_0": total}
-
-
-_SHRINK = (1e-3, 1e-4, 1e-5)
-
-
-def _shrunk(point: Point, factor: float) -> Problem:
-    """The problem with the gated block's W2 and b2 shrunk."""
-    network = point.problem.network
-    small = net.with_fan_out(network, point.index, factor * net.fan_out(network, point.index))
-    return replace(point.problem, network=small)
-
-
-def difference_at_small_weights(point: Point) -> Numbers:
-    """(C_1 - C_0) / factor, w shrunk by the factor."""
-    numbers = {}
-    for factor in _SHRINK:
-        on, off = net.gated_costs(_shrunk(point, factor), point.theta, point.index)
-        numbers[f"w x {factor:g}"] = (on - off) / factor
-    return numbers
-
-
-def straight_through(point: Point, *, hidden: bool = True, flipped: bool = False) -> Numbers:
-    """E of (27) / factor over all patterns, w shrunk by the factor.
-
-    `hidden`: the factor after W2 is a(W1 z + b1), otherwise z, as printed. `flipped`: the display
-    before (27), whose Delta xi = -1 turns the sign where the gate is on.
-    """
-    numbers = {}
-    for factor in _SHRINK:
-        problem, total = _shrunk(point, factor), 0.0
-        block = problem.network.blocks[point.index]
-        for gates in net.patterns(len(point.theta)):
-            share = net.probability(gates, point.theta)
-            z = net.activations(problem.network, problem.x, gates)[point.index]
-            _, deltas = net.cost_gradient(problem.network, problem.x, problem.y, gates)
-            after = np.tanh(z @ block.W1.T + block.b1) if hidden else z
-            estimate = float(np.sum(deltas[point.index] * (after @ block.W2.T + block.b2)))
-            if flipped and gates[point.index]:
-                estimate = -estimate
-            total += share * estimate
-        numbers[f"w x {factor:g}"] = total / factor
-    return numbers
-
-
-# Absorption -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Closed:
-    """A network, some inputs, and the blocks whose gates are 0."""
-
-    network: GatedNetwork
-    x: np.ndarray
-    closed: tuple[int, ...]
-
-
-def closed_network(case: Case, rng: np.random.Generator) -> Closed:
-    """A random network with the case's gates closed."""
-    network = net.random_network(case["gates"], 4, rng, hidden=6)
-    return Closed(network, rng.standard_normal((20, 4)), tuple(case["closed"]))
-
-
-def gated_output(instance: Closed) -> Numbers:
-    """Some outputs of the gated network."""
-    gates = [0 if index in instance.closed else 1 for index in range(len(instance.network.blocks))]
-    return _outputs(net.activations(instance.network, instance.x, gates)[-1])
-
-
-def absorbed_output(instance: Closed) -> Numbers:
-    """The same of the network with the closed blocks removed and their skips absorbed."""
-    network = instance.network
-    for index in sorted(instance.closed, reverse=True):
-        network = net.drop_block(network, index)
-    gates = [1] * len(network.blocks)
-    return _outputs(net.activations(network, instance.x, gates)[-1])
-
-
-def _outputs(values: np.ndarray) -> Numbers:
-    return {f"output {index}": float(value) for index, value in enumerate(values.ravel()[:6])}
-
-
-def absorption_cases(level: Level) -> list[Case]:
-    """Closed gates first, last, in a row, and all."""
-    del level
-    closed = ([0], [2], [3], [0, 1], [2, 3], [1, 3], [0, 1, 2, 3])
-    return [{"gates": 4, "closed": gates} for gates in closed]
-
-
 def gate_cases(level: Level) -> list[Case]:
     """Numbers of gates for sums over all patterns and samples."""
     counts = (1, 3) if level == "quick" else (1, 2, 3, 4, 5)
@@ -574,57 +345,9 @@ def training_cases(level: Level) -> list[Case]:
     ]
 
 
-_SMALL = ("network (1) with tanh", "regression with unit variance (3)")
+SMALL = ("network (1) with tanh", "regression with unit variance (3)")
 
 STATEMENTS = (
-    Statement(
-        name="gates/hyper-prior",
-        paper=PAPER,
-        number="section 2.2",
-        sentence=(
-            "p(pi | gamma) = (gamma - 1) / log gamma / (1 + (gamma - 1)(1 - pi)), 0 < gamma < 1."
-        ),
-        formula="integral of p(pi | gamma) over 0 <= pi <= 1 is 1",
-        assumptions=("adaptive quadrature over pieces",),
-        cases=prior_cases,
-        sample=lambda case, rng: case["gamma"],
-        measure=prior_mass,
-        bound=lambda gamma: {"mass": 1.0},
-        relation="==",
-        slack=1e-9,
-    ),
-    Statement(
-        name="gates/equation-8",
-        paper=PAPER,
-        number="(8)",
-        sentence="pi* = arg min J(pi) = gamma theta / (1 + theta (gamma - 1)).",
-        formula="numerical argmin of J = gamma theta / (1 + theta (gamma - 1))",
-        assumptions=("0 < theta < 1",),
-        cases=prior_cases,
-        sample=pair,
-        measure=minimiser,
-        bound=equation_8,
-        relation="==",
-        slack=1e-5,
-    ),
-    Statement(
-        name="gates/equation-9",
-        paper=PAPER,
-        number="(9) and the display after it",
-        sentence=(
-            "J(pi*(theta)) = log gamma - theta log gamma ... the flattening hyper-prior "
-            "results in a "
-            "constant term in the gradient of the cost function with respect to Theta."
-        ),
-        formula="min J = (1 - theta) log gamma, d min J / d theta = -log gamma",
-        assumptions=("0 < theta < 1", "central differences of the numerical minimum"),
-        cases=prior_cases,
-        sample=pair,
-        measure=minimum_and_slope,
-        bound=equation_9,
-        relation="==",
-        slack=1e-6,
-    ),
     Statement(
         name="gates/equation-13",
         paper=PAPER,
@@ -634,7 +357,7 @@ STATEMENTS = (
             "|Theta|_1 log gamma."
         ),
         formula="(12) = -sum_I g_I log p + (lambda/2) W^T W - |Theta|_1 log gamma",
-        assumptions=_SMALL,
+        assumptions=SMALL,
         cases=gate_cases,
         sample=random_point,
         measure=objective_12,
@@ -656,7 +379,7 @@ STATEMENTS = (
             "no point of the box below the least of its 2^(L-1) vertices; second differences of L "
             "along an axis vanish"
         ),
-        assumptions=(*_SMALL, "up to 8 gates (quick) or 12 (full), L-BFGS-B from random starts"),
+        assumptions=(*SMALL, "up to 8 gates (quick) or 12 (full), L-BFGS-B from random starts"),
         cases=box_cases,
         sample=random_point,
         measure=box_minimum,
@@ -671,7 +394,7 @@ STATEMENTS = (
             "least eigenvalue of the Hessian in (w, theta) <= negative eigenvalue of the 2 x "
             "2 minor"
         ),
-        assumptions=(*_SMALL, "a stationary point of (14), log gamma chosen so that A(w) = 0"),
+        assumptions=(*SMALL, "a stationary point of (14), log gamma chosen so that A(w) = 0"),
         cases=training_cases,
         sample=interior_point,
         measure=least_eigenvalue,
@@ -687,7 +410,7 @@ STATEMENTS = (
             "log gamma, O3) grad C_1 + lambda w = 0."
         ),
         formula="each of these at a minimum found by L-BFGS-B over (W, Theta)",
-        assumptions=(*_SMALL, "all patterns of 3 gates summed", "trained to gradients of 1e-6"),
+        assumptions=(*SMALL, "all patterns of 3 gates summed", "trained to gradients of 1e-6"),
         cases=training_cases,
         sample=trained,
         measure=optimality,
@@ -696,100 +419,5 @@ STATEMENTS = (
             "gates on": sum(name.endswith("C_1 - C_0") for row in rows for name in row.measured),
             "gates off": sum(name.endswith("|w|") for row in rows for name in row.measured),
         },
-    ),
-    Statement(
-        name="gates/weight-gradients",
-        paper=PAPER,
-        number="(19)-(22), appendix A",
-        sentence=(
-            "delta-bar^L = y_i - yhat_i; all estimates of the gradients are unbiased single sample "
-            "estimates."
-        ),
-        formula="E over gates and samples of (19)-(22) = dL/dW by central differences",
-        assumptions=(*_SMALL, "delta-bar^L = yhat - y"),
-        cases=gate_cases,
-        sample=random_point,
-        measure=weight_gradient,
-        bound=expected_estimate,
-        relation="==",
-        slack=1e-6,
-        floor=1e-2,
-        printed=lambda point: expected_estimate(point, sign=-1.0),
-        erratum="the output's delta is yhat - y",
-    ),
-    Statement(
-        name="gates/equation-26",
-        paper=PAPER,
-        number="(26)",
-        sentence=(
-            "This unbiased estimator ... C_1 - C_0 ~ N/B sum_i log(p(.., xi=0) / p(.., xi=1))."
-        ),
-        formula="E of (26) over all gates and all batches of one sample = C_1 - C_0",
-        assumptions=_SMALL,
-        cases=gate_cases,
-        sample=random_point,
-        measure=expected_difference,
-        bound=cost_difference,
-        relation="==",
-        slack=1e-10,
-    ),
-    Statement(
-        name="gates/equation-27",
-        paper=PAPER,
-        number="(27)",
-        sentence=(
-            "C_1 - C_0 ~ N/B sum_i delta-bar_i W2 z_i. It is biased ..., for W2 -> 0 this "
-            "estimator "
-            "is asymptotically unbiased."
-        ),
-        formula="E of N/B sum_i delta-bar_i (W2 a(W1 z_i)) -> C_1 - C_0, relative, as w -> 0",
-        assumptions=(*_SMALL, "w shrunk by 1e-3, 1e-4, 1e-5", "hidden as wide as the input"),
-        cases=gate_cases,
-        sample=random_point,
-        measure=difference_at_small_weights,
-        bound=straight_through,
-        relation="==",
-        slack=2e-2,
-        floor=0.1,
-        printed=lambda point: straight_through(point, hidden=False),
-        erratum=(
-            "the factor after W2 is the hidden activation a(W1 z), needed with the gate off too"
-        ),
-    ),
-    Statement(
-        name="gates/equation-27-sign",
-        paper=PAPER,
-        number="the display before (27)",
-        sentence="C_1 - C_0 ~ Delta xi dC/dxi, where for xi = 0, Delta xi = 1 and for xi = 1, -1.",
-        formula="E of dC/dxi -> C_1 - C_0, relative, as w -> 0, whether the gate is on or off",
-        assumptions=(*_SMALL, "w shrunk by 1e-3, 1e-4, 1e-5"),
-        cases=gate_cases,
-        sample=random_point,
-        measure=difference_at_small_weights,
-        bound=straight_through,
-        relation="==",
-        slack=2e-2,
-        floor=0.1,
-        printed=lambda point: straight_through(point, flipped=True),
-        erratum=(
-            "with Delta xi = -1 the gate that is on estimates C_0 - C_1; (27) itself has no sign"
-        ),
-    ),
-    Statement(
-        name="gates/absorption",
-        paper=PAPER,
-        number="(2)",
-        sentence=(
-            "By replacing W1 <- W1 W3 and W3 <- W3 W3, layer l - 1 is eliminated from the network."
-        ),
-        formula="output of the gated network with gates at 0 = output of the smaller network",
-        assumptions=("the last block's skip goes into the output layer, W <- W W3",),
-        cases=absorption_cases,
-        sample=closed_network,
-        measure=gated_output,
-        bound=absorbed_output,
-        relation="==",
-        slack=1e-12,
-        floor=1.0,
     ),
 )

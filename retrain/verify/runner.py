@@ -26,9 +26,13 @@ from threadpoolctl import threadpool_limits
 from retrain.verify import (
     gates,
     gates_dynamics,
+    gates_estimators,
+    gates_prior,
     itp,
     l_obs,
     net_trim,
+    net_trim_errata,
+    net_trim_programs,
     net_trim_recovery,
     shrinknets,
 )
@@ -40,7 +44,19 @@ HEADINGS = ("statement", "verdict", "checked", "measured", "", "bound", "margin"
 
 def statements() -> list[Statement]:
     """List all statements, paper by paper."""
-    modules = (net_trim, net_trim_recovery, l_obs, gates, gates_dynamics, itp, shrinknets)
+    modules = (
+        net_trim_programs,
+        net_trim,
+        net_trim_recovery,
+        net_trim_errata,
+        l_obs,
+        gates_prior,
+        gates,
+        gates_estimators,
+        gates_dynamics,
+        itp,
+        shrinknets,
+    )
     return [statement for module in modules for statement in module.STATEMENTS]
 
 
