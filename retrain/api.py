@@ -198,7 +198,7 @@ def drive(
                 proven["held_out"] = theorems(other)
         tuned = None
         if fine_tune:
-            tuned = subject.fine_tune(stream, data, fine_tune, held_out, settings["seed"])
+            tuned = subject.fine_tune(stream, data, fine_tune, held_out, settings.get("seed", 0))
             for name, value in tuned.accuracies.items():
                 accuracy[name]["fine_tuned"] = value
         model = subject.model(stream) if tuned is None else tuned.model

@@ -81,8 +81,14 @@ def test_the_table_has_a_row_a_layer_with_the_worse_violation():
     assert "not certified" in lines[1]
 
 
-def test_the_table_fits_a_narrow_terminal():
-    assert max(map(len, shown(run_table([REPORT, SHORT]), width=80).splitlines())) <= 80
+def test_the_table_fits_a_narrow_terminal_with_every_number_whole():
+    large = replace(REPORT, name="features", shape=(9216, 4096), seconds=123.4)
+    text = shown(run_table([large, SHORT]), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    row = next(line for line in text.splitlines() if "features" in line)
+    for cell in ("9216 x 4096", "0.0499", "0.0500", "1.2e-03", "4.0e-04", "123.4", "certified"):
+        assert cell in row
 
 
 def test_numbers_that_are_none_are_left_out():

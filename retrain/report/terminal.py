@@ -55,10 +55,14 @@ def layer_list(layers: Iterable[Any]) -> Table:
 def run_table(reports: Sequence[LayerReport]) -> Table:
     """Table of a run's layers, one row each, with the columns of its method."""
     columns = _LOBS if reports and reports[0].method == "lobs" else _NET_TRIM
-    table = Table(box=SIMPLE_HEAD)
+    # Close together, and only words wrap: numbers must be whole on 80 columns.
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for title in columns:
-        left = title in ("layer", "shape", "method", "certificate")
-        table.add_column(title, justify="left" if left else "right")
+        words = title in ("layer", "method", "certificate")
+        left = words or title == "shape"
+        table.add_column(
+            title, justify="left" if left else "right", no_wrap=not words, overflow="fold"
+        )
     for report in reports:
         table.add_row(*(entry(report) for entry in columns.values()))
     return table
@@ -84,8 +88,8 @@ def _method(report: LayerReport) -> str:
 _Columns = dict[str, Callable[[LayerReport], str]]
 _FIRST: _Columns = {"layer": lambda report: report.name, "shape": _shape}
 _LAST: _Columns = {
-    "certificate": lambda report: verdict(report),
     "seconds": lambda report: f"{report.seconds:.1f}",
+    "certificate": lambda report: verdict(report),
 }
 _NET_TRIM: _Columns = {
     **_FIRST,
