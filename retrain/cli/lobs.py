@@ -1,0 +1,162 @@
+"""`retrain lobs`: L-OBS and its relatives."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from retrain.cli.shared import DONE, Progress, add_model, add_run, conclude, load, read_data
+
+
+def add_command(commands: Any) -> None:
+    """Add `retrain lobs` to the parser."""
+    parser = commands.add_parser(
+        "lobs",
+        help="prune a saved network by second-order information (L-OBS and its relatives)",
+        description="L-OBS: remove, layer by layer, the weights whose removal changes the layer's "
+        "response least, and let the others make up for them; theorem 3.2's bound on the outputs "
+        "comes with it. The same command resumes a run that was interrupted.",
+    )
+    add_model(parser)
+    add_run(parser)
+    lobs = parser.add_argument_group("L-OBS")
+    lobs.add_argument(
+        "--method",
+        default="auto",
+        metavar="M",
+        help="one-shot (the paper's), sweep, greedy, swaps, large, best, inputs, or auto: swaps, "
+        "large beyond 2048 inputs; default auto",
+    )
+    lobs.add_argument(
+        "--pattern",
+        default="layer",
+        metavar="P",
+        help="where the count holds: layer, unit, inputs (whole ones), or N:M such as 2:4; "
+        "default layer",
+    )
+    amount = lobs.add_mutually_exclusive_group()
+    amount.add_argument(
+        "--sparsity",
+        action="append",
+        metavar="S",
+        help="fraction of a layer's weights to remove, 0.93, or by layer, fc1=0.93,fc2=0.8; given "
+        "more than once: one for each stage",
+    )
+    amount.add_argument(
+        "--tolerance",
+        metavar="T",
+        help="remove while the root mean squared error of a layer's response is at most T; or by "
+        "layer, fc1=0.5,fc2=0.1",
+    )
+    lobs.add_argument(
+        "--stages",
+        type=int,
+        metavar="N",
+        help="prune N times, with --fine-tune after each; a single --sparsity is the last one's",
+    )
+    lobs.add_argument(
+        "--calibration",
+        choices=("dense", "sequential", "corrected"),
+        default="dense",
+        help="dense: each layer on the given network's activations; sequential: on the pruned "
+        "network's, like the old layer there; corrected: on those, like the given network; "
+        "default dense",
+    )
+    lobs.add_argument(
+        "--damping",
+        type=float,
+        metavar="D",
+        help="fraction of the Hessian's mean diagonal; default: each method's own",
+    )
+    lobs.add_argument(
+        "--keep-bias", action="store_true", help="leave biases as they are instead of updating them"
+    )
+    lobs.add_argument(
+        "--free-zeros", action="store_true", help="let weights that are zero become something else"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Prune by second-order information."""
+    from retrain.second_order import lobs, plan_stages
+
+    sparsity = [_by_layer("--sparsity", text) for text in options.sparsity or []]
+    tolerance = None
+    if options.tolerance is not None:
+        tolerance = _by_layer("--tolerance", options.tolerance)
+    amounts: dict[str, Any] = {
+        "sparsity": sparsity[0] if len(sparsity) == 1 else sparsity or None,
+        "tolerance": tolerance,
+        "stages": options.stages,
+    }
+    settings = {
+        "method": options.method,
+        "pattern": options.pattern,
+        "damping": options.damping,
+        "calibration": options.calibration,
+        "bias": "keep" if options.keep_bias else "update",
+        "zeros": "free" if options.free_zeros else "stay",
+        "memory": options.memory * 2**30,
+        "seed": options.seed,
+        "jobs": options.jobs,
+        "threads": options.threads,
+    }
+    plan = plan_stages(None, settings=settings, **amounts)
+    loaded = load(options)
+    data, held_out = read_data(options)
+    if options.dry_run:
+        return _dry_run_lobs(options, loaded, data, plan)
+    with Progress(options) as progress:
+        run = lobs(
+            loaded,
+            data,
+            out=options.out,
+            evaluate=held_out,
+            layers=options.layers,
+            skip=options.skip,
+            fine_tune=options.fine_tune,
+            device=options.device,
+            on_layer=progress.done,
+            **amounts,
+            **settings,
+        )
+    return conclude(run, options, loaded.note)
+
+
+def _by_layer(argument: str, text: str) -> float | dict[str, float]:
+    """Parse a number, or NAME=NUMBER,...: layer names or shell patterns."""
+    try:
+        if "=" not in text:
+            return float(text)
+        pairs = [part.rpartition("=") for part in text.split(",")]
+        named = {name.strip(): float(number) for name, _, number in pairs}
+    except ValueError as error:
+        raise ValueError(
+            f"{argument}: want a number, or NAME=NUMBER,NAME=NUMBER, got {text!r}"
+        ) from error
+    if "" in named or len(named) < len(pairs):
+        raise ValueError(f"{argument}: a name is missing or given twice in {text!r}")
+    return named
+
+
+def _dry_run_lobs(options: argparse.Namespace, loaded: Any, data: Any, plan: Any) -> int:
+    """Say what would be pruned, how, in how much memory."""
+    from retrain.api import select
+    from retrain.methods.lobs import lobs_plan
+    from retrain.second_order import layers_of
+    from retrain.subject import subject_of
+
+    stream = subject_of(loaded, options.device).stream(data)
+    for number, stage in enumerate(plan, start=1):
+        chosen = options.layers if options.layers is not None else layers_of(stage)
+        names = select(stream.layers, chosen, options.skip)
+        for spec, removed, size in lobs_plan(stream, stage, names):
+            amount = "to a tolerance" if removed is None else f"{removed:,} of {spec.size:,} to go"
+            place = f"stage {number}, " if len(plan) > 1 else ""
+            print(
+                f"{place}{spec.name}: {spec.shape[0]} x {spec.shape[1]}, {amount}, by "
+                f"{stage.method_for(spec)} on {stream.count(spec.name):,} rows, about "
+                f"{size / 2**30:.2f} GiB"
+            )
+    return DONE

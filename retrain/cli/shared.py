@@ -1,0 +1,216 @@
+"""What the commands share: exit codes, arguments, progress, the last words."""
+
+from __future__ import annotations
+
+import _thread
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrain.api import Run
+    from retrain.layer_report import LayerReport
+
+DONE, NOT_CERTIFIED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a saved network."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help=".safetensors, a .pt or .pth state dict, or (with --trust) a .pt2 exported program",
+    )
+    parser.add_argument(
+        "--arch",
+        default="auto",
+        metavar="ARCH",
+        help="auto: a chain of dense layers, read off the shapes; or package.module:factory",
+    )
+    parser.add_argument(
+        "--activation",
+        default="relu",
+        metavar="A",
+        help="what --arch auto assumes between the layers; default relu",
+    )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="load a .pt2 file, which can run code of whoever made it",
+    )
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options of all commands."""
+    common = parser.add_argument_group("all commands")
+    common.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    common.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="linear algebra threads of each job; default: cores / jobs",
+    )
+    common.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default cpu")
+    common.add_argument("--json", action="store_true", help="print the run's record as JSON")
+    common.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the options of all commands that retrain."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        required=True,
+        metavar="SRC",
+        help="calibration data: FILE.npz (x, optionally y), FILE.npy, mnist:DIR, mnist-test:DIR, "
+        "digits, digits-test, or package.module:factory",
+    )
+    data.add_argument("--limit", type=int, metavar="N", help="use the first N samples of --data")
+    data.add_argument(
+        "--normalise", metavar="MEAN,STD", help="(x - MEAN) / STD, for all data of this command"
+    )
+    data.add_argument("--evaluate", metavar="SRC", help="held-out data, for accuracy and bounds")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", required=True, metavar="DIR", help="run directory, new or to resume")
+    run.add_argument(
+        "--layers", metavar="PATTERN", help="shell patterns of layer names, comma-separated"
+    )
+    run.add_argument("--skip", metavar="PATTERN", help="layers to leave out")
+    run.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="layers at a time (parallel scheme, dense calibration)",
+    )
+    run.add_argument(
+        "--memory",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="a layer's solve; beyond it Net-Trim samples rows, L-OBS refuses; default 4",
+    )
+    run.add_argument(
+        "--fine-tune",
+        type=int,
+        default=0,
+        metavar="EPOCHS",
+        help="train after pruning, zeros kept at zero; wants labels",
+    )
+    run.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    add_common(parser)
+
+
+def load(options: argparse.Namespace) -> Any:
+    """Load the network that the options name."""
+    from retrain.adapters.load import load_model
+
+    return load_model(
+        options.model, arch=options.arch, activation=options.activation, trust=options.trust
+    )
+
+
+def read_data(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Load the calibration data and the held-out data, if any."""
+    from retrain.data import load_data
+
+    data = load_data(options.data, limit=options.limit, normalise=options.normalise)
+    if options.evaluate is None:
+        return data, None
+    return data, load_data(options.evaluate, normalise=options.normalise)
+
+
+def conclude(run: Run, options: argparse.Namespace, note: str) -> int:
+    """Print what a run found; return the exit code."""
+    if options.json:
+        from retrain.files import json_bytes
+
+        sys.stdout.write(json_bytes(run.record).decode())
+    elif not options.quiet:
+        from retrain.report.terminal import output, run_table, summary
+
+        console = output()
+        if note:
+            console.print(note, markup=False)
+        console.print(run_table(run.layers))
+        for line in summary(run.record, run.bounds):
+            console.print(line, markup=False)
+        console.print(f"written to {run.directory}", markup=False)
+    return DONE if run.certified else NOT_CERTIFIED
+
+
+class Progress:
+    """Layers as they finish: a bar on a terminal, plain lines otherwise, both on stderr."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.silent = options.quiet or options.json
+        self.live = sys.stderr.isatty() and not self.silent
+        self.bar: Any = None
+        self.task: Any = None
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            from rich import progress
+            from rich.console import Console
+
+            self.bar = progress.Progress(
+                "{task.description}",
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task("layers", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def done(self, report: LayerReport, total: int) -> None:
+        """Note a finished layer, one of `total`."""
+        from retrain.report.terminal import verdict
+
+        line = (
+            f"{report.name}: {100 * report.sparsity:.1f} % zeros, {verdict(report)}, "
+            f"{report.seconds:.1f} s"
+        )
+        if self.live:
+            self.bar.console.print(line, markup=False, highlight=False)
+            self.bar.update(self.task, total=total, advance=1)
+        elif not self.silent:
+            print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def interrupts_kept_from_workers(jobs: int) -> Iterator[None]:
+    """Let Ctrl-C reach this process only, which then ends its workers.
+
+    A terminal sends SIGINT to every process of the job, and each worker would print a traceback.
+    They inherit that the signal is blocked; a thread waits for it in the main one's stead.
+    """
+    if jobs == 1 or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    over = threading.Event()
+
+    def listen() -> None:
+        while not over.is_set():
+            if signal.sigtimedwait({signal.SIGINT}, 0.1) is not None:
+                _thread.interrupt_main()
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        yield
+    finally:
+        over.set()
+        listener.join()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

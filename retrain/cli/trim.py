@@ -1,0 +1,191 @@
+"""`retrain trim`: Net-Trim."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from retrain.cli.shared import (
+    DONE,
+    Progress,
+    add_model,
+    add_run,
+    conclude,
+    interrupts_kept_from_workers,
+    load,
+    read_data,
+)
+
+
+def add_command(commands: Any) -> None:
+    """Add `retrain trim` to the parser."""
+    parser = commands.add_parser(
+        "trim",
+        help="retrain a saved network layer by layer with Net-Trim",
+        description="Net-Trim: find, layer by layer, the sparsest weights (in l1) that keep each "
+        "layer's responses, and prove how far the outputs can have moved. The same command "
+        "resumes a run that was interrupted.",
+    )
+    add_model(parser)
+    add_run(parser)
+    trim = parser.add_argument_group("Net-Trim")
+    trim.add_argument(
+        "--scheme",
+        choices=("cascade", "parallel"),
+        default="cascade",
+        help="cascade: each layer sees the retrained ones before it (Algorithm 2); parallel: each "
+        "on its own (Algorithm 1); default cascade",
+    )
+    radius = trim.add_mutually_exclusive_group()
+    radius.add_argument(
+        "--relative-epsilon",
+        type=float,
+        metavar="REL",
+        help="how far a layer's responses may move, relative to their norm; of the first layer in "
+        "a cascade; default 0.05",
+    )
+    radius.add_argument("--epsilon", type=float, metavar="ABS", help="the same, absolute")
+    trim.add_argument(
+        "--inflation",
+        type=float,
+        default=1.1,
+        metavar="G",
+        help="cascade: by how much later layers may add, >= 1, gamma of (7); default 1.1",
+    )
+    trim.add_argument(
+        "--form",
+        choices=("constrained", "regularised"),
+        default="constrained",
+        help="programs (4)/(6), or (11), whose units are certified one by one",
+    )
+    trim.add_argument(
+        "--fit-weight",
+        type=float,
+        metavar="W",
+        help="lambda of (11); default |W|_1 / epsilon^2 for each layer",
+    )
+    trim.add_argument(
+        "--penalty",
+        default="l1",
+        metavar="P",
+        help="l1, elastic:RIDGE, or group[:WEIGHT] (whole inputs; constrained form); default l1",
+    )
+    trim.add_argument(
+        "--penalise-bias", action="store_true", help="put biases under the penalty too"
+    )
+    trim.add_argument(
+        "--link-normalised",
+        action="store_true",
+        help="read --epsilon as the paper's, on the link-normalised network",
+    )
+    trim.add_argument(
+        "--tolerance",
+        default="1e-2,1e-3",
+        metavar="GAP[,VIOLATION]",
+        help="what a certificate must meet; default 1e-2,1e-3",
+    )
+    trim.add_argument(
+        "--max-iterations", type=int, default=5000, metavar="N", help="a layer; default 5000"
+    )
+    trim.add_argument(
+        "--accept-inexact",
+        action="store_true",
+        help="use weights that fall short of their certificate instead of keeping the dense ones",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Retrain with Net-Trim."""
+    from retrain.methods.net_trim_options import NetTrimOptions
+
+    gap, violation = _tolerances(options.tolerance)
+    relative = options.relative_epsilon
+    settings = NetTrimOptions(
+        scheme=options.scheme,
+        epsilon=options.epsilon,
+        relative_epsilon=0.05 if relative is None and options.epsilon is None else relative,
+        inflation=options.inflation,
+        form=options.form,
+        fit_weight=options.fit_weight,
+        penalty=_penalty(options.penalty),
+        penalise_bias=options.penalise_bias,
+        link_normalised=options.link_normalised,
+        tolerance=gap,
+        violation_tolerance=violation,
+        max_iterations=options.max_iterations,
+        accept_inexact=options.accept_inexact,
+        memory=options.memory * 2**30,
+        seed=options.seed,
+        jobs=options.jobs,
+        threads=options.threads,
+    )
+    from retrain.api import net_trim, select
+    from retrain.subject import subject_of
+
+    loaded = load(options)
+    data, held_out = read_data(options)
+    if options.dry_run:
+        stream = subject_of(loaded, options.device).stream(data)
+        return _dry_run(stream, select(stream.layers, options.layers, options.skip), settings)
+    with Progress(options) as progress, interrupts_kept_from_workers(options.jobs):
+        run = net_trim(
+            loaded,
+            data,
+            out=options.out,
+            evaluate=held_out,
+            layers=options.layers,
+            skip=options.skip,
+            fine_tune=options.fine_tune,
+            device=options.device,
+            on_layer=progress.done,
+            options=settings,
+        )
+    return conclude(run, options, loaded.note)
+
+
+def _tolerances(text: str) -> tuple[float, float]:
+    """Parse GAP[,VIOLATION]."""
+    parts = text.split(",")
+    try:
+        values = [float(part) for part in parts]
+    except ValueError:
+        values = []
+    if len(values) not in (1, 2):
+        raise ValueError(f"--tolerance: want GAP or GAP,VIOLATION, got {text!r}")
+    return values[0], values[-1]
+
+
+def _penalty(text: str) -> Any:
+    """Parse l1, elastic:RIDGE, group[:WEIGHT]."""
+    from solvers import L1, ElasticNet, Group
+
+    name, _, number = text.partition(":")
+    try:
+        if name == "l1" and not number:
+            return L1()
+        if name == "elastic":
+            return ElasticNet(float(number))
+        if name == "group":
+            return Group(float(number)) if number else Group()
+    except ValueError as error:
+        raise ValueError(f"--penalty: {text!r}: {error}") from error
+    raise ValueError(f"--penalty: want l1, elastic:RIDGE or group[:WEIGHT], got {text!r}")
+
+
+def _dry_run(stream: Any, names: list[str], settings: Any) -> int:
+    """Say what would be retrained, on how many rows."""
+    from retrain.methods.net_trim import rows_within
+    from retrain.stream import layer
+
+    for name in names:
+        spec = layer(stream, name)
+        total = stream.count(name)
+        itemsize = stream.weight(name).itemsize
+        rows = min(total, rows_within(spec, settings.memory, itemsize))
+        size = rows * settings.memory / rows_within(spec, settings.memory, itemsize)
+        print(
+            f"{name}: {spec.shape[0]} x {spec.shape[1]}, {rows:,} of {total:,} rows, about "
+            f"{size / 2**30:.2f} GiB, then {spec.follows}"
+        )
+    return DONE
