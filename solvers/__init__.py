@@ -4,6 +4,7 @@ This package knows no network, no file and no torch module; its arrays may be nu
 """
 
 from solvers.admm import prepare, solve_admm
+from solvers.newton import solve_newton
 from solvers.penalties import L1, ElasticNet, Group, Penalty
 from solvers.program import ConstrainedProgram, RegularisedProgram, trim_program
 from solvers.qp import solve_osqp
@@ -23,6 +24,7 @@ __all__ = [
     "prepare",
     "solve_admm",
     "solve_cvxpy",
+    "solve_newton",
     "solve_osqp",
     "trim_program",
 ]

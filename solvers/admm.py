@@ -120,6 +120,12 @@ def prepare(inputs: Array) -> Factor:
     return Factor(vectors, values, float(xp.sum(values)), time.perf_counter() - started)
 
 
+def metric(program: LayerProgram, factor: Factor) -> float:
+    """The tau of |u|^2 + tau |z|^2: the weight of responses beside weights."""
+    squared_norm = factor.squared_norm if factor.squared_norm > 0 else 1.0
+    return _METRIC * program.shape[1] / squared_norm
+
+
 @dataclass(frozen=True, eq=False)
 class _Splitting:
     """A program's data in the working dtype, with the metric and its inverse."""
@@ -134,8 +140,7 @@ class _Splitting:
     @staticmethod
     def build(program: Program, factor: Factor, dtype: Any) -> _Splitting:
         xp = array_namespace(program.inputs)
-        squared_norm = factor.squared_norm if factor.squared_norm > 0 else 1.0
-        tau = _METRIC * program.shape[1] / squared_norm
+        tau = metric(program, factor)
         inverse = (factor.vectors / (1 + tau * factor.values)) @ factor.vectors.T
         penalised = None
         if program.free_rows:

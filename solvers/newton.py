@@ -1,0 +1,348 @@
+"""A finish that certifies: a few steps of ADMM for all units, then Newton's method unit by unit.
+
+ADMM brings every unit near its solution at the price of products; what it does slowly, the last
+digits, correlated inputs and exact fits, `solvers.newton_unit` does in a handful of small systems.
+The regularised form (11) decouples, so that is all. In the constrained form (4), (6) the ball ties
+the units together by one number: with s = 1 / (2 lambda), its multiplier condition is that
+
+    r(s) = |(X U(s) - Y)_Omega|_F = epsilon,       U(s) the solution of (11) for s,
+
+where r increases in s, from the best fit at s = 0 (epsilon = 0 is solved there, by units, at
+once) to the ceilings' own solution at s = infinity, which is the answer if its r is within epsilon.
+On Omega nu = residual / s, so s = epsilon / |nu_Omega|_F at the solution. This, from the last
+multiplier, is the first guess and, since |nu_Omega| changes little, the next one; then two
+residuals allow a secant of log r over log s, kept in its bracket. Units go on from where they were.
+
+Every result is judged by the program's own certificate. Units (or the layer) that miss it are gone
+on with more tightly; what is still not certified then is returned as such.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from solvers.admm import Factor, metric, prepare, solve_admm
+from solvers.newton_unit import Point, Unit, solve_unit
+from solvers.obs.problem import map_units
+from solvers.penalties import L1, ElasticNet
+from solvers.program import ConstrainedProgram, Program, RegularisedProgram, like, to_numpy
+from solvers.result import Certificate, SolveResult, judge
+
+Array = Any
+
+FIRST_STEPS, WARM_STEPS = 100, 10  # of ADMM, in float32, from scratch and from a warm start
+_OWN_SHARE = 0.3  # a unit's own estimates are asked for this part of the tolerances
+_TIGHTER = 0.1
+_REFINEMENTS = 3
+_ROOT_STEPS = 40
+_LONGEST = 3.0  # change of log s
+_FAR = 15.0  # a slack e^15 times the first looks like one without end
+_PROXIMAL = 10.0  # first sigma and tau, relative to what ADMM balanced
+_SINGLE = 1e12  # magnitudes, and their inverses, whose squares float32 holds
+
+
+def solve_newton(
+    program: Program,
+    *,
+    tolerance: float = 1e-6,
+    violation_tolerance: float | None = None,
+    max_iterations: int = 2000,
+    warm_start: SolveResult | None = None,
+    factor: Factor | None = None,
+    threads: int = 1,
+) -> SolveResult:
+    """Solve a layer program to a certificate by semismooth Newton, unit by unit.
+
+    ::
+
+        minimise  penalty(U) [+ fit_weight |(XU - y)_Omega|^2]
+        subject to  [|(XU - y)_Omega|_F <= epsilon,]  XU <= v off Omega
+
+    Parameters
+    ----------
+    program : ConstrainedProgram or RegularisedProgram
+        With the l1 penalty or the elastic net. Newton's steps are float64 on the CPU, whatever the
+        data's dtype and device.
+    tolerance : float
+        On the gap.
+    violation_tolerance : float, optional
+        On the violations; the same as `tolerance` by default.
+    max_iterations : int
+        Limit on the Newton steps of a unit, over all it is solved for.
+    warm_start : SolveResult, optional
+        A result for the same inputs and shapes (another epsilon, fit weight or level), of any
+        solver. Newton starts from it without ADMM.
+    factor : Factor, optional
+        `prepare(program.inputs)`, when several solves share the inputs.
+    threads : int
+        Units solved at a time, each with one BLAS thread. It changes no bit of the result.
+
+    Returns
+    -------
+    SolveResult
+        `iterations` counts the Newton steps of the unit that took the most. The weights are in the
+        data's dtype, and float32 weights may miss a violation below 1e-6 for that alone.
+
+    Raises
+    ------
+    ValueError
+        For the group penalty, which couples the units; if a tolerance, the limit or `threads` is
+        not positive, or a warm start or a factor does not fit.
+
+    Notes
+    -----
+    Memory: X^T and about eight arrays (n_samples, n_out) in float64, and for each thread two
+    (|W|, n_samples), W the inputs near their bound.
+
+    References
+    ----------
+    Aghasi et al., Net-Trim (2017), equations (4), (6), (11). Rockafellar, Augmented Lagrangians and
+    applications of the proximal point algorithm (1976). Li, Sun, Toh, A highly efficient semismooth
+    Newton augmented Lagrangian method for solving lasso problems (2018).
+    """
+    violation_tolerance = tolerance if violation_tolerance is None else violation_tolerance
+    if not isinstance(program.penalty, L1 | ElasticNet):
+        raise ValueError(
+            f"penalty: the {program.penalty.name} penalty couples the units, which Newton's method "
+            "solves one by one; use solve_admm"
+        )
+    if threads < 1:
+        raise ValueError(f"threads: want at least 1, got {threads!r}")
+    limits = (tolerance, violation_tolerance)
+    reused = factor is not None
+    factor = prepare(program.inputs) if factor is None else factor
+    started = time.perf_counter()
+    near = _near(program, limits, max_iterations, warm_start, factor)
+    units, points = _units(program, near, factor)
+    finish = _Finish(program, units, points, limits, max_iterations, threads, list(near.history))
+    if isinstance(program, ConstrainedProgram):
+        points = _solve_ball(program, finish)
+    else:
+        points = _solve_units(program, finish)
+    weight, multiplier, certificate = finish.judged(points)
+    certified = certificate.within(tolerance, violation_tolerance)
+    steps = max(point.steps for point in points)
+    finite = all(np.isfinite(point.u).all() and np.isfinite(point.nu).all() for point in points)
+    return SolveResult(
+        weight=weight,
+        multiplier=multiplier,
+        status=judge(certified, finite=finite, exhausted=steps >= max_iterations),
+        certificate=certificate,
+        certified=certified,
+        iterations=steps,
+        solver="newton",
+        setup_seconds=0.0 if reused else factor.seconds,
+        solve_seconds=time.perf_counter() - started,
+        penalty_parameter=near.penalty_parameter,
+        history=tuple(finish.history),
+    )
+
+
+def _near(
+    program: Program,
+    limits: tuple[float, float],
+    max_iterations: int,
+    warm_start: SolveResult | None,
+    factor: Factor,
+) -> SolveResult:
+    """A point near the solution, from a few steps of ADMM for all units.
+
+    In single precision where the data's range allows; ADMM then judges that point on the rounded
+    data, which is enough for a start.
+    """
+    xp = array_namespace(program.inputs)
+    sizes = [float(xp.max(xp.abs(array))) for array in (program.inputs, program.level)]
+    within = all(size == 0 or 1 / _SINGLE <= size <= _SINGLE for size in sizes)
+    start: Program = program
+    if within and program.inputs.dtype != xp.float32:
+        old = program.old_weight
+        start = replace(
+            program,
+            inputs=xp.astype(program.inputs, xp.float32),
+            level=xp.astype(program.level, xp.float32),
+            old_weight=None if old is None else xp.astype(old, xp.float32),
+        )
+    steps = FIRST_STEPS if warm_start is None else WARM_STEPS
+    return solve_admm(
+        start,
+        tolerance=limits[0],
+        violation_tolerance=limits[1],
+        max_iterations=min(max_iterations, steps),
+        warm_start=warm_start,
+        factor=factor,
+    )
+
+
+def _units(program: Program, near: SolveResult, factor: Factor) -> tuple[list[Unit], list[Point]]:
+    """State every unit in float64, and the point it starts from."""
+    _, n_in, n_out = program.shape
+    rows = np.ascontiguousarray(to_numpy(program.inputs).T, dtype=np.float64)
+    level = to_numpy(program.level).astype(np.float64)
+    active = to_numpy(program.active)
+    support = None if program.support is None else to_numpy(program.support)
+    weight = np.zeros(n_in)
+    weight[program.penalised] = 1.0
+    ridge = (
+        program.penalty.ridge * weight if isinstance(program.penalty, ElasticNet) else 0 * weight
+    )
+    first_u = to_numpy(near.weight).astype(np.float64)
+    first_nu = to_numpy(near.multiplier).astype(np.float64)
+    rho = np.broadcast_to(to_numpy(near.penalty_parameter).astype(np.float64), (n_out,))
+    tau = metric(program, factor)
+    old = np.broadcast_to(to_numpy(program._old_penalty()), (n_out,))
+    sizes = np.sqrt(np.sum(np.where(active, level, 0.0) ** 2, axis=0))
+    if isinstance(program, ConstrainedProgram):
+        # One certificate for all: what a unit may miss is its share of the whole.
+        sizes = np.full(n_out, np.linalg.norm(sizes) / math.sqrt(n_out))
+        floor = np.full(n_out, max(float(np.abs(first_u[program.penalised]).sum()) / n_out, 0.0))
+    else:
+        floor = 1e-6 * old
+    sizes = np.where(sizes > 0, sizes, program._scale_floor())
+    units, points = [], []
+    for m in range(n_out):
+        units.append(
+            Unit(
+                rows,
+                np.ascontiguousarray(level[:, m]),
+                np.ascontiguousarray(active[:, m]),
+                weight,
+                ridge,
+                np.ones(n_in, dtype=bool) if support is None else support[:, m].copy(),
+                float(floor[m]),
+                float(sizes[m]),
+            )
+        )
+        points.append(
+            Point(
+                first_u[:, m].copy(),
+                first_nu[:, m].copy(),
+                _PROXIMAL / float(rho[m]),
+                _PROXIMAL * float(rho[m]) * tau,
+            )
+        )
+    return units, points
+
+
+@dataclass(eq=False)
+class _Finish:
+    """Runs the units and has the program judge them."""
+
+    program: Program
+    units: list[Unit]
+    first: list[Point]
+    limits: tuple[float, float]
+    max_steps: int
+    threads: int
+    history: list[dict[str, float]]
+
+    def run(
+        self, points: list[Point], slack: float, share: float, units: np.ndarray | None = None
+    ) -> list[Point]:
+        """Solve all units, or those named, to a share of the tolerances."""
+        tolerance, violation = (share * limit for limit in self.limits)
+
+        def solve(m: int) -> Point:
+            first = replace(points[m], sigma=self.first[m].sigma, tau=self.first[m].tau)
+            return solve_unit(self.units[m], first, slack, tolerance, violation, self.max_steps)
+
+        chosen = np.arange(len(points)) if units is None else units
+        points = list(points)
+        for m, point in zip(chosen, map_units(solve, chosen, self.threads), strict=True):
+            points[m] = point
+        return points
+
+    def rounded(self, points: list[Point]) -> bool:
+        """Tell whether float32 alone keeps points from their certificate: finer ones are vain."""
+        xp = array_namespace(self.program.inputs)
+        tolerance, violation = self.limits
+        own = all(point.gap <= tolerance and point.violation <= violation for point in points)
+        return own and self.program.inputs.dtype == xp.float32
+
+    def judged(self, points: list[Point]) -> tuple[Array, Array, Certificate]:
+        """Weights in the data's dtype, multipliers and the program's certificate of the two."""
+        inputs = self.program.inputs
+        dtype = to_numpy(inputs[:1, :1]).dtype
+        weight = like(np.stack([point.u for point in points], axis=1).astype(dtype), inputs)
+        multiplier = like(np.stack([point.nu for point in points], axis=1), inputs)
+        certificate = self.program.certificate(weight, multiplier)
+        self.history.append(
+            {
+                "iteration": max(point.steps for point in points),
+                "gap": float(np.max(certificate.gap)),
+                "violation": float(np.max(certificate.violation)),
+            }
+        )
+        return weight, multiplier, certificate
+
+
+def _solve_units(program: RegularisedProgram, finish: _Finish) -> list[Point]:
+    """Solve the units that are not certified, more tightly each time, until all are."""
+    points, share = finish.first, _OWN_SHARE
+    for _ in range(_REFINEMENTS):
+        certified = finish.judged(points)[2].within(*finish.limits)
+        if certified.all() or finish.rounded(points):
+            break
+        points = finish.run(points, 1 / (2 * program.fit_weight), share, np.flatnonzero(~certified))
+        share *= _TIGHTER
+    return points
+
+
+def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> list[Point]:
+    """Find the slack s at which the units' residuals add up to epsilon."""
+    points, share, epsilon = finish.first, _OWN_SHARE, program.epsilon
+    slack, refined = _first_slack(program, points), 0
+    trail: list[tuple[float, float]] = []  # (log s, log(r / epsilon)) of finite slacks so far
+    for _ in range(_ROOT_STEPS):
+        points = finish.run(points, slack, share)
+        if finish.judged(points)[2].within(*finish.limits).all() or refined == _REFINEMENTS:
+            break
+        residual = math.hypot(*(point.residual for point in points))
+        error = math.log(max(residual, 1e-300) / epsilon) if epsilon > 0 else 0.0
+        inactive = slack == math.inf and error <= 0
+        if epsilon == 0 or inactive or abs(error) <= _OWN_SHARE * finish.limits[1]:
+            if finish.rounded(points):
+                break
+            share *= _TIGHTER  # s is right; the units are not yet
+            refined += 1
+            continue
+        if slack < math.inf:
+            trail.append((math.log(slack), error))
+        following = _next_slack(trail, tried_infinity=slack == math.inf)
+        if following == slack:
+            break
+        slack = following
+    return points
+
+
+def _first_slack(program: ConstrainedProgram, points: list[Point]) -> float:
+    """Guess epsilon / |nu_Omega|; epsilon^2 where that is nothing."""
+    if program.epsilon == 0:
+        return 0.0
+    active = to_numpy(program.active)
+    forces = (np.linalg.norm(point.nu[on]) for point, on in zip(points, active.T, strict=True))
+    force = math.hypot(*forces)
+    return program.epsilon / force if force > 0 else program.epsilon**2
+
+
+def _next_slack(trail: list[tuple[float, float]], *, tried_infinity: bool) -> float:
+    """Secant through the last two slacks, in the bracket of all; s epsilon / r to begin with."""
+    here, error = trail[-1]
+    below = max((s for s, e in trail if e < 0), default=-math.inf)
+    above = min((s for s, e in trail if e > 0), default=math.inf)
+    following = here - error
+    if len(trail) > 1 and trail[-1][1] != trail[-2][1]:
+        before, error_before = trail[-2]
+        slope = (error - error_before) / (here - before)
+        # r rises with s and |nu| = r / s falls: the slope lies in [0, 1].
+        step = -error / min(slope, 1.0) if slope > 0 else -math.copysign(_LONGEST, error)
+        following = here + min(max(step, -_LONGEST), _LONGEST)
+    if not below < following < above:
+        following = (below + above) / 2 if math.isfinite(below + above) else here - 2 * error
+    far = following > trail[0][0] + _FAR and above == math.inf
+    return math.inf if far and not tried_infinity else math.exp(following)
