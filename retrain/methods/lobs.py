@@ -28,28 +28,18 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import joblib
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 from threadpoolctl import threadpool_limits
 
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods.layers import chosen, commit
-from retrain.methods.lobs_options import (
-    TO_TOLERANCE,
-    LobsOptions,
-    bytes_needed,
-)
-from retrain.methods.moments import (
-    Moments,
-    RowErrors,
-    best_dense,
-    row_errors,
-    stream_moments,
-)
+from retrain.methods.lobs_options import TO_TOLERANCE, LobsOptions, bytes_needed
+from retrain.methods.lobs_problem import Group, Task, patterns_of, state_layer
+from retrain.methods.moments import RowErrors, row_errors
 from retrain.stream import Array, LayerSpec, LayerStream
 from solvers.obs import (
     LayerProblem,
@@ -58,11 +48,7 @@ from solvers.obs import (
     dead_inputs,
     improve,
     layer_count,
-    layer_problem,
-    parse_pattern,
     pattern_support,
-    per_layer,
-    per_layer_count,
     prune,
     prune_greedy,
     prune_inputs,
@@ -70,15 +56,9 @@ from solvers.obs import (
     prune_one_shot,
     prune_sweep,
     removal_path,
-    sensitivities,
 )
-from solvers.obs.greedy import PATH_DAMPING
 from solvers.program import like, to_numpy
 from solvers.result import Status
-
-QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
-SMALL_SENSITIVITY = 1e-3
-"""The paper counts the sensitivities below this (figure 3)."""
 
 _AGREEMENT = 1e-9
 _STORED = 1e-5  # what rounding a weight to float32 may add to a squared error at its tolerance
@@ -131,7 +111,7 @@ def lobs(
     if options.jobs > 1:
         for name, weights in done.items():
             commit(stream, name, weights)
-        tasks = (_state(stream, spec, options) for spec in specs if spec.name not in done)
+        tasks = (state_layer(stream, spec, options) for spec in specs if spec.name not in done)
         for task, results in _solve_all(tasks, options):
             yield _finish(stream, task, results, options)
         return
@@ -140,7 +120,7 @@ def lobs(
             commit(stream, spec.name, done[spec.name])
             continue
         with threadpool_limits(options.threads_per_job):
-            task = _state(stream, spec, options)
+            task = state_layer(stream, spec, options)
             yield _finish(stream, *_solve(task, options), options)
 
 
@@ -163,36 +143,10 @@ def lobs_plan(
             None
             if pattern is None
             else layer_count(pattern, everything, np.ones(spec.shape[0], dtype=bool))
-            for pattern in _patterns(spec, options)
+            for pattern in patterns_of(spec, options)
         ]
         known = [count for count in counts if count is not None]
         yield spec, sum(known) if known else None, bytes_needed(spec, options)
-
-
-# --- stating ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """One group's program: the quadratic, the problem, and what is to go."""
-
-    moments: Moments
-    old: Array
-    problem: LayerProblem
-    pattern: Pattern | None
-    """None with a tolerance."""
-    wanted: int
-    """Zeros the pattern asks for, those that must stay among them; -1 with a tolerance."""
-    sensitivities: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """One layer's programs, one a group; travels to a worker and back."""
-
-    spec: LayerSpec
-    groups: tuple[_Group, ...]
-    seconds: float
 
 
 def _check(spec: LayerSpec, options: LobsOptions) -> None:
@@ -207,93 +161,10 @@ def _check(spec: LayerSpec, options: LobsOptions) -> None:
         )
 
 
-def _state(stream: LayerStream, spec: LayerSpec, options: LobsOptions) -> _Task:
-    """Stream a layer's Hessians and state its programs."""
-    started = time.perf_counter()
-    groups = tuple(
-        _state_group(stream, spec, group, pattern, options)
-        for group, pattern in enumerate(_patterns(spec, options))
-    )
-    return _Task(spec, groups, time.perf_counter() - started)
-
-
-def _state_group(
-    stream: LayerStream, spec: LayerSpec, group: int, pattern: Pattern | None, options: LobsOptions
-) -> _Group:
-    moments = stream_moments(stream, spec, group, options.calibration)
-    old = stream.weight(spec.name, group)
-    rows = spec.shape[0] + int(spec.bias and options.bias == "update")
-    part = replace(
-        moments,
-        hessian=moments.hessian[:rows, :rows],
-        gradient=None if moments.gradient is None else moments.gradient[:rows, :],
-    )
-    damping = PATH_DAMPING if options.damping is None else options.damping
-    try:
-        allowed = _allowed(spec, old[:rows, :], options)
-        problem = layer_problem(
-            _host(best_dense(old[:rows, :], part, damping)),
-            _host(part.hessian),
-            allowed=_host(allowed),
-            free_rows=range(spec.shape[0], rows),
-        )
-        summary = _sensitivities(problem, damping)
-    except ValueError as error:
-        raise ValueError(f"layer {spec.name!r}: {error}") from error
-    wanted = -1
-    if pattern is not None:
-        wanted = layer_count(pattern, to_numpy(problem.allowed), problem.prunable)
-    return _Group(moments, old, problem, pattern, wanted, summary)
-
-
-def _allowed(spec: LayerSpec, weight: Array, options: LobsOptions) -> Array:
-    """Where a weight may be other than zero: everywhere, or where it is; and in the bias."""
-    xp = array_namespace(weight)
-    allowed = xp.ones(tuple(weight.shape), dtype=xp.bool, device=device(weight))
-    if options.zeros == "free":
-        return allowed
-    zero = weight[: spec.shape[0], :] == 0
-    if options.pattern == "inputs" and bool(xp.any(xp.any(zero, axis=1) & ~xp.all(zero, axis=1))):
-        raise ValueError(
-            "zeros: an input is zero for some units only, and whole inputs need whole rows; let "
-            "zeros become free (zeros='free', --free-zeros)"
-        )
-    allowed[: spec.shape[0], :] = ~zero
-    return allowed
-
-
-def _sensitivities(problem: LayerProblem, damping: float) -> dict[str, Any]:
-    """Sum up the paper's L_q before anything is removed."""
-    values = sensitivities(problem, damping=damping).saliency[problem.prunable]
-    quantiles = np.quantile(values, QUANTILES)
-    return {
-        "damping": damping,
-        "quantiles": {f"{q:g}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)},
-        "below_0.001": float(np.mean(values < SMALL_SENSITIVITY)),
-    }
-
-
-def _patterns(spec: LayerSpec, options: LobsOptions) -> list[Pattern | None]:
-    """What each group of a layer is to lose; the layer's count is shared evenly, and exactly."""
-    if options.tolerance is not None:
-        return [None] * spec.groups
-    sparsity = options.sparsity_for(spec.name)
-    if options.pattern != "layer" or sparsity is None:
-        return [parse_pattern(options.pattern, sparsity)] * spec.groups
-    count = per_layer(sparsity).removed(spec.size)
-    edges = [count * group // spec.groups for group in range(spec.groups + 1)]
-    return [per_layer_count(stop - start) for start, stop in pairwise(edges)]
-
-
-def _host(array: Array) -> Array:
-    """Take arrays on the CPU as numpy: workers need no torch, and memory is shared, not copied."""
-    return to_numpy(array) if str(device(array)) == "cpu" else array
-
-
 # --- solving ---------------------------------------------------------------------------------
 
 
-def _solve(task: _Task, options: LobsOptions) -> tuple[_Task, tuple[Pruned | None, ...]]:
+def _solve(task: Task, options: LobsOptions) -> tuple[Task, tuple[Pruned | None, ...]]:
     """Solve a layer's programs; None for a group that has nothing to lose."""
     started = time.perf_counter()
     try:
@@ -303,7 +174,7 @@ def _solve(task: _Task, options: LobsOptions) -> tuple[_Task, tuple[Pruned | Non
     return replace(task, seconds=task.seconds + time.perf_counter() - started), results
 
 
-def _solve_group(spec: LayerSpec, group: _Group, options: LobsOptions) -> Pruned | None:
+def _solve_group(spec: LayerSpec, group: Group, options: LobsOptions) -> Pruned | None:
     method, threads = options.method_for(spec), options.threads_per_job
     damped = {} if options.damping is None else {"damping": options.damping}
     if group.pattern is None:
@@ -322,7 +193,7 @@ def _solve_group(spec: LayerSpec, group: _Group, options: LobsOptions) -> Pruned
     return _prune_damped(group.problem, group.pattern, method, damped["damping"], threads)
 
 
-def _stays(group: _Group, options: LobsOptions) -> bool:
+def _stays(group: Group, options: LobsOptions) -> bool:
     """Whether the zeros there are, are the zeros wanted."""
     return options.zeros == "stay" or group.wanted == 0
 
@@ -343,15 +214,15 @@ def _prune_damped(
     return threaded[method](problem, pattern, damping=damping, threads=threads)
 
 
-def _worker(task: _Task, options: LobsOptions) -> tuple[_Task, tuple[Pruned | None, ...]]:
+def _worker(task: Task, options: LobsOptions) -> tuple[Task, tuple[Pruned | None, ...]]:
     """Solve in a joblib worker, which gets its share of the threads."""
     with threadpool_limits(options.threads_per_job):
         return _solve(task, options)
 
 
 def _solve_all(
-    tasks: Iterable[_Task], options: LobsOptions
-) -> Iterator[tuple[_Task, tuple[Pruned | None, ...]]]:
+    tasks: Iterable[Task], options: LobsOptions
+) -> Iterator[tuple[Task, tuple[Pruned | None, ...]]]:
     """Solve independent layers with joblib, yielding each as it is done; `jobs` are held."""
     pool = joblib.Parallel(
         n_jobs=options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered"
@@ -374,7 +245,7 @@ class _Checked:
 
 
 def _finish(
-    stream: LayerStream, task: _Task, results: Sequence[Pruned | None], options: LobsOptions
+    stream: LayerStream, task: Task, results: Sequence[Pruned | None], options: LobsOptions
 ) -> LayerResult:
     """Commit a layer's weights, check them as they were saved, report."""
     started = time.perf_counter()
@@ -397,7 +268,7 @@ def _check_group(
     stream: LayerStream,
     spec: LayerSpec,
     number: int,
-    group: _Group,
+    group: Group,
     result: Pruned | None,
     options: LobsOptions,
 ) -> _Checked:
@@ -419,7 +290,7 @@ def _check_group(
 
 
 def _report(
-    task: _Task,
+    task: Task,
     results: Sequence[Pruned | None],
     weights: Sequence[Array],
     checks: Sequence[_Checked],
