@@ -246,6 +246,15 @@ def test_state_dict_and_exported_program_come_in(case, tmp_path):
     assert all(torch.equal(models[".pth"][name], models[".pt2"][name]) for name in models[".pth"])
 
 
+def test_second_order_runs_share_the_run_directory_and_fine_tuning(case, tmp_path):
+    arguments = ("--sparsity", "0.5", "--fine-tune", "1", "--out", tmp_path / "out", "--json")
+    answer = command(case, "lobs", "net.pth", "--data", "data.npz", *arguments)
+    assert (answer.code, answer.err) == (0, "")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    zeros = sum(int((saved[f"{name}.weight"] == 0).sum()) for name in (0, 2, 4))
+    assert zeros == json.loads(answer.out)["totals"]["zeros"] > 0
+
+
 def test_layers_lists_and_speaks_json(case):
     shown = command(case, "layers", "net.pth")
     assert shown.code == 0
