@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from retrain.cli.shared import DONE, Progress, add_model, add_run, conclude, load, read_data
+from retrain.cli.shared import (
+    DONE,
+    Progress,
+    add_model,
+    add_run,
+    conclude,
+    interrupts_kept_from_workers,
+    load,
+    read_data,
+)
 
 
 def add_command(commands: Any) -> None:
@@ -107,7 +116,7 @@ def _run(options: argparse.Namespace) -> int:
     data, held_out = read_data(options)
     if options.dry_run:
         return _dry_run_lobs(options, loaded, data, plan)
-    with Progress(options) as progress:
+    with Progress(options) as progress, interrupts_kept_from_workers(options.jobs):
         run = lobs(
             loaded,
             data,
