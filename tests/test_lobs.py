@@ -1,6 +1,8 @@
 """Second-order pruning over layer streams: the quadratic, the patterns, what is certified."""
 
+import copy
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -442,12 +444,39 @@ def test_not_certified_when_rows_and_hessian_disagree():
     assert report.zeros == 96
 
 
-def test_not_certified_when_the_saved_weights_miss_the_tolerance(monkeypatch):
-    """bfloat16 keeps 8 bits: a tolerance far below its rounding cannot be kept."""
+def test_not_certified_when_the_saved_weights_miss_the_tolerance():
+    """A refitted weight is a minimum: rounding it to bfloat16 can only raise the error."""
     x = images().astype(np.float32)
     model = ready(convolutional(padding=1), x, torch.float32).to(torch.bfloat16)
-    report = run(TorchStream(model, x), tolerance=1e-3, layers=["0"], zeros="free")["0"]
-    assert report.certified == (report.details["rms_error"] <= 1e-3 * (1 + 1e-5))
+    wide = TorchStream(copy.deepcopy(model).float(), x)
+    report = run(wide, tolerance=0.05, damping=1e-9, layers=["0"])["0"]
+    assert report.certified
+    reached = report.details["rms_error"] * (1 + 1e-5)
+    narrow = run(TorchStream(model, x), tolerance=reached, damping=1e-9, layers=["0"])["0"]
+    assert narrow.zeros == report.zeros > 0
+    assert narrow.details["rms_error"] > 1.0001 * reached
+    assert not narrow.certified
+    assert narrow.status == "inexact"
+
+
+@pytest.mark.parametrize("fault", ["one too many", "not zero"])
+def test_not_certified_when_a_method_miscounts(fault, monkeypatch):
+    """A threshold with <= takes one weight more; a mask that is not applied leaves one."""
+
+    def faulty(problem, pattern, method, *, threads):
+        result = prune(problem, pattern, method, threads=threads)
+        weight, kept = result.weight.copy(), result.kept.copy()
+        if fault == "one too many":
+            spot = tuple(np.argwhere(kept[:-1])[0])
+            kept[spot], weight[spot] = False, 0.0
+        else:
+            weight[tuple(np.argwhere(~kept)[0])] = 1e-3
+        return replace(result, weight=weight, kept=kept)
+
+    monkeypatch.setattr("retrain.methods.lobs.prune", faulty)
+    report = run(stream_of(), sparsity=0.5, layers=["0"])["0"]
+    assert report.zeros == (97 if fault == "one too many" else 95)
+    assert not report.certified
 
 
 def test_resumed_equals_uninterrupted():
