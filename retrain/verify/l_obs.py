@@ -247,8 +247,9 @@ def theorem_3_2(network: Network) -> Numbers:
 
 
 def looseness(rows: Sequence[Row]) -> dict[str, Any]:
-    """Bound over measured, by norm and depth."""
-    summary: dict[str, Any] = {}
+    """Bound over measured, by norm and depth, of the networks whose output is not dead."""
+    summary: dict[str, Any] = {"dead outputs": sum(not row.measured["spectral"] for row in rows)}
+    rows = [row for row in rows if row.measured["spectral"]]
     for name in ("Frobenius", "spectral"):
         by_depth: dict[str, list[float]] = {}
         for row in rows:

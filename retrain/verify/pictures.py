@@ -73,7 +73,7 @@ def bound_by_depth(rows: Sequence[Row], path: Path) -> None:
     figure, (axis,) = _figure(width=5.2)
     kinds = (("random", "o"), ("trained", "s"))
     for kind, mark in kinds:
-        chosen = [row for row in rows if row.case["kind"] == kind]
+        chosen = [row for row in rows if row.case["kind"] == kind and row.measured["spectral"]]
         depth = np.array([row.case["depth"] for row in chosen])
         for name, colour in (("Frobenius", _RED), ("spectral", _BLUE)):
             ratio = [row.bound[name] / row.measured[name] for row in chosen]
