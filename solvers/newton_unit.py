@@ -143,10 +143,10 @@ def solve_unit(
     while point.steps < max_steps:
         accuracy = max(0.1 * min(tolerance, violation), _FINEST)
         before = point
-        point, work = _inner(unit, work, point, slack, accuracy, max_steps)
-        point = _measure(unit, point, slack)
+        point, work, z, c = _inner(unit, work, point, slack, accuracy, max_steps)
+        point = _measure(unit, point, z, c, slack)
         if point.gap <= tolerance and point.violation <= violation:
-            return _cleaned(unit, point, slack, tolerance, violation)
+            return _cleaned(unit, point, z, c, slack, tolerance, violation)
         # Rounding is all that is left when the parameters are at their limits and nothing moves.
         at_limit = before.tau >= stiffest or point.steps == before.steps
         better = point.gap < 0.9 * before.gap or point.violation < 0.9 * before.violation
@@ -157,7 +157,15 @@ def solve_unit(
     return point
 
 
-def _cleaned(unit: Unit, point: Point, slack: float, tolerance: float, violation: float) -> Point:
+def _cleaned(
+    unit: Unit,
+    point: Point,
+    z: np.ndarray,
+    c: np.ndarray,
+    slack: float,
+    tolerance: float,
+    violation: float,
+) -> Point:
     """Set to zero what is zero to within the tolerance, if the estimates allow it.
 
     Where the multiplier is not unique, the proximal one may touch a bound that another does not,
@@ -165,10 +173,12 @@ def _cleaned(unit: Unit, point: Point, slack: float, tolerance: float, violation
     """
     largest = np.max(np.abs(point.u), initial=0.0)
     for part in (10 * tolerance, tolerance):
-        cut = np.where((np.abs(point.u) <= part * largest) & (unit.weight > 0), 0.0, point.u)
-        if np.array_equal(cut, point.u):
+        small = (point.u != 0) & (np.abs(point.u) <= part * largest) & (unit.weight > 0)
+        if not small.any():
             return point
-        cleaned = _measure(unit, replace(point, u=cut), slack)
+        without = z - point.u[small] @ unit.rows[small]
+        cut = replace(point, u=np.where(small, 0.0, point.u))
+        cleaned = _measure(unit, cut, without, c, slack)
         if cleaned.gap <= tolerance and cleaned.violation <= violation:
             return cleaned
     return point
@@ -210,8 +220,11 @@ class _Working:
 
 def _inner(
     unit: Unit, work: _Working, point: Point, slack: float, accuracy: float, max_steps: int
-) -> tuple[Point, _Working]:
-    """Minimise F for the centre `point`, to `accuracy` in the optimality conditions of u."""
+) -> tuple[Point, _Working, np.ndarray, np.ndarray]:
+    """Minimise F for the centre `point`, to `accuracy` in the optimality conditions of u.
+
+    Returns the new point, W, Xu and X^T nu.
+    """
     sigma, tau, steps, damping = point.sigma, point.tau, point.steps, 0.0
     centre_u, centre_nu, u = point.u, point.nu, point.u.copy()
     while True:
@@ -251,7 +264,7 @@ def _inner(
         outside = unit.allowed & (np.abs(c) > unit.weight + accuracy)
         outside[work.inputs] = False
         if not outside.any() or steps >= max_steps:
-            return replace(point, u=u, nu=nu, steps=steps), work
+            return replace(point, u=u, nu=nu, steps=steps), work, z, c
         work = _Working.build(unit, np.where(np.isin(np.arange(len(u)), work.inputs), 1.0, u), c)
 
 
@@ -354,10 +367,9 @@ def _search(
     order = np.argsort(times, kind="stable")
     kinks, times = kinks[order], times[order]
     jumps = np.cumsum(2 * weight[kinks] * np.abs(direction[kinks]))
-    moved = np.flatnonzero(follow)
-    dz = follow[moved] @ work.rows[moved]
+    dz = follow @ work.rows
     # The slope of everything but the samples: linear in t, with a jump at each kink.
-    at_zero = float((weight * theta + ridge * x + (x - x_centre) / sigma)[moved] @ follow[moved])
+    at_zero = float((weight * theta + ridge * x + (x - x_centre) / sigma) @ follow)
     curvature = float(((ridge + 1 / sigma) * follow * follow).sum())
     t, landed = _exact_step(
         z, dz, centre_nu, unit.level, unit.active, tau, slack, at_zero, curvature, times, jumps
@@ -429,13 +441,12 @@ def _exact_step(  # type: ignore[no-untyped-def]
     return t, -1
 
 
-def _measure(unit: Unit, point: Point, slack: float) -> Point:
+def _measure(unit: Unit, point: Point, z: np.ndarray, c: np.ndarray, slack: float) -> Point:
     """Estimate gap and violation. The program's certificate, not this, judges the result."""
-    z = point.u @ unit.rows
     residual = np.where(unit.active, z - unit.level, 0.0)
     over = np.where(unit.active, 0.0, np.maximum(z - unit.level, 0.0))
     penalty = float(unit.weight @ np.abs(point.u) + 0.5 * unit.ridge @ point.u**2)
-    c = np.where(unit.allowed, unit.rows @ point.nu, 0.0)
+    c = np.where(unit.allowed, c, 0.0)
     fitted = point.nu[unit.active]
     linear, square = -float(point.nu @ unit.level), float(fitted @ fitted)
     excess = np.maximum(np.abs(c) - unit.weight, 0.0)
