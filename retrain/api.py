@@ -179,6 +179,7 @@ def drive(
             "layers": names,
             "options": settings,
             "fine_tune": fine_tune,
+            "device": str(getattr(stream, "device", "cpu")),
             "cores": joblib.cpu_count(),
             "versions": versions(),
         }

@@ -18,7 +18,7 @@ from retrain.chain import activate
 from retrain.stream import LayerSpec, LayerStream, Norm
 from solvers.program import to_numpy
 
-# A product of norms and a sum of products, each rounded: far below what the bounds give away.
+# Theorem 5.1 is computed in float64: a product of norms, rounded.
 _ROUNDING = 1 + 1e-9
 
 
@@ -117,10 +117,13 @@ def second_order_bounds(stream: LayerStream) -> SecondOrderBounds:
                 total, reason = None, f"{entry.name}: {gain.reason}"
                 break
             total = (total or 0.0) + entry.layer_error * gain.value
-        totals[norm] = None if total is None else total * _ROUNDING
-    measured, _, rows = deviation(stream)
+        totals[norm] = total
+    outputs = deviation(stream)
+    for norm, total in totals.items():
+        if total:
+            totals[norm] = total + outputs.rounding
     return SecondOrderBounds(
-        rows, measured, totals["spectral"], totals["frobenius"], reason, layers
+        outputs.rows, outputs.measured, totals["spectral"], totals["frobenius"], reason, layers
     )
 
 

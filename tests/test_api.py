@@ -375,7 +375,7 @@ def test_the_record_holds_all_that_a_report_needs(tmp_path):
         bound = record["bounds"][name]
         assert bound["rows"] == 60
         assert bound["measured"] == pytest.approx(float((new - old).norm()), rel=1e-4)
-        assert bound["best"] >= bound["measured"] * (1 - 1e-6)  # float32
+        assert bound["best"] >= bound["measured"]
         assert bound["ratio"] == bound["best"] / bound["measured"]
     assert torch.equal(saved["2.weight"], given["2.weight"])
 

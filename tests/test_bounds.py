@@ -134,6 +134,20 @@ def test_direct_cascade_bound_is_tighter_and_holds(seed, follows):
     assert bound.best == bound.direct
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_bounds_hold_in_float32_too(seed):
+    """The direct bound is all but equal to what is measured, so float32's rounding shows."""
+    chain, inputs = random_chain(seed, bias=True)
+    chain = Chain(tuple(weight.astype(np.float32) for weight in chain.weights), chain.biases)
+    stream = ChainStream(chain, inputs.astype(np.float32))
+    options = NetTrimOptions(relative_epsilon=0.1, tolerance=1e-3, violation_tolerance=1e-6)
+    reports = [result.report for result in net_trim(stream, options)]
+    bound = output_bound(stream, direct=cascade_bound(stream, reports))
+    assert bound.direct is not None
+    assert bound.measured <= bound.direct
+    assert 0 < bound.rounding < 1e-4 * bound.measured
+
+
 def test_direct_bound_needs_a_certified_constrained_cascade_of_the_last_layer():
     chain, inputs = random_chain(0)
     stream, reports = trimmed(chain, inputs, scheme="parallel", relative_epsilon=0.1)

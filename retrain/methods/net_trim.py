@@ -301,7 +301,7 @@ def _finish(stream: LayerStream, answer: _Answer, options: NetTrimOptions) -> La
     for group, result in enumerate(results):
         if options.accept_inexact and result.status is not Status.NUMERICAL_ERROR:
             continue
-        keep = np.broadcast_to(result.certified, (spec.shape[1],))
+        keep = np.broadcast_to(result.certified, (spec.shape[1],)).copy()
         if not keep.all():
             dense = stream.weight(spec.name, group, dense=True)
             xp = array_namespace(dense)

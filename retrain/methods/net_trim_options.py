@@ -102,8 +102,9 @@ class NetTrimOptions:
         if self.link_normalised and self.epsilon is None:
             raise ValueError("link_normalised: gives an absolute epsilon its meaning; set epsilon")
         for name in ("tolerance", "violation_tolerance", "memory"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: want a positive number, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name}: want a positive finite number, got {value!r}")
         for name in ("max_iterations", "jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: want at least 1, got {getattr(self, name)!r}")
