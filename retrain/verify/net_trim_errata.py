@@ -96,8 +96,6 @@ def premise_broken(case: Case, rng: np.random.Generator) -> Retrained:
             penalise_bias=case["penalise_bias"],
         )
         (result,) = net_trim(stream, settings, layers=[name])
-        if not result.report.certified:
-            raise RuntimeError(f"layer {name} was not solved: {result.report.status}")
         epsilons.append(float(result.report.details["epsilon"]))
     return Retrained(chain, stream.chain, inputs, tuple(epsilons), 1.0)
 
