@@ -158,6 +158,23 @@ def test_layers_that_are_not_certified_keep_their_dense_weights():
         np.testing.assert_array_equal(result.weights[0], stream.weight(name, dense=True))
 
 
+def test_newton_certifies_what_admm_does_and_more():
+    admm = run(make(), relative_epsilon=0.1)
+    newton = run(make(), relative_epsilon=0.1, solver="newton", tolerance=1e-8)
+    for name, result in newton.items():
+        report = result.report
+        assert report.certified
+        assert report.details["solver"] == "newton"
+        assert report.details["gap"] <= 1e-8
+        if name == "0":  # later layers of the two cascades have different inputs
+            objective = admm[name].report.details["objective"]
+            assert report.details["objective"] == pytest.approx(objective, rel=1e-5)
+    with pytest.raises(ValueError, match="solver: want 'admm' or 'newton', got 'fast'"):
+        NetTrimOptions(solver="fast")
+    with pytest.raises(ValueError, match=r"solver: newton solves the units one by one, .* group"):
+        NetTrimOptions(solver="newton", penalty=Group())
+
+
 def test_accept_inexact_uses_what_there_is():
     stream = make()
     results = run(stream, relative_epsilon=0.1, max_iterations=1, accept_inexact=True)

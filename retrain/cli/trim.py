@@ -79,6 +79,12 @@ def add_command(commands: Any) -> None:
         help="read --epsilon as the paper's, on the link-normalised network",
     )
     trim.add_argument(
+        "--solver",
+        choices=("admm", "newton"),
+        default="admm",
+        help="newton reaches tight tolerances and hard layers; default admm",
+    )
+    trim.add_argument(
         "--tolerance",
         default="1e-2,1e-3",
         metavar="GAP[,VIOLATION]",
@@ -111,6 +117,7 @@ def _run(options: argparse.Namespace) -> int:
         penalty=_penalty(options.penalty),
         penalise_bias=options.penalise_bias,
         link_normalised=options.link_normalised,
+        solver=options.solver,
         tolerance=gap,
         violation_tolerance=violation,
         max_iterations=options.max_iterations,

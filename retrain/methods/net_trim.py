@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import joblib
@@ -38,7 +39,7 @@ from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods.layers import chosen, commit
 from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.stream import Array, LayerSpec, LayerStream, changed, collect, sample_rows
-from solvers import SolveResult, Status, solve_admm, trim_program
+from solvers import SolveResult, Status, solve_admm, solve_newton, trim_program
 from solvers.program import Program, RegularisedProgram, like, to_numpy
 from solvers.result import judge
 
@@ -258,8 +259,11 @@ def _host(array: Array) -> Array:
 
 def _solve(task: _Task, options: NetTrimOptions) -> _Answer:
     """Solve a layer's programs."""
+    solve: Callable[..., SolveResult] = solve_admm
+    if options.solver == "newton":
+        solve = partial(solve_newton, threads=options.threads_per_job)
     results = tuple(
-        solve_admm(
+        solve(
             program,
             tolerance=options.tolerance,
             violation_tolerance=options.violation_tolerance,

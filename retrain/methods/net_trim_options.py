@@ -12,6 +12,7 @@ from solvers import L1, Penalty
 
 Scheme = Literal["parallel", "cascade"]
 Form = Literal["constrained", "regularised"]
+Solver = Literal["admm", "newton"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,13 @@ class NetTrimOptions:
     link_normalised : bool
         Read `epsilon` as that of the link-normalised network: epsilon_l = epsilon times the product
         of |W_j|_1 over the layers up to l. For chains.
+    solver : {"admm", "newton"}
+        ADMM for all units at once, or `solvers.solve_newton`, which reaches tight tolerances and
+        hard layers that ADMM stops short of.
     tolerance, violation_tolerance : float
         What a layer's certificate must meet, see `solvers.Certificate`.
     max_iterations : int
-        Of the solver, for each layer.
+        Of the solver, for each layer: ADMM's steps, or the Newton steps of a unit.
     accept_inexact : bool
         Use weights whose certificate falls short, instead of keeping the dense ones.
     memory : float
@@ -64,6 +68,7 @@ class NetTrimOptions:
     penalty: Penalty = field(default_factory=L1)
     penalise_bias: bool = False
     link_normalised: bool = False
+    solver: Solver = "admm"
     tolerance: float = 1e-2
     violation_tolerance: float = 1e-3
     max_iterations: int = 5000
@@ -95,6 +100,13 @@ class NetTrimOptions:
             raise ValueError(
                 f"penalty: the {self.penalty.name} penalty couples the units, which the "
                 "regularised form solves one by one; use the constrained form"
+            )
+        if self.solver not in ("admm", "newton"):
+            raise ValueError(f"solver: want 'admm' or 'newton', got {self.solver!r}")
+        if self.solver == "newton" and not self.penalty.separable:
+            raise ValueError(
+                f"solver: newton solves the units one by one, which the {self.penalty.name} "
+                "penalty couples; want admm"
             )
         radius = self.epsilon or self.relative_epsilon or 0.0
         if self.form == "regularised" and self.fit_weight is None and radius == 0:
