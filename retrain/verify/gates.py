@@ -174,7 +174,7 @@ def teacher_problem(case: Case, rng: np.random.Generator) -> Problem:
 
 
 def minimise_weights(problem: Problem, theta: np.ndarray, iterations: int) -> Problem:
-    """Minimise L over W at fixed gates, by L-BFGS."""
+    """Minimise L over W at fixed gates, by BFGS."""
 
     def value(vector: np.ndarray) -> tuple[float, np.ndarray]:
         moved = replace(problem, network=net.from_vector(vector, problem.network))
@@ -184,8 +184,8 @@ def minimise_weights(problem: Problem, theta: np.ndarray, iterations: int) -> Pr
         value,
         net.to_vector(problem.network),
         jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": iterations, "maxfun": 2 * iterations, "ftol": 1e-16, "gtol": 1e-9},
+        method="BFGS",
+        options={"maxiter": iterations, "gtol": 1e-8},
     )
     return replace(problem, network=net.from_vector(found.x, problem.network))
 

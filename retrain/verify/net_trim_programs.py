@@ -272,5 +272,6 @@ STATEMENTS = (
         bound=objective_of_11,
         relation="==",
         slack=1e-5,
+        floor=0.1,
     ),
 )
