@@ -5,6 +5,7 @@ This package knows no network, no file and no torch module; its arrays may be nu
 
 from solvers.admm import prepare, solve_admm
 from solvers.newton import solve_newton
+from solvers.path import PathPoint, solve_count, solve_path
 from solvers.penalties import L1, ElasticNet, Group, Penalty
 from solvers.program import ConstrainedProgram, RegularisedProgram, trim_program
 from solvers.qp import solve_osqp
@@ -17,14 +18,17 @@ __all__ = [
     "ConstrainedProgram",
     "ElasticNet",
     "Group",
+    "PathPoint",
     "Penalty",
     "RegularisedProgram",
     "SolveResult",
     "Status",
     "prepare",
     "solve_admm",
+    "solve_count",
     "solve_cvxpy",
     "solve_newton",
     "solve_osqp",
+    "solve_path",
     "trim_program",
 ]

@@ -38,8 +38,8 @@ Array = Any
 
 FIRST_STEPS, WARM_STEPS = 100, 10  # of ADMM, in float32, from scratch and from a warm start
 _OWN_SHARE = 0.3  # a unit's own estimates are asked for this part of the tolerances
-_TIGHTER = 0.1
-_REFINEMENTS = 3
+_TIGHTER, _FINEST_SHARE = 0.1, 1e-5
+_REFINEMENTS = 5
 _ROOT_STEPS = 40
 _LONGEST = 3.0  # change of log s
 _FAR = 15.0  # a slack e^15 times the first looks like one without end
@@ -183,6 +183,7 @@ def _units(program: Program, near: SolveResult, factor: Factor) -> tuple[list[Un
     """State every unit in float64, and the point it starts from."""
     _, n_in, n_out = program.shape
     rows = np.ascontiguousarray(to_numpy(program.inputs).T, dtype=np.float64)
+    lengths = np.linalg.norm(rows, axis=1)
     level = to_numpy(program.level).astype(np.float64)
     active = to_numpy(program.active)
     support = None if program.support is None else to_numpy(program.support)
@@ -214,6 +215,7 @@ def _units(program: Program, near: SolveResult, factor: Factor) -> tuple[list[Un
                 weight,
                 ridge,
                 np.ones(n_in, dtype=bool) if support is None else support[:, m].copy(),
+                lengths,
                 float(floor[m]),
                 float(sizes[m]),
             )
@@ -304,19 +306,20 @@ def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> list[Point]:
             break
         residual = math.hypot(*(point.residual for point in points))
         error = math.log(max(residual, 1e-300) / epsilon) if epsilon > 0 else 0.0
-        inactive = slack == math.inf and error <= 0
-        if epsilon == 0 or inactive or abs(error) <= _OWN_SHARE * finish.limits[1]:
+        settled = epsilon == 0 or (slack == math.inf and error <= 0)
+        if settled or abs(error) <= share * finish.limits[1]:
             if finish.rounded(points):
                 break
-            share *= _TIGHTER  # s is right; the units are not yet
+            share *= _TIGHTER  # the units, and through their sum s, are not accurate enough yet
             refined += 1
-            continue
-        if slack < math.inf:
-            trail.append((math.log(slack), error))
-        following = _next_slack(trail, tried_infinity=slack == math.inf)
-        if following == slack:
-            break
-        slack = following
+        if not settled:
+            if slack < math.inf:
+                trail.append((math.log(slack), error))
+            if not _plausible(trail):
+                # Where the objective is flat, residuals are less accurate than gaps are.
+                share = max(_TIGHTER * share, _FINEST_SHARE)
+                trail = trail[-1:]
+            slack = _next_slack(trail, tried_infinity=slack == math.inf)
     return points
 
 
@@ -330,13 +333,25 @@ def _first_slack(program: ConstrainedProgram, points: list[Point]) -> float:
     return program.epsilon / force if force > 0 else program.epsilon**2
 
 
+def _plausible(trail: list[tuple[float, float]]) -> bool:
+    """Tell whether the last two residuals can be those of solutions: 0 <= slope <= 1.
+
+    Then no step shorter than the error leads to the root; a bracket that asks for one is wrong too.
+    """
+    if len(trail) < 2:
+        return True
+    (before, error_before), (here, error) = trail[-2:]
+    rise, run = error - error_before, here - before
+    return abs(run) > 0.5 * abs(error_before) and -1e-3 <= rise / run <= 1.001
+
+
 def _next_slack(trail: list[tuple[float, float]], *, tried_infinity: bool) -> float:
     """Secant through the last two slacks, in the bracket of all; s epsilon / r to begin with."""
     here, error = trail[-1]
     below = max((s for s, e in trail if e < 0), default=-math.inf)
     above = min((s for s, e in trail if e > 0), default=math.inf)
     following = here - error
-    if len(trail) > 1 and trail[-1][1] != trail[-2][1]:
+    if len(trail) > 1 and trail[-1][1] != trail[-2][1] and here != trail[-2][0]:
         before, error_before = trail[-2]
         slope = (error - error_before) / (here - before)
         # r rises with s and |nu| = r / s falls: the slope lies in [0, 1].

@@ -73,6 +73,8 @@ class Unit:
         The penalty of each input; both zero for a free one.
     allowed : bool array, shape (n_in,)
         Inputs that may be nonzero.
+    sizes : array, shape (n_in,)
+        Norm of each input over the samples.
     objective_floor : float
         The gap is relative to the objective or to this, whichever is larger.
     response_scale : float
@@ -85,6 +87,7 @@ class Unit:
     weight: np.ndarray
     ridge: np.ndarray
     allowed: np.ndarray
+    sizes: np.ndarray
     objective_floor: float
     response_scale: float
 
@@ -166,14 +169,14 @@ def _cleaned(
     tolerance: float,
     violation: float,
 ) -> Point:
-    """Set to zero what is zero to within the tolerance, if the estimates allow it.
+    """Set to zero the weights whose responses are within the tolerance, if the estimates allow it.
 
     Where the multiplier is not unique, the proximal one may touch a bound that another does not,
     and then its weight is as small as the last step was.
     """
-    largest = np.max(np.abs(point.u), initial=0.0)
+    response = np.abs(point.u) * unit.sizes
     for part in (10 * tolerance, tolerance):
-        small = (point.u != 0) & (np.abs(point.u) <= part * largest) & (unit.weight > 0)
+        small = (point.u != 0) & (response <= part * unit.response_scale) & (unit.weight > 0)
         if not small.any():
             return point
         without = z - point.u[small] @ unit.rows[small]

@@ -244,6 +244,7 @@ def test_one_unit_by_itself():
         np.ones(8),
         np.zeros(8),
         np.ones(8, bool),
+        np.linalg.norm(inputs, axis=0),
         0.0,
         1.0,
     )
