@@ -48,11 +48,13 @@ from solvers import (
     SolveResult,
     solve_admm,
     solve_cvxpy,
+    solve_newton,
     solve_osqp,
 )
 from solvers.program import Program
 
 Row = dict[str, Any]
+OURS = ("admm", "admm-float32", "newton")
 OSQP_LADDER = (1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 1e-7, 1e-8)
 PACKAGES = ("numpy", "scipy", "osqp", "cvxpy", "clarabel")
 WANTED_RATIO = 20.0  # of OSQP's seconds a unit to ADMM's, on "iid"
@@ -93,6 +95,12 @@ def run_admm_single(program: Program, tolerance: float, units: int) -> Answer:
     result, cpu = timed(lambda: solve_admm(single, tolerance=tolerance))
     seconds = result.setup_seconds, result.solve_seconds, cpu
     return Answer(program, result, *seconds, {}, dtype="float32")
+
+
+def run_newton(program: Program, tolerance: float, units: int) -> Answer:
+    """All units, a few steps of ADMM and then Newton's, one unit at a time."""
+    result, cpu = timed(lambda: solve_newton(program, tolerance=tolerance))
+    return Answer(program, result, result.setup_seconds, result.solve_seconds, cpu, {})
 
 
 def run_clarabel(program: Program, tolerance: float, units: int) -> Answer:
@@ -153,6 +161,7 @@ SOLVERS: dict[str, Callable[[Program, float, int], Answer]] = {
     "osqp": run_osqp,
     "admm": run_admm,
     "admm-float32": run_admm_single,
+    "newton": run_newton,
     "clarabel": run_clarabel,
 }
 
@@ -290,7 +299,7 @@ def losses(rows: list[Row]) -> list[str]:
     ]
     for problem in dict.fromkeys(row["problem"] for row in rows):
         mine = [row for row in rows if row["problem"] == problem]
-        for ours in ("admm", "admm-float32"):
+        for ours in OURS:
             for other in ("osqp", "clarabel"):
                 found = ratios(mine, other, ours)
                 if found and statistics.median(found) < 1:
@@ -311,7 +320,7 @@ def report(rows: list[Row], wanted: bool) -> None:
         print(HEADER)
         for row in mine:
             print(spell(row))
-        for ours in ("admm", "admm-float32"):
+        for ours in OURS:
             for other in ("osqp", "clarabel"):
                 found = ratios(mine, other, ours)
                 if found:
@@ -416,5 +425,5 @@ def _run(problems: list[Problem], options: argparse.Namespace) -> int:
                         file.flush()
                     rows.append(row)
     report(rows, wanted=not options.smoke)
-    ours = [row for row in rows if row["solver"].startswith("admm")]
+    ours = [row for row in rows if row["solver"] in OURS]
     return 0 if all(row["certified"] for row in ours) else 1
