@@ -149,17 +149,22 @@ def integrate(flow: Flow, w: np.ndarray, gate: float, horizon: float = _HORIZON)
     options: dict[str, Any] = {"method": "RK45", "rtol": _ACCURACY, "atol": _ACCURACY / 1000}
     start = (float(np.linalg.norm(w)), gate)
     states, clock = [np.append(w, gate)], 0.0
+    released = False  # by A(w) = 0, whose rounded sign must not decide again
     for _ in range(_PHASES):
         w, gate = states[-1][:-1], float(states[-1][-1])
-        if (gate <= 0 and height(w) >= 0) or (gate >= 1 and height(w) <= 0):
+        pushed_out = (gate <= 0 and height(w) >= 0) or (gate >= 1 and height(w) <= 0)
+        if pushed_out and not released:
             release = _event(lambda t, w, gate: height(w), 1 if gate else -1)
             run = solve_ivp(
                 held, (clock, horizon), w, events=release, args=(round(gate),), **options
             )
-            # Released: a step inside, for A(w) = 0 at the boundary moves theta nowhere.
-            gate = abs(gate - 1e-12) if run.status == 1 else gate
             states += [np.append(column, gate) for column in run.y.T[1:]]
+            released = run.status == 1
         else:
+            released = False
+            if gate in (0.0, 1.0):
+                # A step inside, so that a return to the boundary is told from the start on it.
+                states[-1] = np.append(w, abs(gate - 1e-12))
             floor = _event(lambda t, state: state[-1], -1)
             ceiling = _event(lambda t, state: state[-1] - 1, 1)
             run = solve_ivp(
