@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,10 +70,8 @@ _FIRST_ADAPTATION = 20
 _WIDEN = 1.5
 _LARGEST_FACTOR = 10.0
 _DEADBAND = 1.3
-# A float32 iterate whose relative residuals are at this level has nothing more to gain, nor has one
-# that is near the rounding of a sum over the samples and no longer halves between adaptations.
-_FLOAT32_FLOOR = 3e-6
-_FLOAT32_ROUNDING = 8 * 2.0**-23
+# Of the distance from the tolerances, at most this share may be left after two checks.
+_PROGRESS = 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +226,7 @@ def solve_admm(
     ----------
     program : ConstrainedProgram or RegularisedProgram
         Numpy or torch arrays, float32 or float64, on any device. Float32 data is iterated on in
-        float32 until the residuals are at rounding level, then in float64.
+        float32 until two checks in a row gain little, then in float64.
     tolerance : float
         On the gap.
     violation_tolerance : float, optional
@@ -286,7 +285,7 @@ def solve_admm(
     best = _Best(program)
     history: list[dict[str, float]] = []
     width, adapt_at, check_at = float(_FIRST_ADAPTATION), _FIRST_ADAPTATION, _FIRST_CHECK
-    iteration, diverged, worst = 0, False, math.inf
+    iteration, diverged = 0, False
     while iteration < max_iterations:
         iteration += 1
         previous, state = state, _step(splitting, state)
@@ -295,13 +294,6 @@ def solve_admm(
             diverged = not math.isfinite(float(xp.max(primal)))
             if diverged:
                 break
-            before, worst = worst, float(xp.max(xp.maximum(primal, dual)))
-            rounding = _FLOAT32_ROUNDING * math.sqrt(program.shape[0])
-            stalled = worst < rounding and worst > before / 2
-            if dtype != xp.float64 and (worst < _FLOAT32_FLOOR or stalled):
-                dtype = xp.float64
-                splitting = _Splitting.build(program, factor, dtype)
-                state = state.astype(dtype)
             state = _balance(state, primal, dual)
             width *= _WIDEN
             adapt_at += int(width)
@@ -310,6 +302,10 @@ def solve_admm(
             history.append(best.row(iteration))
             if bool(np.all(certified)):
                 break
+            if dtype != xp.float64 and _stalled(history, tolerance, violation_tolerance):
+                dtype = xp.float64
+                splitting = _Splitting.build(program, factor, dtype)
+                state = state.astype(dtype)
             check_at += max(25, min(iteration // 4, 250))
 
     if not history:
@@ -330,6 +326,16 @@ def solve_admm(
         penalty_parameter=state.rho,
         history=tuple(history),
     )
+
+
+def _stalled(
+    history: Sequence[dict[str, float]], tolerance: float, violation_tolerance: float
+) -> bool:
+    """Tell whether two checks in a row gained little: float32 has then given what it can."""
+    distances = [
+        max(row["gap"] / tolerance, row["violation"] / violation_tolerance) for row in history[-3:]
+    ]
+    return len(distances) == 3 and distances[2] > _PROGRESS * distances[0]
 
 
 def _norm(array: Array) -> float:

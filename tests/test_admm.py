@@ -8,6 +8,7 @@ import torch
 from instances import matrix, of_a_layer, with_optimum
 from kkt import assert_kkt
 
+from bench.problems import features, in_single_precision
 from solvers import (
     L1,
     ElasticNet,
@@ -448,3 +449,12 @@ def test_malformed_arguments_are_refused():
         solve_admm(program, warm_start=short)
     with pytest.raises(ValueError, match=r"factor: want that of inputs \(40, 12\), .* order 4"):
         solve_admm(program, factor=prepare(np.ones((4, 5))))
+
+
+def test_float32_data_is_certified_beyond_what_float32_iterates_reach(monkeypatch):
+    """Where float32 iterates stop gaining, float64 takes over; without that they never arrive."""
+    program = in_single_precision(features(400, 120, 10))
+    limits = {"tolerance": 1e-6, "max_iterations": 4000}
+    assert solve_admm(program, **limits).status is Status.SOLVED
+    monkeypatch.setattr("solvers.admm._stalled", lambda *_: False)
+    assert solve_admm(program, **limits).status is Status.ITERATION_LIMIT
