@@ -6,7 +6,17 @@ A check that cannot fail is worth nothing: every statement's parts are fields (`
 tests break each one to see its verdict turn.
 """
 
-from retrain.verify.runner import HEADINGS, run, select, statements, table
+from retrain.verify.runner import HEADINGS, document, run, select, statements, table
 from retrain.verify.statement import Result, Row, Statement
 
-__all__ = ["HEADINGS", "Result", "Row", "Statement", "run", "select", "statements", "table"]
+__all__ = [
+    "HEADINGS",
+    "Result",
+    "Row",
+    "Statement",
+    "document",
+    "run",
+    "select",
+    "statements",
+    "table",
+]

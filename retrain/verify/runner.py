@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 import zlib
@@ -23,6 +22,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from threadpoolctl import threadpool_limits
 
+from retrain.files import write_whole
 from retrain.verify import (
     gates,
     gates_dynamics,
@@ -218,7 +218,7 @@ def _run(
         finish(statement)
     ordered = [results[statement.name] for statement in chosen]
     if directory is not None:
-        _write(directory / "verify.json", _document(ordered, level, seed))
+        write_whole(directory / "verify.json", document(ordered, level, seed).encode())
     return ordered
 
 
@@ -313,7 +313,7 @@ def _kept(directory: Path, name: str, fingerprint: str) -> dict[int, Row]:
             details=record["details"],
             seconds=record["seconds"],
         )
-    _write(path, "".join(f"{line}\n" for line in whole))
+    write_whole(path, "".join(f"{line}\n" for line in whole).encode())
     return rows
 
 
@@ -325,22 +325,13 @@ def _rows_file(directory: Path, name: str) -> Path:
     return directory / "rows" / f"{name.replace('/', '-')}.jsonl"
 
 
-def _document(results: Sequence[Result], level: Level, seed: int) -> str:
-    document = {
+def document(results: Sequence[Result], level: Level, seed: int) -> str:
+    """Serialise results as ``verify.json`` holds them."""
+    record = {
         "level": level,
         "seed": seed,
         "versions": _versions(),
         "violated": [r.statement.name for r in results if r.verdict == "violated"],
         "results": [result.to_json() for result in results],
     }
-    return json.dumps(document, indent=1, allow_nan=False) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file at once."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    return json.dumps(record, indent=1, allow_nan=False) + "\n"
