@@ -43,6 +43,7 @@ BOUND = OutputBound(
     measured=2.0,
     relative=0.05,
     bound=6.0,
+    rounding=0.0,
     direct=2.5,
     reason=None,
     discrepancies={"fc1": 1.5},
