@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/retrain demo --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
