@@ -24,6 +24,8 @@ class Epoch:
         numbers.
     seconds : float
         Wall time of the steps and their callbacks; those after the epoch are not counted.
+    steps : int
+        Since the start of training, this epoch's included.
     """
 
     number: int
@@ -31,6 +33,7 @@ class Epoch:
     penalty: float
     accuracy: float | None
     seconds: float
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,11 @@ class Step:
     epoch, number : int
         The epoch, and the step since the start of training; both from 0.
     inputs, targets : Tensor
-        The batch, on the model's device.
+        The batch, on the model's device; in a parallel run, this process's part of it.
+    share : float
+        The part's share of the batch: 1 unless processes share it. A mean over the whole batch is
+        the sum over the processes of ``share`` times the mean over the part
+        (`retrain.trainers.distributed.joint_mean`).
     """
 
     model: nn.Module
@@ -53,6 +60,7 @@ class Step:
     number: int
     inputs: Tensor
     targets: Tensor
+    share: float = 1.0
 
 
 StepCallback = Callable[[Step], None]

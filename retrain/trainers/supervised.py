@@ -127,6 +127,8 @@ def fit(
     penalty: Callable[[nn.Module], Tensor] | None = None,
     batch_size: int = 64,
     callbacks: Callbacks | None = None,
+    first_epoch: int = 0,
+    first_step: int = 0,
 ) -> list[Epoch]:
     """Train `model` in place, where it is; each step on ``loss(model(x), y) + penalty(model)``.
 
@@ -140,7 +142,7 @@ def fit(
         every epoch; or an iterable of (inputs, targets), passed over once an epoch, whose order
         and batch size are its own.
     epochs : int
-        Passes over the data, 0 or more.
+        Passes over the data, 0 or more; those before `first_epoch` included.
     generator : torch.Generator
         On the CPU. One ``randperm`` an epoch is drawn from it when `data` is two arrays. Dropout
         and a DataLoader without a generator draw on torch's own.
@@ -153,11 +155,14 @@ def fit(
         Of the model: a scalar added to the loss.
     callbacks : Callbacks, optional
         Functions to call on the way.
+    first_epoch, first_step : int, optional
+        Where a training goes on that was interrupted after so many epochs and steps; every state
+        (of the model, the optimiser, the schedule, the generators) is then the caller's to restore.
 
     Returns
     -------
     list of Epoch
-        One record an epoch.
+        One record an epoch, from `first_epoch` on.
 
     Raises
     ------
@@ -172,9 +177,9 @@ def fit(
     calls = callbacks or Callbacks()
     place = device_of(model)
     history: list[Epoch] = []
-    number = 0
+    number = first_step
     with mode(model, training=True):
-        for epoch in range(epochs):
+        for epoch in range(first_epoch, epochs):
             start = time.perf_counter()
             tally = _Tally()
             for inputs, targets in batches(data, batch_size, place, generator):
@@ -192,7 +197,7 @@ def fit(
             _check_parameters(model, epoch)
             if schedule is not None:
                 schedule.step()
-            history.append(tally.record(epoch, time.perf_counter() - start))
+            history.append(tally.record(epoch, time.perf_counter() - start, number))
             logger.info("%s", history[-1])
             answers = [call(history[-1], model, optimizer) for call in calls.after_epoch]
             if any(answers):
@@ -239,11 +244,10 @@ class _Tally:
         self.predictions += targets.numel()
         self.hits = None if self.hits is None or met is None else self.hits + met
 
-    def record(self, epoch: int, seconds: float) -> Epoch:
+    def record(self, epoch: int, seconds: float, steps: int) -> Epoch:
         accuracy = None if self.hits is None else self.hits / self.predictions
-        return Epoch(
-            epoch, self.loss / self.samples, self.penalty / self.samples, accuracy, seconds
-        )
+        mean, penalty = self.loss / self.samples, self.penalty / self.samples
+        return Epoch(epoch, mean, penalty, accuracy, seconds, steps)
 
 
 def _check_finite(what: str, scalar: Tensor, step: Step) -> None:
