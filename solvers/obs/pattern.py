@@ -224,11 +224,19 @@ def _largest(lines: Array, keep: int) -> Array:
     length = lines.shape[1]
     if keep <= 0 or keep >= length:
         return xp.full(lines.shape, keep > 0, dtype=xp.bool, device=device_of(lines))
-    threshold = xp.sort(lines, axis=1)[:, length - keep][:, None]
+    threshold = _order_statistic(lines, length - keep)
     above = lines > threshold
     tied = lines == threshold
     missing = keep - xp.sum(xp.astype(above, xp.int64), axis=1)[:, None]
     return above | (tied & (xp.cumulative_sum(xp.astype(tied, xp.int64), axis=1) <= missing))
+
+
+def _order_statistic(lines: Array, position: int) -> Array:
+    """Return the entry at `position` of every line when sorted, as a column."""
+    if isinstance(lines, np.ndarray):
+        # linear time; the array API knows whole sorts only
+        return np.partition(lines, position, axis=1)[:, position : position + 1]
+    return array_namespace(lines).sort(lines, axis=1)[:, position : position + 1]
 
 
 def _fraction(sparsity: float) -> float:
