@@ -10,9 +10,9 @@ What their file holds, found by comparing:
   of a matrix with negative eigenvalues from rounding: the bottom of the ranking is rounding too,
   and comes nearer the smaller our damping is. On fc2 and fc3 it is ours.
 * Masks that remove the first k of the ranking, biases too, and weights updated one removal after
-  the other. k is one more than asked for; on fc3 one more than the next lower multiple of 50. Their
-  fc3 masks at 20 and 5 % lack, besides, one weight of place 970 in the ranking, which those at 50
-  and 10 % keep; we have no explanation for it.
+  the other. k is one more than asked for; on fc3 one more than the next lower multiple of 50. Some
+  masks of biases are not in the file: a removed bias is one that is zero among the pruned weights,
+  as it is where the mask is there.
 """
 
 from __future__ import annotations
@@ -81,8 +81,7 @@ def _compare_masks(name: str, hessian: np.ndarray, weight: np.ndarray, theirs: n
     known = sensitivities(problem, damping=1e-7)
     for kept in KEPT:
         mask = theirs[f"mask/CR_{kept}/{name}.weight"].T
-        bias = f"mask/CR_{kept}/{name}.bias"
-        biases = theirs[bias] if bias in theirs else np.zeros(weight.shape[1], dtype=bool)
+        biases = theirs[f"pruned_weight/CR_{kept}/{name}.bias"] != 0
         removed = int((~mask).sum() + (~biases).sum())
         ours = prune_one_shot(problem, per_layer_count(removed), given=known)
         both = ours.kept[:-1] & mask
