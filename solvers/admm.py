@@ -441,7 +441,7 @@ class _Best:
         self.weight: Array = None
         self.multiplier: Array = None
         self.certificate: Certificate
-        self._bound: np.ndarray | None = None
+        self._bound: np.ndarray
 
     def offer(
         self, splitting: _Splitting, state: _State, tolerance: float, violation_tolerance: float
@@ -452,7 +452,7 @@ class _Best:
         weight = xp.astype(state.w, program.inputs.dtype)
         for multiplier in _multipliers(splitting, state, weight):
             bound = program.dual_bound(multiplier)
-            if self._bound is None:
+            if self.multiplier is None:
                 self.multiplier, self._bound = multiplier, bound
             else:
                 better = bound > self._bound
@@ -463,7 +463,7 @@ class _Best:
         else:
             done = self.certificate.within(tolerance, violation_tolerance)
             self.weight = _choose(done, self.weight, weight)
-        self.certificate = program.certificate(self.weight, self.multiplier)
+        self.certificate = program.certificate_beside(self.weight, self._bound)
         return self.certificate.within(tolerance, violation_tolerance)
 
     def row(self, iteration: int) -> dict[str, float]:

@@ -36,6 +36,7 @@ from typing import Any, Literal
 import numpy as np
 from array_api_compat import array_namespace, device, is_torch_array
 
+from solvers.free_row import orthogonalise
 from solvers.penalties import L1, Penalty
 from solvers.result import Certificate
 
@@ -43,9 +44,6 @@ Array = Any
 
 _BLOCK_ENTRIES = 4_000_000  # entries of a float64 (samples x units) block: 32 MB
 _ROWS = 8192  # samples whose inputs are cast to float64 at a time
-_ROOT_STEPS = 100  # Newton needs under ten; bisection alone some sixty
-_ROUNDING = 1e-15  # of x^T nu, relative to |x| |nu|: no step can do better
-_ORTHOGONAL = 1e-12  # the same, summed over many samples
 _SMALLEST, _LARGEST = 1e-150, 1e150  # magnitudes whose squares, summed, float64 can hold
 
 
@@ -182,7 +180,7 @@ class LayerProgram:
         nu = xp.where(active, nu, xp.maximum(nu, xp.zeros_like(nu)))
         for row in self.free_rows:
             x = xp.astype(self.inputs[:, row], xp.float64)[:, None]
-            moved = _orthogonalise(nu, x, active)
+            moved = orthogonalise(nu, x, active)
             if self.support is not None:
                 moved = xp.where(self.support[row, block], moved, nu)
             nu = moved
@@ -272,6 +270,10 @@ class ConstrainedProgram(LayerProgram):
 
     def certificate(self, weight: Array, multiplier: Array) -> Certificate:
         """Judge a pair of weights (n_in, n_out) and multiplier (n_samples, n_out)."""
+        return self.certificate_beside(weight, self.dual_bound(multiplier))
+
+    def certificate_beside(self, weight: Array, bound: np.ndarray) -> Certificate:
+        """Judge weights (n_in, n_out) beside a bound that `dual_bound` has given."""
         xp = array_namespace(self.inputs)
         objective = self.objective(weight)
         sums = {name: to_numpy(value) for name, value in self._primal_sums(weight).items()}
@@ -283,7 +285,6 @@ class ConstrainedProgram(LayerProgram):
             ball = max(residual - self.epsilon, 0.0) / self.epsilon
         else:
             ball = residual / scale
-        bound = self.dual_bound(multiplier)
         return Certificate(
             objective=objective,
             dual_bound=bound,
@@ -348,12 +349,15 @@ class RegularisedProgram(LayerProgram):
 
     def certificate(self, weight: Array, multiplier: Array) -> Certificate:
         """Judge a pair of weights (n_in, n_out) and multiplier (n_samples, n_out), by unit."""
+        return self.certificate_beside(weight, self.dual_bound(multiplier))
+
+    def certificate_beside(self, weight: Array, bound: np.ndarray) -> Certificate:
+        """Judge weights (n_in, n_out) beside the units' bounds that `dual_bound` has given."""
         self._check_weight(weight)
         sums = {name: to_numpy(value) for name, value in self._primal_sums(weight).items()}
         objective = to_numpy(self.penalty_value(weight)) + self.fit_weight * sums["residual"]
         scale = np.sqrt(sums["scale"])
         scale = np.where(scale > 0, scale, self._scale_floor())
-        bound = self.dual_bound(multiplier)
         return Certificate(
             objective=objective,
             dual_bound=bound,
@@ -442,69 +446,6 @@ def _gap(objective: np.ndarray, bound: np.ndarray, old_penalty: np.ndarray) -> n
     """|f - D| / max(|f|, |D|, 1e-6 penalty(old)), 0 where both are zero."""
     scale = np.maximum(np.maximum(np.abs(objective), np.abs(bound)), 1e-6 * old_penalty)
     return np.abs(objective - bound) / np.where(scale > 0, scale, 1.0)
-
-
-def _orthogonalise(nu: Array, x: Array, active: Array) -> Array:
-    """Project each column of nu onto {x^T nu = 0, nu >= 0 where not active}.
-
-    Twice: where almost all of nu lies along x, the rest of the first projection is orthogonal only
-    to the rounding of nu, the rest of the second to its own. A column that is not orthogonal even
-    then is made of rounding alone and becomes zero, which is admissible: any scale may multiply nu
-    later, so a remainder would prove a bound that is not one.
-    """
-    xp = array_namespace(nu)
-    for _ in range(2):
-        # The projection is homogeneous; at size 1 no square overflows.
-        largest = xp.max(xp.abs(nu), axis=0)
-        largest = xp.where(largest > 0, largest, xp.ones_like(largest))
-        nu = largest * _shift_to_root(nu / largest, x, active)
-    moment = xp.abs(xp.sum(x * (nu / largest), axis=0))
-    size = xp.sqrt(xp.sum(x * x) * xp.sum((nu / largest) ** 2, axis=0))
-    return xp.where(moment <= _ORTHOGONAL * size, nu, xp.zeros_like(nu))
-
-
-def _shift_to_root(nu: Array, x: Array, active: Array) -> Array:
-    """Return nu(t) = nu - t x, clipped at 0 off Omega, at the root t of phi(t) = x^T nu(t).
-
-    phi is continuous, piecewise linear and decreasing. Its root is bracketed, then found by Newton
-    steps on the current piece, with bisection where a step would leave the bracket; the last step
-    solves its piece exactly.
-    """
-    xp = array_namespace(nu)
-    zero = xp.zeros_like(nu)
-
-    def point(t: Array) -> Array:
-        shifted = nu - t * x
-        return xp.where(active, shifted, xp.maximum(shifted, zero))
-
-    def value_and_slope(t: Array) -> tuple[Array, Array]:
-        shifted = nu - t * x
-        moving = active | (shifted > 0)
-        value = xp.sum(xp.where(moving, shifted, zero) * x, axis=0)
-        return value, -xp.sum(xp.where(moving, x * x + zero, zero), axis=0)
-
-    largest = xp.max(xp.abs(nu), axis=0)
-    smallest = xp.min(xp.where(x != 0, xp.abs(x), xp.inf * xp.ones_like(x)))
-    # At t = largest/smallest phi <= 0, at the opposite end phi >= 0, since |t x| >= |nu| there.
-    high = xp.where(xp.isfinite(smallest), largest / smallest, xp.zeros_like(largest))
-    low = -high
-    rounding = _ROUNDING * xp.sqrt(xp.sum(x * x) * xp.sum(nu * nu, axis=0))
-    t = xp.zeros_like(largest)
-    for _ in range(_ROOT_STEPS):
-        value, slope = value_and_slope(t)
-        low = xp.where(value > 0, xp.maximum(low, t), low)
-        high = xp.where(value < 0, xp.minimum(high, t), high)
-        step = xp.where(
-            slope < 0, value / xp.where(slope < 0, -slope, xp.ones_like(slope)), zero[0, :]
-        )
-        newton = t + step
-        inside = (newton >= low) & (newton <= high) & (slope < 0)
-        following = xp.where(inside, newton, (low + high) / 2)
-        following = xp.where(xp.abs(value) <= rounding, t, following)
-        if bool(xp.all(following == t)):
-            break
-        t = following
-    return point(t)
 
 
 def _check_data(program: LayerProgram) -> None:

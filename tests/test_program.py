@@ -20,7 +20,7 @@ from solvers import (
     RegularisedProgram,
     trim_program,
 )
-from solvers.program import _orthogonalise
+from solvers.free_row import orthogonalise, orthogonalise_arrays
 
 FORMS = ("constrained", "regularised")
 PENALTIES = {"l1": L1(), "elastic": ElasticNet(0.5), "group": Group(0.7)}
@@ -32,6 +32,9 @@ CASES = [
     for mask in (False, True)
     if (form, name) != ("regularised", "group")
 ]
+
+
+PROJECTIONS = (orthogonalise, orthogonalise_arrays)
 
 
 def arrays(rng, *shape):
@@ -179,7 +182,8 @@ def test_leaving_a_free_row_out_gives_no_bound():
     assert exceeded > 0
 
 
-def test_the_free_row_projection_solves_its_program():
+@pytest.mark.parametrize("project", PROJECTIONS)
+def test_the_free_row_projection_solves_its_program(project):
     rng = np.random.default_rng(5)
     for trial in range(12):
         n = 15
@@ -187,7 +191,7 @@ def test_the_free_row_projection_solves_its_program():
         if trial % 3 == 2:
             x[::4] = 0
         nu, active = arrays(rng, n, 3), rng.random((n, 3)) < (0.0, 0.4, 1.0)[trial % 3]
-        found = _orthogonalise(nu, x, active)
+        found = project(nu, x, active)
         point = cp.Variable(nu.shape)
         constraints = [x.T @ point == 0]
         if (~active).any():
@@ -201,25 +205,40 @@ def test_the_free_row_projection_solves_its_program():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([1e-12, 1e-3, 1.0, 1e6, 1e12]), st.booleans())
-def test_the_free_row_projection_is_orthogonal_at_any_scale(seed, scale, spread):
+@pytest.mark.parametrize("project", PROJECTIONS)
+def test_the_free_row_projection_is_orthogonal_at_any_scale(project, seed, scale, spread):
     rng = np.random.default_rng(seed)
     n = int(rng.integers(1, 40))
     x = arrays(rng, n, 1) * (10.0 ** rng.integers(-3, 3, (n, 1)) if spread else 1)
     nu = scale * arrays(rng, n, 2) + arrays(rng, 1, 2) * 1e3 * x
     active = rng.random((n, 2)) < rng.random()
-    found = _orthogonalise(nu, x, active)
+    found = project(nu, x, active)
     size = np.linalg.norm(x) * np.linalg.norm(found, axis=0)
     assert np.all(np.abs(x.T @ found) <= 1e-12 * size)
     assert np.all(found[~active] >= 0)
 
 
-def test_the_free_row_projection_survives_multipliers_of_all_sizes():
+@pytest.mark.parametrize("project", PROJECTIONS)
+def test_the_free_row_projection_survives_multipliers_of_all_sizes(project):
     # Breakpoints in geometric progression, the worst case for steps from piece to piece.
     nu = (2.0 ** -np.arange(300))[:, None]
     for active in (np.zeros((300, 1), bool), np.arange(300)[:, None] == 299):
-        found = _orthogonalise(nu, np.ones((300, 1)), active)
+        found = project(nu, np.ones((300, 1)), active)
         assert abs(found.sum()) <= 1e-13 * np.linalg.norm(found)
         assert np.all(found[~active] >= 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.booleans())
+def test_both_free_row_projections_agree(seed, ones):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 60))
+    x = np.ones((n, 1)) if ones else arrays(rng, n, 1)
+    nu, active = arrays(rng, n, 3), rng.random((n, 3)) < rng.random()
+    loop, xp = (project(nu, x, active) for project in PROJECTIONS)
+    np.testing.assert_allclose(loop, xp, atol=1e-12 * np.abs(nu).max())
+    tensors = (torch.asarray(array) for array in (nu, x, active))
+    assert orthogonalise(*tensors).numpy().tobytes() == loop.tobytes()
 
 
 def test_violations_and_gap_are_as_defined():
