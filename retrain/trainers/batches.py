@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +13,63 @@ from torch import Tensor
 Array = Tensor | np.ndarray
 TrainingData = tuple[Array, Array] | Iterable[tuple[Tensor, Tensor]]
 """Inputs and targets as two arrays, or batches of them: a DataLoader, a list of pairs."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process's part of every batch, of several that train together.
+
+    Attributes
+    ----------
+    rank, processes : int
+        Which, from 0, of how many.
+    """
+
+    rank: int = 0
+    processes: int = 1
+
+    def of(self, count: int) -> slice:
+        """Return this part of `count` samples: a row of them, as long as the others' or one less.
+
+        A part that would be empty is the first sample, for a process must take part in the step;
+        `share` tells it from others.
+        """
+        start = self.rank * count // self.processes
+        stop = (self.rank + 1) * count // self.processes
+        return slice(start, stop) if stop > start else slice(0, 1)
+
+    def share(self, count: int) -> float:
+        """Return the part's share of `count` samples; 0 where it is empty."""
+        start = self.rank * count // self.processes
+        return ((self.rank + 1) * count // self.processes - start) / count
+
+
+WHOLE = Part()
+
+
+class Batch(NamedTuple):
+    """Samples of a step: this process's part, its share of the whole, the whole's size."""
+
+    inputs: Tensor
+    targets: Tensor
+    share: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """A random change of the inputs, drawn anew for every batch, sample by sample.
+
+    Attributes
+    ----------
+    draw : callable
+        Of a number of samples and a generator: a tensor with a row for each.
+    apply : callable
+        Of inputs and their rows: the changed inputs.
+    """
+
+    draw: Callable[[int, torch.Generator], Tensor]
+    apply: Callable[[Tensor, Tensor], Tensor]
 
 
 def batches(
@@ -38,13 +97,47 @@ def batches(
     ValueError
         If there is no sample, or two arrays differ in length, or `batch_size` is below 1.
     """
-    pair = _as_pair(data)
-    source = data if pair is None else _cut(*pair, batch_size, generator)
+    for batch in parts(data, batch_size, device, generator):
+        yield batch.inputs, batch.targets
+
+
+def parts(
+    data: TrainingData,
+    batch_size: int,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+    *,
+    part: Part = WHOLE,
+    augmentation: Augmentation | None = None,
+) -> Iterator[Batch]:
+    """Yield one process's part of each batch that `batches` yields.
+
+    Parameters
+    ----------
+    data, batch_size, device, generator
+        As for `batches`; the same in every process.
+    part : Part, optional
+        Which part; the whole by default.
+    augmentation : Augmentation, optional
+        Drawn from `generator`, after the order of the rows, for the whole batch in every process.
+
+    Raises
+    ------
+    ValueError
+        As for `batches`; or if there is an augmentation and no generator.
+    """
+    if augmentation is not None and generator is None:
+        raise ValueError("generator: an augmentation wants one")
+    pair = as_pair(data)
+    source = _split(data, part) if pair is None else _cut(*pair, batch_size, generator, part)
     count = 0
-    for inputs, targets in source:
-        if len(targets) > 0:
-            count += len(targets)
-            yield inputs.to(device), targets.to(device)
+    for batch in source:
+        count += batch.samples
+        inputs = batch.inputs.to(device)
+        if augmentation is not None and generator is not None:
+            drawn = augmentation.draw(batch.samples, generator)[part.of(batch.samples)]
+            inputs = augmentation.apply(inputs, drawn.to(device))
+        yield batch._replace(inputs=inputs, targets=batch.targets.to(device))
     if count == 0:
         raise ValueError(
             "data: there is no sample; wanted at least one, and an iterable that can be "
@@ -52,7 +145,7 @@ def batches(
         )
 
 
-def _as_pair(data: TrainingData) -> tuple[Tensor, Tensor] | None:
+def as_pair(data: TrainingData) -> tuple[Tensor, Tensor] | None:
     """Return data given as two arrays as two tensors, sharing memory; None when it is batches."""
     if not (isinstance(data, tuple | list) and len(data) == 2):
         return None
@@ -65,11 +158,26 @@ def _as_pair(data: TrainingData) -> tuple[Tensor, Tensor] | None:
 
 
 def _cut(
-    inputs: Tensor, targets: Tensor, batch_size: int, generator: torch.Generator | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+    inputs: Tensor,
+    targets: Tensor,
+    batch_size: int,
+    generator: torch.Generator | None,
+    part: Part,
+) -> Iterator[Batch]:
     if batch_size < 1:
         raise ValueError(f"batch_size: 1 or more were wanted, not {batch_size}")
     count = len(inputs)
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
     for rows in order.split(batch_size):
-        yield inputs[rows.to(inputs.device)], targets[rows.to(targets.device)]
+        if len(rows) > 0:
+            own = rows[part.of(len(rows))]
+            chosen = inputs[own.to(inputs.device)], targets[own.to(targets.device)]
+            yield Batch(*chosen, part.share(len(rows)), len(rows))
+
+
+def _split(data: Iterable[Any], part: Part) -> Iterator[Batch]:
+    for inputs, targets in data:
+        count = len(targets)
+        if count > 0:
+            own = part.of(count)
+            yield Batch(inputs[own], targets[own], part.share(count), count)

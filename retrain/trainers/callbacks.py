@@ -51,7 +51,10 @@ class Step:
     share : float
         The part's share of the batch: 1 unless processes share it. A mean over the whole batch is
         the sum over the processes of ``share`` times the mean over the part
-        (`retrain.trainers.distributed.joint_mean`).
+        (`retrain.trainers.distributed.joint_mean`). 0 where there are fewer samples than processes
+        and this one has but a stand-in.
+    samples : int
+        Of the whole batch, over all processes.
     """
 
     model: nn.Module
@@ -61,6 +64,7 @@ class Step:
     inputs: Tensor
     targets: Tensor
     share: float = 1.0
+    samples: int = 0
 
 
 StepCallback = Callable[[Step], None]

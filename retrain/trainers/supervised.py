@@ -30,8 +30,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from retrain.trainers.accuracy import correct
-from retrain.trainers.batches import TrainingData, batches
+from retrain.trainers.batches import Augmentation, TrainingData, parts
 from retrain.trainers.callbacks import Callbacks, Epoch, Step
+from retrain.trainers.computation import PLAIN, Computation
+from retrain.trainers.distributed import joint_sums
 from retrain.trainers.states import device_of, mode, seeded
 
 logger = logging.getLogger(__name__)
@@ -129,6 +131,8 @@ def fit(
     callbacks: Callbacks | None = None,
     first_epoch: int = 0,
     first_step: int = 0,
+    augmentation: Augmentation | None = None,
+    computation: Computation = PLAIN,
 ) -> list[Epoch]:
     """Train `model` in place, where it is; each step on ``loss(model(x), y) + penalty(model)``.
 
@@ -182,21 +186,33 @@ def fit(
         for epoch in range(first_epoch, epochs):
             start = time.perf_counter()
             tally = _Tally()
-            for inputs, targets in batches(data, batch_size, place, generator):
-                step = Step(model, optimizer, epoch, number, inputs, targets)
+            for batch in parts(
+                data,
+                batch_size,
+                place,
+                generator,
+                part=computation.part,
+                augmentation=augmentation,
+            ):
+                inputs, targets, share, samples = batch
+                step = Step(model, optimizer, epoch, number, inputs, targets, share, samples)
                 optimizer.zero_grad()
                 for call in calls.before_forward:
                     call(step)
-                tally.add(targets, *_propagate(step, loss, penalty))
+                outputs, fitted, penalised = _propagate(step, loss, penalty, computation)
+                if share > 0:
+                    tally.add(targets, outputs, fitted, penalised)
+                computation.unscale(optimizer)
                 for call in calls.after_backward:
                     call(step)
-                optimizer.step()
+                computation.step(optimizer)
                 for call in calls.after_step:
                     call(step)
                 number += 1
             _check_parameters(model, epoch)
             if schedule is not None:
                 schedule.step()
+            tally = tally.joint(place)
             history.append(tally.record(epoch, time.perf_counter() - start, number))
             logger.info("%s", history[-1])
             answers = [call(history[-1], model, optimizer) for call in calls.after_epoch]
@@ -206,24 +222,24 @@ def fit(
 
 
 def _propagate(
-    step: Step, loss: Loss, penalty: Callable[[nn.Module], Tensor] | None
+    step: Step,
+    loss: Loss,
+    penalty: Callable[[nn.Module], Tensor] | None,
+    computation: Computation,
 ) -> tuple[Tensor, float, float]:
     """Run forward and backward; return the outputs, the loss and the penalty.
 
     A function of its own so that the graph is gone when it returns: while one is alive, autograd
     remembers the parameters' shapes, and a callback could not cut neurons out of them.
     """
-    outputs = step.model(step.inputs)
-    objective = fitted = loss(outputs, step.targets)
+    outputs = computation.forward(step.model, step.inputs)
+    fitted = loss(outputs, step.targets)
     _check_finite("loss", fitted, step)
-    penalised = 0.0
-    if penalty is not None:
-        term = penalty(step.model)
+    term = None if penalty is None else penalty(step.model)
+    if term is not None:
         _check_finite("penalty", term, step)
-        penalised = term.item()
-        objective = fitted + term
-    objective.backward()
-    return outputs.detach(), fitted.item(), penalised
+    computation.backward(fitted, term, step.share)
+    return outputs.detach(), fitted.item(), 0.0 if term is None else term.item()
 
 
 @dataclass
@@ -243,6 +259,13 @@ class _Tally:
         self.penalty += penalty * len(targets)
         self.predictions += targets.numel()
         self.hits = None if self.hits is None or met is None else self.hits + met
+
+    def joint(self, device: torch.device) -> _Tally:
+        """Add up the tallies of all processes."""
+        known = self.hits is not None
+        sums = [self.samples, self.loss, self.penalty, self.predictions, self.hits or 0]
+        samples, loss, penalty, predictions, hits = joint_sums(sums, device)
+        return _Tally(int(samples), loss, penalty, int(predictions), int(hits) if known else None)
 
     def record(self, epoch: int, seconds: float, steps: int) -> Epoch:
         accuracy = None if self.hits is None else self.hits / self.predictions

@@ -1,0 +1,203 @@
+"""Training in several processes: `torchrun`, torch's DistributedDataParallel, joint batch norm.
+
+Each process has the whole model and computes its part of every batch; gradients are averaged, so
+that each takes the step that one process would take with the whole batch. Whatever else a method
+computes from data it makes joint itself, with `joint_mean`; whatever it draws it draws from
+generators that are seeded alike in all processes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from retrain.trainers.batches import WHOLE, Part
+from retrain.trainers.callbacks import Step
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[tuple[Part, torch.device]]:
+    """Join the processes that ``torchrun`` started, if it did; leave them at the end.
+
+    Yields
+    ------
+    part : Part
+        Which process this is, of how many.
+    device : torch.device
+        The one to compute on: of several GPUs, this process's.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer GPUs than processes on this machine.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 or "RANK" not in os.environ:
+        yield WHOLE, device
+        return
+    local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    if device.type == "cuda" and device.index is None:
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"device: process {local} of this machine has no GPU of its own; there are "
+                f"{torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Part(distributed.get_rank(), distributed.get_world_size()), device
+    finally:
+        distributed.destroy_process_group()
+
+
+class Replicas:
+    """A model's copies in all processes, by DistributedDataParallel.
+
+    A model that is pruned while it trains loses parameters; DistributedDataParallel, which takes
+    note of them once, is then made anew.
+    """
+
+    def __init__(self) -> None:
+        self._wrapped: DistributedDataParallel | None = None
+        self._parameters: list[tuple[int, torch.Size]] = []
+
+    def of(self, model: nn.Module) -> nn.Module:
+        """Return the model wrapped, to be called in its stead."""
+        # The wrapped module keeps its parameters alive, so an id is not used twice.
+        parameters = [(id(p), p.shape) for p in model.parameters() if p.requires_grad]
+        if self._wrapped is None or parameters != self._parameters:
+            self._wrapped = None  # takes its hooks off the parameters
+            devices = {p.device for p in model.parameters()}
+            index = next(iter(devices)).index
+            self._wrapped = DistributedDataParallel(
+                model,
+                device_ids=None if index is None else [index],
+                broadcast_buffers=False,  # alike in all processes: batch norm is joint
+                find_unused_parameters=True,  # a block that is skipped has no gradients
+            )
+            self._parameters = parameters
+        return self._wrapped
+
+
+def joint_mean(mean: Tensor, step: Step) -> Tensor:
+    """Return the mean over the whole batch of what `mean` is over this process's part.
+
+    The tensor itself in a single process.
+    """
+    if not is_joint():
+        return mean
+    total = mean.detach() * step.share
+    distributed.all_reduce(total)
+    return total
+
+
+def joint_sums(sums: list[float], device: torch.device) -> list[float]:
+    """Return the sums over all processes of what each has summed up."""
+    if not is_joint():
+        return sums
+    total = torch.tensor(sums, dtype=torch.float64, device=device)
+    distributed.all_reduce(total)
+    return [float(entry) for entry in total]
+
+
+def shared(value: Any) -> Any:
+    """Return the first process's value (tensors and plain containers) in every process."""
+    if not is_joint():
+        return value
+    kept = io.BytesIO()
+    if distributed.get_rank() == 0:
+        torch.save(value, kept)
+    holder = [kept.getvalue()]
+    distributed.broadcast_object_list(holder, src=0)
+    return torch.load(io.BytesIO(holder[0]), map_location="cpu", weights_only=True)
+
+
+def is_joint() -> bool:
+    """Whether this process trains together with others."""
+    return bool(distributed.is_available() and distributed.is_initialized())
+
+
+class JointBatchNorm(_BatchNorm):
+    """Batch norm whose training statistics are those of the whole batch, over all processes.
+
+    torch's own SyncBatchNorm is for GPUs only; this one runs wherever all_reduce does. A layer
+    becomes one in place (`join_batch_norms`) and stays what it was to those who ask its class.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise; in evaluation mode, or by running statistics alone, as torch's layers do."""
+        if not self.training:
+            return super().forward(inputs)
+        self._check_input_dim(inputs)
+        axes = [axis for axis in range(inputs.ndim) if axis != 1]
+        shape = [1, -1] + [1] * (inputs.ndim - 2)
+        values = inputs.float()
+        ones = values.new_full((1,), values.numel() / values.shape[1])
+        totals = differentiable_all_reduce(torch.cat([values.sum(axes), ones]))
+        count = totals[-1].detach()
+        mean = totals[:-1] / count
+        centred = values - mean.view(shape)
+        variance = differentiable_all_reduce(centred.square().sum(axes)) / count
+        self._follow(mean.detach(), variance.detach(), float(count))
+        outputs = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            outputs = outputs * self.weight.view(shape) + self.bias.view(shape)
+        return outputs.to(inputs.dtype)
+
+    def _follow(self, mean: Tensor, variance: Tensor, count: float) -> None:
+        """Move the running statistics, as torch does: the variance unbiased."""
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        rate = self.momentum
+        if rate is None:
+            rate = 1 / float(self.num_batches_tracked)  # type: ignore[arg-type]
+        unbiased = variance * (count / max(count - 1, 1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate)
+
+
+class _Joint1d(JointBatchNorm, nn.BatchNorm1d):
+    pass
+
+
+class _Joint2d(JointBatchNorm, nn.BatchNorm2d):
+    pass
+
+
+_JOINT: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: _Joint1d,
+    nn.BatchNorm2d: _Joint2d,
+}
+
+
+def join_batch_norms(model: nn.Module) -> None:
+    """Make the model's batch norms joint, in place."""
+    for module in model.modules():
+        if type(module) in _JOINT:
+            module.__class__ = _JOINT[type(module)]
+        elif isinstance(module, _BatchNorm) and not isinstance(module, JointBatchNorm):
+            raise ValueError(
+                f"model: {type(module).__name__} cannot be trained in several processes; "
+                "BatchNorm1d and BatchNorm2d can"
+            )
+
+
+def part_batch_norms(model: nn.Module) -> None:
+    """Make joint batch norms torch's own again, in place."""
+    own = {joint: layer for layer, joint in _JOINT.items()}
+    for module in model.modules():
+        if type(module) in own:
+            module.__class__ = own[type(module)]
