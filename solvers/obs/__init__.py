@@ -6,7 +6,7 @@ what comes back is a `Pruned`. `METHODS` lists the complete methods by name.
 
 from __future__ import annotations
 
-from .greedy import (
+from solvers.obs.greedy import (
     Allocation,
     RemovalPath,
     allocate,
@@ -17,7 +17,7 @@ from .greedy import (
     prune_greedy_to_tolerance,
     removal_path,
 )
-from .hessian import (
+from solvers.obs.hessian import (
     HessianSum,
     add_rows,
     dead_inputs,
@@ -28,10 +28,10 @@ from .hessian import (
     mean_diagonal,
     mean_hessian,
 )
-from .large import admm_support, prune_large
-from .methods import METHODS, Method, prune, prune_best, prune_swaps
-from .one_shot import Sensitivities, prune_one_shot, prune_to_tolerance, sensitivities
-from .pattern import (
+from solvers.obs.large import admm_support, prune_large
+from solvers.obs.methods import METHODS, Method, prune, prune_best, prune_swaps
+from solvers.obs.one_shot import Sensitivities, prune_one_shot, prune_to_tolerance, sensitivities
+from solvers.obs.pattern import (
     Pattern,
     kept_by,
     layer_count,
@@ -42,11 +42,11 @@ from .pattern import (
     per_unit,
     whole_inputs,
 )
-from .problem import LayerProblem, Pruned, layer_error, layer_problem
-from .refit import refit, refit_cg
-from .structured import InputPath, input_path, prune_inputs
-from .swaps import improve
-from .sweep import prune_sweep
+from solvers.obs.problem import LayerProblem, Pruned, layer_error, layer_problem
+from solvers.obs.refit import refit, refit_cg
+from solvers.obs.structured import InputPath, input_path, prune_inputs
+from solvers.obs.swaps import improve
+from solvers.obs.sweep import prune_sweep
 
 __all__ = [
     "METHODS",

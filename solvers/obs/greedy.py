@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from .hessian import decoupled, inverse_cholesky
-from .pattern import Pattern, layer_count, require, row_groups
-from .problem import LayerProblem, Pruned, finish, in_numpy, map_units
-from .refit import REFIT_DAMPING, refit_weight
+from solvers.obs.hessian import decoupled, inverse_cholesky
+from solvers.obs.pattern import Pattern, layer_count, require, row_groups
+from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy, map_units
+from solvers.obs.refit import REFIT_DAMPING, refit_weight
 
 PATH_DAMPING = 1e-4
 """Fraction of the mean diagonal; the choice of weights gains from more than rounding needs."""

@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 from array_api_compat import array_namespace
 
-from .hessian import dead_inputs, decoupled
-from .pattern import Pattern, kept_by
-from .problem import LayerProblem, Pruned, finish
-from .refit import REFIT_DAMPING, refit
-from .swaps import SEARCH_DAMPING, improve
+from solvers.obs.hessian import dead_inputs, decoupled
+from solvers.obs.pattern import Pattern, kept_by
+from solvers.obs.problem import LayerProblem, Pruned, finish
+from solvers.obs.refit import REFIT_DAMPING, refit
+from solvers.obs.swaps import SEARCH_DAMPING, improve
 
 Array = Any
 

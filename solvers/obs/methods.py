@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .greedy import pattern_support, prune_greedy, removal_path
-from .large import admm_support, prune_large
-from .one_shot import prune_one_shot
-from .pattern import Kind, Pattern, require
-from .problem import LayerProblem, Pruned, finish, to_numpy
-from .structured import prune_inputs
-from .swaps import improve
-from .sweep import prune_sweep
+from solvers.obs.greedy import pattern_support, prune_greedy, removal_path
+from solvers.obs.large import admm_support, prune_large
+from solvers.obs.one_shot import prune_one_shot
+from solvers.obs.pattern import Kind, Pattern, require
+from solvers.obs.problem import LayerProblem, Pruned, finish, to_numpy
+from solvers.obs.structured import prune_inputs
+from solvers.obs.swaps import improve
+from solvers.obs.sweep import prune_sweep
 
 UNSTRUCTURED: tuple[Kind, ...] = ("layer", "unit", "n:m")
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from .hessian import decoupled, inverse_cholesky
-from .pattern import Pattern, kept_by, layer_count, per_layer_count
-from .problem import LayerProblem, Pruned, finish, in_numpy, layer_error
+from solvers.obs.hessian import decoupled, inverse_cholesky
+from solvers.obs.pattern import Pattern, kept_by, layer_count, per_layer_count
+from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy, layer_error
 
 ONE_SHOT_DAMPING = 1e-4
 

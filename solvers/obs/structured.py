@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .greedy import PATH_DAMPING
-from .hessian import decoupled, inverse_cholesky
-from .pattern import Pattern, require
-from .problem import LayerProblem, Pruned, finish, in_numpy
-from .refit import REFIT_DAMPING, refit_weight
+from solvers.obs.greedy import PATH_DAMPING
+from solvers.obs.hessian import decoupled, inverse_cholesky
+from solvers.obs.pattern import Pattern, require
+from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy
+from solvers.obs.refit import REFIT_DAMPING, refit_weight
 
 
 @dataclass(frozen=True)

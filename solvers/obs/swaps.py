@@ -25,10 +25,10 @@ import numpy as np
 import scipy.linalg.lapack
 from numba import njit
 
-from .hessian import cholesky, decoupled
-from .pattern import Pattern, kept_by, require
-from .problem import LayerProblem, Pruned, finish, in_numpy, map_units
-from .refit import REFIT_DAMPING, check_support, refit_weight
+from solvers.obs.hessian import cholesky, decoupled
+from solvers.obs.pattern import Pattern, kept_by, require
+from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy, map_units
+from solvers.obs.refit import REFIT_DAMPING, check_support, refit_weight
 
 Array = Any
 

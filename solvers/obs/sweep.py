@@ -19,9 +19,9 @@ import numpy as np
 from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 
-from .hessian import cholesky, dead_inputs, decoupled, inverse_cholesky
-from .pattern import Pattern, kept_by, require, row_groups
-from .problem import LayerProblem, Pruned, finish, to_numpy
+from solvers.obs.hessian import cholesky, dead_inputs, decoupled, inverse_cholesky
+from solvers.obs.pattern import Pattern, kept_by, require, row_groups
+from solvers.obs.problem import LayerProblem, Pruned, finish, to_numpy
 
 Array = Any
 
