@@ -316,10 +316,11 @@ def _rebuilt(
     for key, module in model._modules.items():
         assert module is not None
         name = prefix + key
+        for place in (ahead, behind):
+            if name in place and place[name][0] in {*model._modules, *children}:
+                raise ValueError(f"model: module {place[name][0]!r} has the name of a switch")
         if name in ahead:
             children[ahead[name][0]] = ahead[name][1]
-        if key in children or (name in behind and behind[name][0] in model._modules):
-            raise ValueError(f"model: module {name!r} has the name that a switch needs")
         children[key] = (
             _rebuilt(module, ahead, behind, f"{name}.")
             if isinstance(module, nn.Sequential)
