@@ -4,8 +4,9 @@ This package knows no network, no file and no torch module; its arrays may be nu
 """
 
 from solvers.admm import prepare, solve_admm
+from solvers.count import solve_count
 from solvers.newton import solve_newton
-from solvers.path import PathPoint, solve_count, solve_path
+from solvers.path import PathPoint, solve_path
 from solvers.penalties import L1, ElasticNet, Group, Penalty
 from solvers.program import ConstrainedProgram, RegularisedProgram, trim_program
 from solvers.qp import solve_osqp
