@@ -196,4 +196,4 @@ def _compose(outer: nn.Module, inner: nn.Module, removal: Removal) -> None:
 
 def _set(layer: nn.Linear | nn.Conv2d, weight: torch.Tensor, removal: Removal) -> None:
     layer.weight.data = weight.to(layer.weight.dtype)
-    removal.changed.append(layer.weight)
+    removal.changed.append(layer.get_parameter("weight"))
