@@ -45,7 +45,8 @@ class SignVariance:
     ----------
     inertia : float
         gamma, in [0, 1): the moving average looks back over about 1 / (1 - gamma) steps. Larger is
-        more patient.
+        more patient. Of a sign that flips at every step the mean tends to +-(1 - gamma) / (1 +
+        gamma): below gamma = 0.17 the variance never gets to 0.5.
     threshold : float
         In (0, 1): the variance above which a neuron is dead.
     """
@@ -93,13 +94,14 @@ def remover(rule: SignVariance, survived: Callable[[str], None]) -> Callable[[St
     def remove(step: Step) -> None:
         dead = {}
         for name, switch in switches_of(step.model).items():
-            follow_signs(switch, rule.inertia)
-            over = sign_variance(switch) > rule.threshold
-            if not bool(switch.mean_sign.isfinite().all()):
+            # torch's sign of NaN is 0: such a switch would be taken for a dead one.
+            if not bool(switch.beta.isfinite().all()):
                 raise FloatingPointError(
                     f"{name!r} has a switch that is not finite at step {step.number} (epoch "
                     f"{step.epoch}): lower the learning rate"
                 )
+            follow_signs(switch, rule.inertia)
+            over = sign_variance(switch) > rule.threshold
             if bool(over.any()):
                 dead[name] = over
         if dead:
