@@ -1,7 +1,7 @@
 """The L-OBS paper on MNIST: tables 3 and 4, figures 2, 3 and 5, and the authors' own files.
 
     python -m bench papers.l_obs --data mnist:DIR --test mnist-test:DIR [--model LENET.pth]
-                                 [--authors FILE.npz] [--only PART]
+                                 [--authors FILE.npz] [--only PART] [--method METHOD]
 
 LeNet-300-100 is read from --model (784-300-100-10, inputs (x - 0.1307) / 0.3081) or trained here;
 LeNet-5 is trained here. All 60 000 training images give the Hessians of LeNet-300-100; LeNet-5's,
@@ -65,7 +65,14 @@ TABLE_4 = Stages(
 
 
 def table(
-    stages: Stages, model: nn.Module, training: Data, test: Data, rows: int, *, flat: bool
+    stages: Stages,
+    methods: Sequence[str],
+    model: nn.Module,
+    training: Data,
+    test: Data,
+    rows: int,
+    *,
+    flat: bool,
 ) -> None:
     """Print a two-stage table: accuracies before and after light retraining, by method."""
     examples, held_out = pairs(training, flat=flat), pairs(test, flat=flat)
@@ -82,7 +89,7 @@ def table(
     print(
         "| --------- | ------ | -------- | ----------- | ----------- | ------------ | --------- |"
     )
-    for method in METHODS:
+    for method in methods:
         network = model
         for kept in stages.kept:
             started = time.perf_counter()
@@ -95,7 +102,9 @@ def table(
                 f"| {100 * evaluate(network, held_out):11.2f} | {bounds} | {pruning:.0f} s",
                 flush=True,
             )
-    for method in METHODS[1:]:
+    for method in methods:
+        if method == "magnitude":
+            continue
         pruned, bounds = _pruned(model, calibration, stages.kept[1], method)
         after = evaluate(pruned, held_out)
         print(
@@ -157,10 +166,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="LeNet-300-100's state dict; trained here without one")
     parser.add_argument("--authors", help="the authors' Hessians, rankings and masks, for --model")
     parser.add_argument("--only", choices=PARTS, action="append", help="parts; default all")
+    parser.add_argument("--method", choices=METHODS, action="append", help="rows; default all")
     parser.add_argument("--limit", type=int, help="training images; default all")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     options = parser.parse_args(arguments)
     parts: Any = options.only or PARTS
+    methods: Any = options.method or METHODS
     training = load_data(options.data, limit=options.limit, normalise=NORMALISE)
     test = load_data(options.test, normalise=NORMALISE)
     dense = lenet_300_100(options.model, training, options.seed)
@@ -169,10 +180,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "curves" in parts:
         figures(dense, training, test, options.seed)
     if "table3" in parts:
-        table(TABLE_3, dense, training, test, len(training), flat=True)
+        table(TABLE_3, methods, dense, training, test, len(training), flat=True)
     if "table4" in parts:
         network = lenet_5(training, options.seed)
-        table(TABLE_4, network, training, test, LENET_5_ROWS, flat=False)
+        table(TABLE_4, methods, network, training, test, LENET_5_ROWS, flat=False)
     return 0
 
 
