@@ -38,6 +38,8 @@ RECIPES = Path(__file__).with_name("recipes")
 # A name, and where what it stands for lives; imported when a recipe asks for it.
 ARCHITECTURES: dict[str, str] = {
     "dense": "retrain.trainers.architectures:dense",
+    "lenet-5": "retrain.trainers.itp.architectures:lenet_5",
+    "vgg-like": "retrain.trainers.itp.architectures:vgg_like",
 }
 """Architectures, ``"module:function"``; the [model] table's other keys are its arguments."""
 
@@ -46,6 +48,7 @@ METHODS: dict[str, str] = {
     "gates": "retrain.trainers.gates.method:Gates",
     "itp": "retrain.trainers.itp.method:Itp",
     "shrinknets": "retrain.trainers.shrinknets.method:ShrinkNets",
+    "group-sparsity": "retrain.trainers.shrinknets.method:GroupSparsity",
 }
 """Methods, ``"module:Class"``; the [method] table's other keys are its fields."""
 
@@ -63,6 +66,7 @@ SCHEDULES: dict[str, str] = {
     "multistep": "retrain.trainers.schedules:multistep",
     "exponential": "retrain.trainers.schedules:exponential",
     "inverse": "retrain.trainers.schedules:inverse",
+    "drop": "retrain.trainers.itp.schedules:sigmoid_drop",
 }
 """Schedules, called with the optimiser, the `Setting` and the [schedule] table's other keys."""
 
@@ -83,7 +87,7 @@ class DataTable:
     epoch.
     """
 
-    train: str
+    train: str | None = None
     test: str | None = None
     normalise: str | None = None
     limit: int | None = None
