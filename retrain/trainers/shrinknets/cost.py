@@ -1,4 +1,7 @@
-"""What training a network that shrinks has cost: by the draft's model, and in seconds."""
+"""What training a network that shrinks has cost, by the draft's model.
+
+Seconds and operations are in every run's history (`retrain.trainers.account`).
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,6 @@ def input_neurons(model: nn.Module) -> int:
     return sum(neurons.count * neurons.span for neurons in neurons_of(model)[:-1])
 
 
-def weights_used(model: nn.Module) -> int:
-    """Return the weights of dense and convolutional layers, biases not among them."""
-    groups = neurons_of(model)[1:]
-    return sum(n.giver.weight.numel() for n in groups if n.giver is not None)
-
-
 @dataclass
 class Costs:
     """Sums over the epochs so far; an ``after_epoch`` callback, and a part of a checkpoint.
@@ -36,22 +33,14 @@ class Costs:
         Input neurons at the start of the coming epoch.
     neurons : int
         Sum over the epochs of the input neurons each started with: the draft's cost.
-    seconds : float
-        Wall time of the epochs; what came before a resume included.
-    epochs : int
-        How many.
     """
 
     now: int
     neurons: int = 0
-    seconds: float = 0.0
-    epochs: int = 0
 
     def __call__(self, epoch: Epoch, model: nn.Module, optimizer: Optimizer) -> None:
         """Add an epoch."""
         self.neurons += self.now
-        self.seconds += epoch.seconds
-        self.epochs += 1
         self.now = input_neurons(model)
 
     def state_dict(self) -> dict[str, Any]:

@@ -168,7 +168,6 @@ def _description(model: nn.Module, costs: Costs, survivors: Survivors) -> dict[s
         "neurons": {name: switch.size for name, switch in switches.items()},
         "input_neurons": input_neurons(model),
         "cost_neurons": costs.neurons,
-        "cost_seconds": costs.seconds,
         "survivors": list(survivors.names),
         **({"inputs_kept": inputs} if inputs else {}),
     }
@@ -226,7 +225,6 @@ class GroupSparsity:
             "penalty": float(group_penalty(layers, self.strength).detach()),
             "input_neurons": input_neurons(model),
             "cost_neurons": costs.neurons,
-            "cost_seconds": costs.seconds,
         }
 
     def reshape(self, training: Training, description: dict[str, Any]) -> None:
