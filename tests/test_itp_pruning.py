@@ -176,7 +176,7 @@ def test_pruning_before_during_and_at_the_end(pruning, prunings, monkeypatch):
 
 
 def test_weights_come_back_when_soft_and_stay_zero_when_hard():
-    soft, zeros = Itp(1e-3, threshold=0.05, pruning="epoch"), []
+    soft, zeros = Itp(1e-3, threshold=0.02, pruning="epoch"), []
     training = run(soft, epochs=8)
     layers = training.describe()["layers"]
     assert sum(layer["returned"] for layer in layers.values()) > 0
