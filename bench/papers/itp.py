@@ -141,7 +141,7 @@ def table(bench: Bench, epochs: int, only: Sequence[str]) -> None:
 
 
 def smgd(bench: Bench, epochs: int) -> None:
-    """Figures 7 and 8: multi-gradient descent against its weighted form at the critical trade-off."""
+    """Figures 7 and 8: multi-gradient descent against the weighted sum at the critical lambda."""
     critical_weight = convex_weight(CRITICAL)
     print(f"\nmulti-gradient descent, {epochs} epochs (the paper: 30); lambda* = {CRITICAL:g}")
     pairs: dict[str, dict[str, Any]] = {
