@@ -4,6 +4,7 @@
       lock                  held (by the operating system) while a process works here
       run.json              identity and options from the start, results at the end
       layers/000.safetensors ...   each finished layer's weights, its report in the header
+      checkpoint.pt, history.jsonl   instead of layers/, in a training run: as of its last epoch
       model.safetensors     the finished network
 
 A layer's file appears by one rename when the layer is done, so a killed run loses at most the layer
@@ -35,6 +36,9 @@ from solvers.program import to_numpy
 
 RUN_FILE = "run.json"
 MODEL_FILE = "model.safetensors"
+EXPORT_FILE = "model.pt2"
+CHECKPOINT_FILE = "checkpoint.pt"
+HISTORY_FILE = "history.jsonl"
 LAYERS = "layers"
 FORMAT = 1
 _LARGEST_RECORD = 64 * 2**20  # bytes of a run.json anyone would write
@@ -150,7 +154,7 @@ def open_run(
     identity : mapping
         All that could change a weight: fingerprints, options, threads, versions. JSON values.
     names : tuple of str
-        The network's layers in execution order.
+        The network's layers in execution order; none in a training run.
 
     Raises
     ------
@@ -179,7 +183,9 @@ def open_run(
     for part in ("lock", LAYERS):
         if (directory / part).is_symlink():
             raise ValueError(f"out: {str(directory / part)!r} is a link, which no run makes")
-    (directory / LAYERS).mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    if names:
+        (directory / LAYERS).mkdir(exist_ok=True)
     lock = FileLock(directory / "lock", timeout=0)
     try:
         lock.acquire()
@@ -256,7 +262,9 @@ def _short(value: Any) -> str:
 
 def _is_temporary(path: Path) -> bool:
     """Whether a file is one that `write_whole` had not moved to its place."""
-    return re.fullmatch(r"\.(run\.json|(model|\d+)\.safetensors)\.\d+\.tmp", path.name) is not None
+    files = (RUN_FILE, MODEL_FILE, EXPORT_FILE, CHECKPOINT_FILE, HISTORY_FILE)
+    ours = "|".join([*map(re.escape, files), r"\d+\.safetensors"])
+    return re.fullmatch(rf"\.({ours})\.\d+\.tmp", path.name) is not None
 
 
 def _empty_part(entry: Path) -> bool:
@@ -269,18 +277,21 @@ def _empty_part(entry: Path) -> bool:
 def _sweep(directory: Path) -> None:
     """Remove temporary files that a killed process left."""
     for folder in (directory, directory / LAYERS):
-        for entry in folder.iterdir():
+        for entry in folder.iterdir() if folder.is_dir() else ():
             if _is_temporary(entry):
                 entry.unlink()
 
 
 def _withdraw(directory: Path, there: bool) -> None:
-    """Take back a new run that failed with no layer finished; the directory too if it is ours."""
-    if any((directory / LAYERS).iterdir()):
+    """Take back a new run that failed with nothing finished; the directory too if it is ours."""
+    layers = directory / LAYERS
+    if (layers.is_dir() and any(layers.iterdir())) or (directory / CHECKPOINT_FILE).exists():
         return
     with suppress(OSError):  # the error on its way matters more
         (directory / RUN_FILE).unlink(missing_ok=True)
-        (directory / LAYERS).rmdir()
+        (directory / HISTORY_FILE).unlink(missing_ok=True)
+        if layers.is_dir():
+            layers.rmdir()
         (directory / "lock").unlink()
         if not there:
             directory.rmdir()

@@ -79,7 +79,7 @@ def subject_of(model: Any, device: str | None = None) -> Subject:
     from retrain.adapters.load import LoadedModel
 
     if device is not None:
-        _check_device(device)
+        check_device(device)
     if isinstance(model, LoadedModel):
         return _ModuleSubject(model.module, model.names, str(model.path), model.note, device)
     if isinstance(model, nn.Module):
@@ -93,7 +93,7 @@ def has_classes(data: Data) -> bool:
     return data.y is not None and data.y.ndim == 1 and np.issubdtype(data.y.dtype, np.integer)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     """Refuse a device that torch does not know or cannot compute on here."""
     import torch
 

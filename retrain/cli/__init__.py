@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor
 from typing import NoReturn
 
-from retrain.cli import demo, layers, lobs, trim, verify
+from retrain.cli import demo, layers, lobs, train, trim, verify
 from retrain.cli.shared import BAD_INPUT, DONE, INTERRUPTED
 
-COMMANDS = (layers, trim, lobs, verify, demo)
+COMMANDS = (layers, trim, lobs, train, verify, demo)
 
 
 class _Parser(argparse.ArgumentParser):

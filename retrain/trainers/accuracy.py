@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,27 @@ def evaluate(model: nn.Module, data: TrainingData, *, batch_size: int = 1024) ->
             hits += met
             count += targets.numel()
     return hits / count
+
+
+def assess(
+    model: nn.Module, data: TrainingData, loss: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[float, float | None]:
+    """Return the mean loss and, where targets are class numbers, the share met.
+
+    In evaluation mode, as `evaluate`. A loss that is not finite is returned as it is.
+    """
+    total, hits, samples, predictions = 0.0, 0, 0, 0
+    classes = True
+    with mode(model, training=False), torch.no_grad():
+        for inputs, targets in batches(data, 1024, device_of(model)):
+            outputs = model(inputs)
+            total += loss(outputs, targets).item() * len(targets)
+            met = correct(outputs, targets)
+            classes = classes and met is not None
+            hits += met or 0
+            samples += len(targets)
+            predictions += targets.numel()
+    return total / samples, hits / predictions if classes else None
 
 
 def correct(outputs: Tensor, targets: Tensor) -> int | None:

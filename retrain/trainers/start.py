@@ -1,0 +1,196 @@
+"""From a recipe to a training that can begin: data, model, setting, each checked against the other.
+
+Everything that can be found out before the first step is found out here, before a run directory
+is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from retrain.data import Data, as_data, load_data
+from retrain.trainers.account import Cost, cost
+from retrain.trainers.recipe import LOSSES, OPTIMIZERS, SCHEDULES, Named, Recipe, imported
+from retrain.trainers.states import mode, seeded
+from retrain.trainers.supervised import Loss
+from retrain.trainers.training import Choice, Method, Setting, Training
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A training that has not begun.
+
+    Attributes
+    ----------
+    method : Method
+    training : Training
+    setting : Setting
+    data : pair of Tensor
+        Samples and targets to train on.
+    test : pair of Tensor or None
+    fingerprints : dict
+        Of the data sets.
+    sample : Tensor, shape (1, ...)
+        An input, on the training's device.
+    dense : Cost
+        Of the network before the method took it over.
+    """
+
+    method: Method
+    training: Training
+    setting: Setting
+    data: Pair
+    test: Pair | None
+    fingerprints: dict[str, str | None]
+    sample: Tensor
+    dense: Cost
+
+
+def start(recipe: Recipe, device: torch.device, data: Any = None, test: Any = None) -> Start:
+    """Make a training; the model's initial weights come from torch's default generators.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    device : torch.device
+        Where to train.
+    data, test : optional
+        Instead of what the recipe names.
+
+    Raises
+    ------
+    ValueError
+        If the data cannot be used, the model does not fit it, or an option is refused.
+    """
+    training_data = _data(data, recipe, "train")
+    if training_data is None:
+        raise ValueError("recipe: [data] lacks train")
+    test_data = _data(test, recipe, "test")
+    pair = _pair(training_data, recipe)
+    setting = _setting(recipe, len(training_data), device)
+    model = _model(recipe).to(device)
+    sample = pair[0][:1].to(device)
+    _check_fit(model, sample, pair[1], recipe.training.loss)
+    other = None
+    if test_data is not None:
+        other = _pair(test_data, recipe)
+        if other[0].shape[1:] != pair[0].shape[1:]:
+            raise ValueError(
+                f"data: the test samples have shape {tuple(other[0].shape[1:])}, those to train on "
+                f"{tuple(pair[0].shape[1:])}"
+            )
+        _check_fit(model, sample, other[1], recipe.training.loss)
+    dense = cost(model, sample)
+    method: Method = recipe.make_method()
+    return Start(
+        method,
+        method.start(model, setting),
+        setting,
+        pair,
+        other,
+        {
+            "train": training_data.fingerprint,
+            "test": None if test_data is None else test_data.fingerprint,
+        },
+        sample,
+        dense,
+    )
+
+
+def _model(recipe: Recipe) -> nn.Module:
+    try:
+        model = recipe.architecture()(**recipe.model.options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"recipe: [model] {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"recipe: [model] {recipe.model.name!r} made a {type(model).__name__}, want a module"
+        )
+    return model
+
+
+def _data(given: Any, recipe: Recipe, which: str) -> Data | None:
+    table = recipe.data
+    source = table.train if which == "train" else table.test
+    if given is not None:
+        return as_data(given)
+    if source is None:
+        return None
+    limit = table.limit if which == "train" else table.test_limit
+    return load_data(source, limit=limit, normalise=table.normalise)
+
+
+def _pair(data: Data, recipe: Recipe) -> Pair:
+    """Return samples in float32 and targets as the loss takes them."""
+    if data.y is None:
+        raise ValueError(f"data: {data.name!r} has no labels to train on")
+    inputs = torch.from_numpy(np.ascontiguousarray(data.x, dtype=np.float32))
+    if recipe.training.loss == "cross-entropy":
+        if data.y.ndim != 1 or not np.issubdtype(data.y.dtype, np.integer):
+            raise ValueError(
+                f"data: cross-entropy wants a class number for each sample; the labels of "
+                f"{data.name!r} are {data.y.dtype} of shape {data.y.shape}"
+            )
+        return inputs, torch.from_numpy(data.y.astype(np.int64))
+    return inputs, torch.from_numpy(np.ascontiguousarray(data.y, dtype=np.float32))
+
+
+def _check_fit(model: nn.Module, sample: Tensor, targets: Tensor, loss: str) -> None:
+    """Refuse a model that does not take the samples, or whose outputs are not for the targets."""
+    try:
+        with mode(model, training=False), torch.no_grad(), seeded(0, sample.device):
+            outputs = model(sample)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        text = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"recipe: [model] does not take samples of shape {tuple(sample.shape[1:])} ({text})"
+        ) from error
+    if not isinstance(outputs, Tensor):
+        raise ValueError(f"recipe: [model] returns a {type(outputs).__name__}, want a tensor")
+    if loss == "cross-entropy":
+        low, high = int(targets.min()), int(targets.max())
+        if outputs.ndim != 2 or low < 0 or high >= outputs.shape[1]:
+            raise ValueError(
+                f"recipe: [model] has outputs of shape {tuple(outputs.shape[1:])}, but the labels "
+                f"are {low} to {high}"
+            )
+    elif outputs.shape[1:] != targets.shape[1:]:
+        raise ValueError(
+            f"recipe: [model] has outputs of shape {tuple(outputs.shape[1:])}, but the targets are "
+            f"of shape {tuple(targets.shape[1:])}"
+        )
+
+
+def _setting(recipe: Recipe, samples: int, device: torch.device) -> Setting:
+    """Look up what the recipe names, and try it on a parameter of no account."""
+    loss: Loss = imported(LOSSES[recipe.training.loss])
+    setting = Setting(
+        samples,
+        recipe.training.batch_size,
+        recipe.training.epochs,
+        recipe.training.seed,
+        device,
+        _choice(recipe.optimizer, OPTIMIZERS),
+        None if recipe.schedule is None else _choice(recipe.schedule, SCHEDULES),
+        loss,
+    )
+    where = "[optimizer]"
+    try:
+        optimizer = setting.make_optimizer([nn.Parameter(torch.zeros(1))])
+        where = "[schedule]"
+        setting.make_schedule(optimizer)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"recipe: {where} {error}") from error
+    return setting
+
+
+def _choice(named: Named, registry: Mapping[str, str]) -> Choice:
+    return Choice(named.name, named.options, imported(registry[named.name]))
