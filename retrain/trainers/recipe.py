@@ -40,6 +40,11 @@ ARCHITECTURES: dict[str, str] = {
     "dense": "retrain.trainers.architectures:dense",
     "lenet-5": "retrain.trainers.itp.architectures:lenet_5",
     "vgg-like": "retrain.trainers.itp.architectures:vgg_like",
+    "gated-dense": "retrain.trainers.gates.architectures:dense_network",
+    "gated-lenet": "retrain.trainers.gates.architectures:deep_lenet",
+    "gated-vgg16": "retrain.trainers.gates.architectures:vgg16",
+    "gated-resnet-cifar": "retrain.trainers.gates.architectures:resnet_cifar",
+    "gated-resnet50": "retrain.trainers.gates.architectures:resnet50",
 }
 """Architectures, ``"module:function"``; the [model] table's other keys are its arguments."""
 

@@ -2,8 +2,8 @@
 
     dL / dtheta^l = C_1^l - C_0^l - log gamma^l
 
-with C the cost of the whole data set: N times the mean over a mini-batch, whatever its size. theta,
-and what is added to it, are float32 vectors on the CPU, one entry a gate.
+with C the cost of the whole data set: N times the mean over a mini-batch, whatever its size. theta
+is a float32 vector on the CPU, one entry a gate.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ def exact_difference(
         for start in range(0, len(rows), together):
             copies = rows[start : start + together]
             outputs = _evaluate(model, gates, copies, inputs)
-            losses += [loss(output, targets).float() for output in outputs]
+            losses += [loss(output, targets) for output in outputs]
     found = torch.stack(losses).cpu()
-    signs = torch.tensor([1.0 if is_open else -1.0 for is_open in pattern])
+    signs = torch.tensor([1 if is_open else -1 for is_open in pattern])
     return signs * (found[0] - found[1:])
 
 
