@@ -27,12 +27,13 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from solvers.admm import Factor, metric, prepare, solve_admm
-from solvers.newton_unit import Point, Unit, solve_unit
+from solvers.admm import solve_admm
+from solvers.newton_block import Points, Shared, Units, solve_block
 from solvers.obs.problem import map_units
 from solvers.penalties import L1, ElasticNet
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram, like, to_numpy
 from solvers.result import Certificate, SolveResult, judge
+from solvers.splitting import Factor, metric, prepare
 
 Array = Any
 
@@ -43,6 +44,7 @@ _REFINEMENTS = 5
 _ROOT_STEPS = 40
 _LONGEST = 3.0  # change of log s
 _FAR = 15.0  # a slack e^15 times the first looks like one without end
+_BLOCK = 32  # units whose products are taken together
 _PROXIMAL = 10.0  # first sigma and tau, relative to what ADMM balanced
 _SINGLE = 1e12  # magnitudes, and their inverses, whose squares float32 holds
 
@@ -119,16 +121,15 @@ def solve_newton(
     factor = prepare(program.inputs) if factor is None else factor
     started = time.perf_counter()
     near = _near(program, limits, max_iterations, warm_start, factor)
-    units, points = _units(program, near, factor)
-    finish = _Finish(program, units, points, limits, max_iterations, threads, list(near.history))
+    finish = _Finish.build(program, near, factor, limits, max_iterations, threads)
     if isinstance(program, ConstrainedProgram):
-        points = _solve_ball(program, finish)
+        _solve_ball(program, finish)
     else:
-        points = _solve_units(program, finish)
-    weight, multiplier, certificate = finish.judged(points)
+        _solve_units(program, finish)
+    weight, multiplier, certificate = finish.judged()
     certified = certificate.within(tolerance, violation_tolerance)
-    steps = max(point.steps for point in points)
-    finite = all(np.isfinite(point.u).all() and np.isfinite(point.nu).all() for point in points)
+    steps = int(finish.points.steps.max())
+    finite = bool(np.isfinite(finish.points.u).all() and np.isfinite(finish.points.nu).all())
     return SolveResult(
         weight=weight,
         multiplier=multiplier,
@@ -179,103 +180,105 @@ def _near(
     )
 
 
-def _units(program: Program, near: SolveResult, factor: Factor) -> tuple[list[Unit], list[Point]]:
-    """State every unit in float64, and the point it starts from."""
-    _, n_in, n_out = program.shape
-    rows = np.ascontiguousarray(to_numpy(program.inputs).T, dtype=np.float64)
-    lengths = np.linalg.norm(rows, axis=1)
-    level = to_numpy(program.level).astype(np.float64)
-    active = to_numpy(program.active)
-    support = None if program.support is None else to_numpy(program.support)
-    weight = np.zeros(n_in)
-    weight[program.penalised] = 1.0
-    ridge = (
-        program.penalty.ridge * weight if isinstance(program.penalty, ElasticNet) else 0 * weight
-    )
-    first_u = to_numpy(near.weight).astype(np.float64)
-    first_nu = to_numpy(near.multiplier).astype(np.float64)
-    rho = np.broadcast_to(to_numpy(near.penalty_parameter).astype(np.float64), (n_out,))
-    tau = metric(program, factor)
-    old = np.broadcast_to(to_numpy(program._old_penalty()), (n_out,))
-    sizes = np.sqrt(np.sum(np.where(active, level, 0.0) ** 2, axis=0))
-    if isinstance(program, ConstrainedProgram):
-        # One certificate for all: what a unit may miss is its share of the whole.
-        sizes = np.full(n_out, np.linalg.norm(sizes) / math.sqrt(n_out))
-        floor = np.full(n_out, max(float(np.abs(first_u[program.penalised]).sum()) / n_out, 0.0))
-    else:
-        floor = 1e-6 * old
-    sizes = np.where(sizes > 0, sizes, program._scale_floor())
-    units, points = [], []
-    for m in range(n_out):
-        units.append(
-            Unit(
-                rows,
-                np.ascontiguousarray(level[:, m]),
-                np.ascontiguousarray(active[:, m]),
-                weight,
-                ridge,
-                np.ones(n_in, dtype=bool) if support is None else support[:, m].copy(),
-                lengths,
-                float(floor[m]),
-                float(sizes[m]),
-            )
-        )
-        points.append(
-            Point(
-                first_u[:, m].copy(),
-                first_nu[:, m].copy(),
-                _PROXIMAL / float(rho[m]),
-                _PROXIMAL * float(rho[m]) * tau,
-            )
-        )
-    return units, points
-
-
 @dataclass(eq=False)
 class _Finish:
-    """Runs the units and has the program judge them."""
+    """Runs the units, a block of them at a time, and has the program judge them."""
 
     program: Program
-    units: list[Unit]
-    first: list[Point]
+    shared: Shared
+    floor: np.ndarray
+    scale: np.ndarray
+    points: Points
     limits: tuple[float, float]
     max_steps: int
     threads: int
     history: list[dict[str, float]]
 
-    def run(
-        self, points: list[Point], slack: float, share: float, units: np.ndarray | None = None
-    ) -> list[Point]:
+    @staticmethod
+    def build(
+        program: Program,
+        near: SolveResult,
+        factor: Factor,
+        limits: tuple[float, float],
+        max_steps: int,
+        threads: int,
+    ) -> _Finish:
+        """State what the units share in float64, and the points they start from."""
+        _, n_in, n_out = program.shape
+        inputs = np.ascontiguousarray(to_numpy(program.inputs), dtype=np.float64)
+        weight = np.zeros(n_in)
+        weight[program.penalised] = 1.0
+        ridge = program.penalty.ridge if isinstance(program.penalty, ElasticNet) else 0.0
+        shared = Shared(inputs, weight, ridge * weight, np.linalg.norm(inputs, axis=0))
+        u = np.ascontiguousarray(to_numpy(near.weight).T, dtype=np.float64)
+        nu = np.ascontiguousarray(to_numpy(near.multiplier).T, dtype=np.float64)
+        rho = np.broadcast_to(to_numpy(near.penalty_parameter).astype(np.float64), (n_out,))
+        tau = _PROXIMAL * rho * metric(program, factor)
+        sizes = program.fitted_norms()
+        if isinstance(program, ConstrainedProgram):
+            # One certificate for all: what a unit may miss is its share of the whole.
+            sizes = np.full(n_out, np.linalg.norm(sizes) / math.sqrt(n_out))
+            floor = np.full(n_out, float(np.abs(u[:, program.penalised]).sum()) / n_out)
+        else:
+            floor = 1e-6 * np.broadcast_to(to_numpy(program._old_penalty()), (n_out,))
+        sizes = np.where(sizes > 0, sizes, program._scale_floor())
+        points = Points.at(u, nu, _PROXIMAL / rho, tau)
+        history = list(near.history)
+        return _Finish(program, shared, floor, sizes, points, limits, max_steps, threads, history)
+
+    def run(self, slack: float, share: float, units: np.ndarray | None = None) -> None:
         """Solve all units, or those named, to a share of the tolerances."""
         tolerance, violation = (share * limit for limit in self.limits)
 
-        def solve(m: int) -> Point:
-            first = replace(points[m], sigma=self.first[m].sigma, tau=self.first[m].tau)
-            return solve_unit(self.units[m], first, slack, tolerance, violation, self.max_steps)
+        def solve(number: int) -> Points:
+            block = blocks[number]
+            first = self.points.take(block)
+            return solve_block(
+                self.shared, self._units(block), first, slack, tolerance, violation, self.max_steps
+            )
 
-        chosen = np.arange(len(points)) if units is None else units
-        points = list(points)
-        for m, point in zip(chosen, map_units(solve, chosen, self.threads), strict=True):
-            points[m] = point
-        return points
+        chosen = np.arange(len(self.points.u)) if units is None else units
+        # Blocks whatever the number of threads: products over other units round differently.
+        blocks = np.array_split(chosen, math.ceil(len(chosen) / min(_BLOCK, -(-len(chosen) // 4))))
+        found = map_units(solve, range(len(blocks)), self.threads)
+        for block, points in zip(blocks, found, strict=True):
+            self.points.put(block, points)
 
-    def rounded(self, points: list[Point]) -> bool:
+    def _units(self, block: np.ndarray) -> Units:
+        """The data of some units."""
+        program = self.program
+        support = program.support
+
+        def rows(array: Array, dtype: type) -> np.ndarray:
+            return np.ascontiguousarray(to_numpy(array)[:, block].T, dtype=dtype)
+
+        return Units(
+            rows(program.level, np.float64),
+            rows(program.active, np.bool_),
+            np.ones((len(block), program.shape[1]), bool)
+            if support is None
+            else rows(support, np.bool_),
+            self.floor[block],
+            self.scale[block],
+        )
+
+    def rounded(self) -> bool:
         """Tell whether float32 alone keeps points from their certificate: finer ones are vain."""
         xp = array_namespace(self.program.inputs)
         tolerance, violation = self.limits
-        own = all(point.gap <= tolerance and point.violation <= violation for point in points)
-        return own and self.program.inputs.dtype == xp.float32
+        own = np.all((self.points.gap <= tolerance) & (self.points.violation <= violation))
+        return bool(own) and self.program.inputs.dtype == xp.float32
 
-    def judged(self, points: list[Point]) -> tuple[Array, Array, Certificate]:
+    def judged(self) -> tuple[Array, Array, Certificate]:
         """Weights in the data's dtype, multipliers and the program's certificate of the two."""
         inputs = self.program.inputs
         dtype = to_numpy(inputs[:1, :1]).dtype
-        weight = like(np.stack([point.u for point in points], axis=1).astype(dtype), inputs)
-        multiplier = like(np.stack([point.nu for point in points], axis=1), inputs)
+        weight = like(np.ascontiguousarray(self.points.u.T, dtype=dtype), inputs)
+        multiplier = like(self.points.nu.T, inputs)
         certificate = self.program.certificate(weight, multiplier)
         self.history.append(
             {
-                "iteration": max(point.steps for point in points),
+                "iteration": int(self.points.steps.max()),
                 "gap": float(np.max(certificate.gap)),
                 "violation": float(np.max(certificate.violation)),
             }
@@ -283,32 +286,31 @@ class _Finish:
         return weight, multiplier, certificate
 
 
-def _solve_units(program: RegularisedProgram, finish: _Finish) -> list[Point]:
+def _solve_units(program: RegularisedProgram, finish: _Finish) -> None:
     """Solve the units that are not certified, more tightly each time, until all are."""
-    points, share = finish.first, _OWN_SHARE
+    share = _OWN_SHARE
     for _ in range(_REFINEMENTS):
-        certified = finish.judged(points)[2].within(*finish.limits)
-        if certified.all() or finish.rounded(points):
+        certified = finish.judged()[2].within(*finish.limits)
+        if certified.all() or finish.rounded():
             break
-        points = finish.run(points, 1 / (2 * program.fit_weight), share, np.flatnonzero(~certified))
+        finish.run(1 / (2 * program.fit_weight), share, np.flatnonzero(~certified))
         share *= _TIGHTER
-    return points
 
 
-def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> list[Point]:
+def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> None:
     """Find the slack s at which the units' residuals add up to epsilon."""
-    points, share, epsilon = finish.first, _OWN_SHARE, program.epsilon
-    slack, refined = _first_slack(program, points), 0
+    share, epsilon = _OWN_SHARE, program.epsilon
+    slack, refined = _first_slack(program, finish.points), 0
     trail: list[tuple[float, float]] = []  # (log s, log(r / epsilon)) of finite slacks so far
     for _ in range(_ROOT_STEPS):
-        points = finish.run(points, slack, share)
-        if finish.judged(points)[2].within(*finish.limits).all() or refined == _REFINEMENTS:
+        finish.run(slack, share)
+        if finish.judged()[2].within(*finish.limits).all() or refined == _REFINEMENTS:
             break
-        residual = math.hypot(*(point.residual for point in points))
+        residual = float(np.linalg.norm(finish.points.residual))
         error = math.log(max(residual, 1e-300) / epsilon) if epsilon > 0 else 0.0
         settled = epsilon == 0 or (slack == math.inf and error <= 0)
         if settled or abs(error) <= share * finish.limits[1]:
-            if finish.rounded(points):
+            if finish.rounded():
                 break
             share *= _TIGHTER  # the units, and through their sum s, are not accurate enough yet
             refined += 1
@@ -320,16 +322,14 @@ def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> list[Point]:
                 share = max(_TIGHTER * share, _FINEST_SHARE)
                 trail = trail[-1:]
             slack = _next_slack(trail, tried_infinity=slack == math.inf)
-    return points
 
 
-def _first_slack(program: ConstrainedProgram, points: list[Point]) -> float:
+def _first_slack(program: ConstrainedProgram, points: Points) -> float:
     """Guess epsilon / |nu_Omega|; epsilon^2 where that is nothing."""
     if program.epsilon == 0:
         return 0.0
-    active = to_numpy(program.active)
-    forces = (np.linalg.norm(point.nu[on]) for point, on in zip(points, active.T, strict=True))
-    force = math.hypot(*forces)
+    active = to_numpy(program.active).T
+    force = math.hypot(*(np.linalg.norm(nu[on]) for nu, on in zip(points.nu, active, strict=True)))
     return program.epsilon / force if force > 0 else program.epsilon**2
 
 

@@ -108,6 +108,16 @@ class LayerProgram:
         rows = like(self.penalised, self.inputs)
         return self.penalty.value(xp.take(xp.astype(weight, xp.float64), rows, axis=0))
 
+    def fitted_norms(self) -> np.ndarray:
+        """Norm of each unit's fitted entries |y|_Omega in float64, shape (n_out,)."""
+        xp = array_namespace(self.inputs)
+        squares = []
+        for block in self._blocks():
+            level = xp.astype(self.level[:, block], xp.float64)
+            fitted = xp.where(self.active[:, block], level, xp.zeros_like(level))
+            squares.append(xp.sum(fitted * fitted, axis=0))
+        return to_numpy(xp.sqrt(xp.concat(squares)))
+
     def _blocks(self) -> Iterator[slice]:
         n_samples, _, n_out = self.shape
         width = max(1, _BLOCK_ENTRIES // n_samples)

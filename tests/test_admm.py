@@ -19,7 +19,7 @@ from solvers import (
     solve_cvxpy,
     trim_program,
 )
-from solvers.admm import _Splitting
+from solvers.splitting import Splitting
 
 FORMS = ("constrained", "regularised")
 PENALTIES = {"l1": L1(), "elastic": ElasticNet(0.5), "group": Group(0.7)}
@@ -139,7 +139,7 @@ def test_the_projection_is_the_nearest_point_of_the_graph(shape):
     rng = np.random.default_rng(2)
     inputs = rng.standard_normal(shape)
     program = trim_program(inputs, rng.random((shape[0], 3)), epsilon=0.1)
-    splitting = _Splitting.build(program, prepare(inputs), np.float64)
+    splitting = Splitting.build(program, prepare(inputs), np.float64)
     a, c = rng.standard_normal((shape[1], 3)), rng.standard_normal((shape[0], 3))
     u, z = splitting.project(a, c)
     root = np.sqrt(splitting.tau)

@@ -21,7 +21,8 @@ from solvers import (
     solve_newton,
     trim_program,
 )
-from solvers.newton_unit import Point, Unit, _exact_step, _sample_slope, solve_unit
+from solvers.newton_block import Points, Shared, Units, solve_block
+from solvers.newton_unit import _ceiling_slope, _exact_step
 
 FORMS = ("constrained", "regularised")
 ORACLE = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}
@@ -237,21 +238,15 @@ def test_one_unit_by_itself():
     inputs = rng.standard_normal((30, 8))
     targets = rng.standard_normal((30, 1))
     program = trim_program(inputs, targets, fit_weight=2.0, activation="linear")
-    unit = Unit(
-        np.ascontiguousarray(inputs.T),
-        targets[:, 0],
-        np.ones(30, bool),
-        np.ones(8),
-        np.zeros(8),
-        np.ones(8, bool),
-        np.linalg.norm(inputs, axis=0),
-        0.0,
-        1.0,
-    )
-    point = solve_unit(unit, Point(np.zeros(8), np.zeros(30), 1.0, 1.0), 0.25, 1e-10, 1e-10, 100)
-    assert max(point.gap, point.violation) <= 1e-10
+    shared = Shared(inputs, np.ones(8), np.zeros(8), np.linalg.norm(inputs, axis=0))
+    everything = np.ones((1, 30), bool), np.ones((1, 8), bool)
+    units = Units(targets.T.copy(), *everything, np.zeros(1), np.ones(1))
+    first = Points.at(np.zeros((1, 8)), np.zeros((1, 30)), np.ones(1), np.ones(1))
+    found = solve_block(shared, units, first, 0.25, 1e-10, 1e-10, 100)
+    assert max(found.gap[0], found.violation[0]) <= 1e-10
+    assert first.steps[0] == 0
     optimum = solve_cvxpy(program, options=ORACLE)
-    np.testing.assert_allclose(point.u, optimum.weight[:, 0], atol=1e-6)
+    np.testing.assert_allclose(found.u[0], optimum.weight[:, 0], atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None)
@@ -260,20 +255,15 @@ def test_the_exact_step_is_the_minimum_along_the_direction(seed):
     rng = np.random.default_rng(seed)
     n, kinks = 12, int(rng.integers(0, 4))
     z, dz, centre, level = rng.standard_normal((4, n))
-    active, tau, slack = rng.random(n) < 0.5, 2.0, 0.3
+    tau = 2.0
     times = np.sort(rng.random(kinks))
     jumps = np.cumsum(rng.random(kinks))
     curvature = 0.1
-    at_zero = (
-        -abs(rng.standard_normal())
-        - _sample_slope(z, dz, centre, level, active, tau, slack, 0.0)[0]
-    )
-    t, kink = _exact_step(
-        z, dz, centre, level, active, tau, slack, at_zero, curvature, times, jumps
-    )
+    at_zero = -abs(rng.standard_normal()) - _ceiling_slope(z, dz, centre, level, tau, 0.0)[0]
+    t, kink = _exact_step(z, dz, centre, level, tau, at_zero, curvature, times, jumps)
 
     def slope(t, passed):
-        smooth = _sample_slope(z, dz, centre, level, active, tau, slack, t)[0]
+        smooth = _ceiling_slope(z, dz, centre, level, tau, t)[0]
         return smooth + at_zero + t * curvature + (jumps[passed - 1] if passed else 0.0)
 
     passed = int(np.sum(times < t))

@@ -1,0 +1,380 @@
+"""The iteration of ADMM in graph form, for all units of a layer at once.
+
+Both programs read: minimise f(u) + g(z) subject to z = Xu, with f the penalty (and the mask) and g
+the fit and the ceilings, all units side by side. With the metric |u|^2 + tau |z|^2 and the scaled
+multipliers p, q an iteration is
+
+    w = prox of f / rho at u - p                 the sparse weights
+    v = prox of g / (rho tau) at z - q           the responses, in the ball and under the ceilings
+    (a, c) = alpha (w, v) + (1 - alpha) (u, z) + (p, q)                     over-relaxation
+    (u, z) = projection of (a, c) onto {z = Xu}
+    (p, q) = (a, c) - (u, z)
+
+rho cancels from the projection, so it may differ by unit and change for free; only tau is in the
+factor. The projection is, with the eigenvectors of the smaller Gram matrix computed once,
+
+    tall X:  u = (I + tau X^T X)^-1 (a + tau X^T c),     z = Xu
+    wide X:  e = (I + tau X X^T)^-1 (c - Xa),            z = c - e,   u = a + tau X^T e
+
+(the second by the push-through identity). p = -tau X^T q holds after each projection, so that
+nu = -rho tau q, which the prox of g keeps a subgradient, has X^T nu = rho p: the multiplier whose
+bound the certificate takes.
+
+**Scale.** tau = 5 N / |X|_F^2 and rho = rms input sqrt(N) / rms response make the iterates of
+(aX, bY) those of (X, Y), scaled.
+
+**Penalty.** After 20, 50, 95, ... iterations (by count, never by clock, so that results repeat) rho
+is multiplied by the root of
+
+    (|(w, v) - (u, z)| / |(w, v)|)  /  (|change of (u, z)| / |(p, q)|),
+
+clipped to [0.1, 10]: relative residuals, since the textbook's absolute ones run away on these
+programs. In the constrained form the ball ties the units and they share one rho; in the regularised
+form each has its own.
+
+References
+----------
+Parikh, Boyd, Block splitting for distributed optimization (2014), section on graph form.
+Boyd et al., Distributed optimization and statistical learning via ADMM (2011), section 3.4.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device, is_numpy_array
+from numba import njit
+
+from solvers.program import ConstrainedProgram, LayerProgram, Program, like
+from solvers.result import SolveResult
+
+Array = Any
+
+RELAXATION = 1.6
+_FIRST_ADAPTATION = 20
+_WIDEN = 1.5
+_METRIC = 5.0
+_LARGEST_FACTOR = 10.0
+_DEADBAND = 1.3
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """What all solves on the same inputs share: eigenvectors of the smaller Gram matrix.
+
+    Attributes
+    ----------
+    vectors : array, shape (r, r), float64
+        Eigenvectors of X^T X when X is tall, of X X^T when it is wide; r = min(P, N).
+    values : array, shape (r,), float64
+        The eigenvalues.
+    squared_norm : float
+        |X|_F^2.
+    seconds : float
+        Wall time it took.
+    """
+
+    vectors: Array
+    values: Array
+    squared_norm: float
+    seconds: float
+
+
+def prepare(inputs: Array) -> Factor:
+    """Factorise the inputs once for any number of solves.
+
+    Parameters
+    ----------
+    inputs : array, shape (n_samples, n_in)
+        X.
+
+    Returns
+    -------
+    Factor
+        Cost: one product X^T X (or X X^T) and one symmetric eigenproblem of size min(P, N), in
+        float64.
+    """
+    started = time.perf_counter()
+    xp = array_namespace(inputs)
+    wide = xp.astype(inputs, xp.float64)
+    gram = wide.T @ wide if inputs.shape[0] >= inputs.shape[1] else wide @ wide.T
+    values, vectors = xp.linalg.eigh(gram)
+    values = xp.maximum(values, xp.zeros_like(values))
+    return Factor(vectors, values, float(xp.sum(values)), time.perf_counter() - started)
+
+
+def metric(program: LayerProgram, factor: Factor) -> float:
+    """The tau of |u|^2 + tau |z|^2: the weight of responses beside weights."""
+    squared_norm = factor.squared_norm if factor.squared_norm > 0 else 1.0
+    return _METRIC * program.shape[1] / squared_norm
+
+
+@dataclass(frozen=True, eq=False)
+class Splitting:
+    """A program's data in the working dtype, with the metric and its inverse."""
+
+    program: Program
+    inputs: Array
+    level: Array
+    tau: float
+    inverse: Array
+    penalised: Array | None
+
+    @staticmethod
+    def build(program: Program, factor: Factor, dtype: Any) -> Splitting:
+        """Cast a program to the dtype to iterate in."""
+        xp = array_namespace(program.inputs)
+        tau = metric(program, factor)
+        inverse = (factor.vectors / (1 + tau * factor.values)) @ factor.vectors.T
+        penalised = None
+        if program.free_rows:
+            mask = np.ones((program.shape[1], 1), dtype=bool)
+            mask[list(program.free_rows)] = False
+            penalised = like(mask, program.inputs)
+        return Splitting(
+            program,
+            xp.astype(program.inputs, dtype, copy=False),
+            xp.astype(program.level, dtype, copy=False),
+            tau,
+            xp.astype(inverse, dtype, copy=False),
+            penalised,
+        )
+
+    def project(self, a: Array, c: Array) -> tuple[Array, Array]:
+        """Project onto the graph {z = Xu} in the metric |u|^2 + tau |z|^2."""
+        n_samples, n_in = self.inputs.shape
+        if n_samples >= n_in:
+            u = self.inverse @ (a + self.tau * (self.inputs.T @ c))
+            return u, self.inputs @ u
+        e = self.inverse @ (c - self.inputs @ a)
+        return a + self.tau * (self.inputs.T @ e), c - e
+
+    def prox_penalty(self, t: Array, rho: Array) -> Array:
+        """Prox of f / rho: the penalty on the penalised rows, the mask everywhere."""
+        xp = array_namespace(t)
+        if self.program.support is not None:
+            # Before the shrinkage: an entry held at zero must not count in its group's norm.
+            t = xp.where(self.program.support, t, xp.zeros_like(t))
+        if self.penalised is None:
+            return self.program.penalty.prox(t, 1 / rho)
+        shrunk = self.program.penalty.prox(xp.where(self.penalised, t, xp.zeros_like(t)), 1 / rho)
+        return xp.where(self.penalised, shrunk, t)
+
+    def shrinkage(self, z: Array, q: Array, rho: Array) -> Array:
+        """What the prox of g / (rho tau) at z - q leaves of the distance to the targets.
+
+        In the ball, min(1, epsilon / |(z - q - y)_Omega|); for the fit, 1 / (1 + weight) with
+        weight = 2 fit_weight / (rho tau), unit by unit.
+        """
+        xp = array_namespace(z)
+        if isinstance(self.program, ConstrainedProgram):
+            if is_numpy_array(z):
+                size = math.sqrt(_residual_square(z, q, self.level, self.program.active))
+            else:
+                t = z - q - self.level
+                size = norm(xp.where(self.program.active, t, xp.zeros_like(t)))
+            left = min(1.0, self.program.epsilon / size) if size > 0 else 1.0
+            return xp.full((z.shape[1],), left, dtype=z.dtype, device=device(z))
+        return 1 / (1 + 2 * self.program.fit_weight / (rho * self.tau))
+
+    def prox_response(self, z: Array, q: Array, rho: Array) -> Array:
+        """Prox of g / (rho tau) at z - q: the ball or the fit on Omega, the ceilings off it."""
+        xp = array_namespace(z)
+        t = z - q
+        fitted = self.level + self.shrinkage(z, q, rho) * (t - self.level)
+        return xp.where(self.program.active, fitted, xp.minimum(t, self.level))
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Iterates (u, z), scaled multipliers (p, q), the sparse weights w, the penalty rho."""
+
+    u: Array
+    z: Array
+    p: Array
+    q: Array
+    w: Array
+    rho: Array
+
+    def astype(self, dtype: Any) -> State:
+        """Go on in another dtype."""
+        xp = array_namespace(self.u)
+        names = ("u", "z", "p", "q", "w", "rho")
+        return State(**{name: xp.astype(getattr(self, name), dtype) for name in names})
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """A state on its way: when rho changes next, and how long after the last change."""
+
+    state: State
+    iteration: int = 0
+    change_at: int = _FIRST_ADAPTATION
+    width: float = float(_FIRST_ADAPTATION)
+    finite: bool = True
+
+
+def advance(splitting: Splitting, progress: Progress, target: int) -> Progress:
+    """Iterate up to the iteration `target`, changing rho on the way where it is due.
+
+    The arrays of the state are overwritten. Ends early, with `finite` False, where the residuals
+    are not finite.
+    """
+    while progress.iteration < target:
+        state, at = progress.state, progress.change_at
+        if at > target:
+            state = _walk(splitting, state, target - progress.iteration)
+            return replace(progress, state=state, iteration=target)
+        state = _walk(splitting, state, at - 1 - progress.iteration)
+        u, z = state.u, state.z
+        state, v = step(splitting, state)
+        primal, dual = residuals(splitting, (u, z), state, v)
+        xp = array_namespace(primal)
+        if not math.isfinite(float(xp.max(primal))):
+            return replace(progress, state=state, iteration=at, finite=False)
+        width = progress.width * _WIDEN
+        progress = Progress(balance(state, primal, dual), at, at + int(width), width)
+    return progress
+
+
+def step(splitting: Splitting, state: State) -> tuple[State, Array]:
+    """One iteration, as in the module's docstring; also returns v."""
+    w = splitting.prox_penalty(state.u - state.p, state.rho)
+    v = splitting.prox_response(state.z, state.q, state.rho)
+    a = RELAXATION * w + (1 - RELAXATION) * state.u + state.p
+    c = RELAXATION * v + (1 - RELAXATION) * state.z + state.q
+    u, z = splitting.project(a, c)
+    return State(u, z, a - u, c - z, w, state.rho), v
+
+
+def _walk(splitting: Splitting, state: State, count: int) -> State:
+    """Take `count` iterations; for tall numpy arrays in place, each array passed over twice."""
+    inputs = splitting.inputs
+    if not is_numpy_array(inputs) or inputs.shape[0] < inputs.shape[1]:
+        for _ in range(count):
+            state, _ = step(splitting, state)
+        return state
+    u, z, p, q, w, rho = state.u, state.z, state.p, state.q, state.w, state.rho
+    alpha, rest = z.dtype.type(RELAXATION), z.dtype.type(1 - RELAXATION)
+    for _ in range(count):
+        w = splitting.prox_penalty(u - p, rho)
+        shrinkage = np.broadcast_to(splitting.shrinkage(z, q, rho), (z.shape[1],))
+        _relax(z, q, splitting.level, splitting.program.active, shrinkage, alpha, rest)
+        a = RELAXATION * w + (1 - RELAXATION) * u + p
+        u = splitting.inverse @ (a + splitting.tau * (inputs.T @ q))
+        np.matmul(inputs, u, out=z)
+        q -= z
+        p = a - u
+    return State(u, z, p, q, w, rho)
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def _residual_square(z, q, level, active):  # type: ignore[no-untyped-def]
+    """|(z - q - level)_Omega|^2, summed in float64."""
+    total = 0.0
+    for j in range(z.shape[0]):
+        for m in range(z.shape[1]):
+            difference = np.float64(z[j, m] - q[j, m] - level[j, m])
+            total += difference * difference if active[j, m] else 0.0
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _relax(z, q, level, active, shrinkage, alpha, rest):  # type: ignore[no-untyped-def]
+    """Overwrite q by c = alpha v + (1 - alpha) z + q; `rest` is 1 - alpha."""
+    for j in range(z.shape[0]):
+        for m in range(z.shape[1]):
+            y = level[j, m]
+            t = z[j, m] - q[j, m]
+            v = y + shrinkage[m] * (t - y) if active[j, m] else min(t, y)
+            q[j, m] = alpha * v + rest * z[j, m] + q[j, m]
+
+
+def start(splitting: Splitting, factor: Factor, warm_start: SolveResult | None) -> State:
+    """First point: the warm start's, or the old weights, which are feasible."""
+    program = splitting.program
+    xp = array_namespace(splitting.inputs)
+    n_samples, n_in, n_out = program.shape
+    dtype = splitting.inputs.dtype
+    shared = isinstance(program, ConstrainedProgram)
+    rms_input = math.sqrt(factor.squared_norm / (n_samples * n_in)) or 1.0
+    rms_response = norm(splitting.level) / math.sqrt(n_samples * n_out)
+    rho0 = rms_input * math.sqrt(n_in) / rms_response if rms_response > 0 else 1.0
+    rho = xp.full((() if shared else (n_out,)), rho0, dtype=dtype, device=device(splitting.inputs))
+    if warm_start is not None:
+        for name, array, want in (
+            ("weights", warm_start.weight, (n_in, n_out)),
+            ("a multiplier", warm_start.multiplier, (n_samples, n_out)),
+        ):
+            if tuple(array.shape) != want:
+                raise ValueError(
+                    f"warm_start: want {name} of shape {want}, got {tuple(array.shape)}"
+                )
+        if (
+            warm_start.penalty_parameter is not None
+            and warm_start.penalty_parameter.shape == rho.shape
+        ):
+            rho = xp.astype(warm_start.penalty_parameter, dtype)
+        u = xp.astype(warm_start.weight, dtype)
+        q = xp.astype(warm_start.multiplier, dtype) / (-rho * splitting.tau)
+        p = -splitting.tau * (splitting.inputs.T @ q)
+    else:
+        old = program.old_weight
+        shape = (n_in, n_out)
+        u = (
+            xp.zeros(shape, dtype=dtype, device=device(splitting.inputs))
+            if old is None
+            else xp.astype(old, dtype)
+        )
+        p = xp.zeros_like(u)
+        q = xp.zeros_like(splitting.level)
+    z = splitting.inputs @ u
+    return State(u, z, p, q, u, rho)
+
+
+def residuals(
+    splitting: Splitting, previous: tuple[Array, Array], state: State, v: Array
+) -> tuple[Array, Array]:
+    """Relative primal and dual residuals: scalars where rho is shared, by unit where it is not.
+
+    `previous` is (u, z) before the last step, v what that step made.
+    """
+    xp = array_namespace(state.u)
+
+    def size(du: Array, dz: Array) -> Array:
+        axis = None if state.rho.ndim == 0 else 0
+        squares = xp.sum(du * du, axis=axis, dtype=xp.float64) + splitting.tau * xp.sum(
+            dz * dz, axis=axis, dtype=xp.float64
+        )
+        return xp.sqrt(squares)
+
+    def relative(residual: Array, scale: Array) -> Array:
+        return residual / xp.where(scale > 0, scale, xp.ones_like(scale))
+
+    primal = relative(size(state.w - state.u, v - state.z), size(state.w, v))
+    u, z = previous
+    dual = relative(size(state.u - u, state.z - z), size(state.p, state.q))
+    return primal, dual
+
+
+def balance(state: State, primal: Array, dual: Array) -> State:
+    """Change rho so that the two relative residuals shrink together."""
+    xp = array_namespace(primal)
+    measurable = (primal > 0) & (dual > 0)
+    ratio = xp.where(measurable, primal, xp.ones_like(primal)) / xp.where(
+        measurable, dual, xp.ones_like(dual)
+    )
+    factor = xp.clip(xp.sqrt(ratio), 1 / _LARGEST_FACTOR, _LARGEST_FACTOR)
+    small = (factor < _DEADBAND) & (factor > 1 / _DEADBAND)
+    factor = xp.astype(xp.where(small, xp.ones_like(factor), factor), state.rho.dtype)
+    return replace(state, rho=state.rho * factor, p=state.p / factor, q=state.q / factor)
+
+
+def norm(array: Array) -> float:
+    """Frobenius norm, safe from overflow in float32 squares."""
+    xp = array_namespace(array)
+    return float(xp.linalg.vector_norm(xp.astype(array, xp.float64, copy=False)))
