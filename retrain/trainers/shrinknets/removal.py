@@ -141,11 +141,12 @@ def remove_dead(
                 gone[best] = False
                 # It begins anew, or it would be taken for dead at every step from here on.
                 switch.mean_sign[best] = switch.beta.detach()[best].sign()
-                logger.warning(
-                    "all %d neurons of %s are dead: the one with the largest switch stays",
-                    switch.size,
-                    name,
-                )
+                if switch.size > 1:
+                    logger.warning(
+                        "all %d neurons of %s are dead: the one with the largest switch stays",
+                        switch.size,
+                        name,
+                    )
                 saved.append(name)
             kept = (~gone).nonzero().flatten()
             if len(kept) < switch.size:
