@@ -179,8 +179,12 @@ class _Run:
         self.ended = False
 
     def _join(self) -> None:
-        if self.part.processes > 1:
-            join_batch_norms(self.training.model)
+        count, left = self.part.processes, self.setting.samples % self.setting.batch_size
+        if count > 1 and join_batch_norms(self.training.model) and 0 < left < count:
+            raise ValueError(
+                f"recipe: [training] batch_size: leaves a last batch of {left}, which {count} "
+                "processes cannot share under batch norm; choose another"
+            )
 
     def others(self) -> dict[str, Stateful]:
         """Return what has state beside the training: the order of samples, torch's generators."""

@@ -183,8 +183,15 @@ _JOINT: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def join_batch_norms(model: nn.Module) -> None:
-    """Make the model's batch norms joint, in place."""
+def join_batch_norms(model: nn.Module) -> bool:
+    """Make the model's batch norms joint, in place; return whether there are any.
+
+    Raises
+    ------
+    ValueError
+        If one is neither BatchNorm1d nor BatchNorm2d.
+    """
+    found = False
     for module in model.modules():
         if type(module) in _JOINT:
             module.__class__ = _JOINT[type(module)]
@@ -193,6 +200,8 @@ def join_batch_norms(model: nn.Module) -> None:
                 f"model: {type(module).__name__} cannot be trained in several processes; "
                 "BatchNorm1d and BatchNorm2d can"
             )
+        found = found or isinstance(module, JointBatchNorm)
+    return found
 
 
 def part_batch_norms(model: nn.Module) -> None:
