@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import joblib
 from safetensors import SafetensorError
@@ -18,11 +18,15 @@ from retrain.bounds import OutputBound, cascade_bound, output_bound
 from retrain.data import Data, as_data
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import net_trim as net_trim_method
+from retrain.methods.amounts import layers_named
 from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.run import RunDirectory, open_run, read_record, versions
 from retrain.stream import LayerSpec, LayerStream
 from retrain.subject import Subject, has_classes, reopen, subject_of
 from solvers.program import to_numpy
+
+if TYPE_CHECKING:
+    from retrain.epsilon_search import Goal, OnTrial
 
 OnLayer = Callable[[LayerReport, int], None]
 Steps = Callable[[LayerStream, Sequence[str], Mapping[str, Sequence[Any]]], Iterator[LayerResult]]
@@ -79,7 +83,11 @@ def net_trim(
     skip: str | Sequence[str] | None = None,
     fine_tune: int = 0,
     device: str | None = None,
+    sparsity_of: Literal["layer", "network"] = "layer",
+    max_drop: float | None = None,
+    max_trials: int = 12,
     on_layer: OnLayer | None = None,
+    on_trial: OnTrial | None = None,
     options: NetTrimOptions | None = None,
     **settings: Any,
 ) -> Run:
@@ -102,10 +110,21 @@ def net_trim(
         Epochs of training after pruning, zeros kept at zero. Wants labels and a torch module.
     device : str, optional
         Where torch computes; by default where the module is.
+    sparsity_of : {"layer", "network"}
+        What has the ``sparsity`` asked for: each layer, with an epsilon of its own, or all
+        retrained layers together, with one relative epsilon that is searched for.
+    max_drop : float, optional
+        Instead of an epsilon or a sparsity: points of held-out accuracy that may be lost. The one
+        relative epsilon is searched for that prunes most within it. Wants `evaluate` with labels.
+    max_trials : int
+        Networks that a search for one epsilon retrains at most.
     on_layer : callable, optional
         Called with each LayerReport as its layer is done, and the number of layers.
+    on_trial : callable, optional
+        Called with each `retrain.epsilon_search.Trial` of such a search, and its Goal.
     options : NetTrimOptions, optional
-        What to do; `settings` are its fields, given one by one or to replace some.
+        What to do; `settings` are its fields, given one by one or to replace some: ``scheme``,
+        ``relative_epsilon``, ``sparsity``, ...
 
     Returns
     -------
@@ -119,26 +138,79 @@ def net_trim(
         If the run directory cannot be written. Finished layers are kept, and the call resumes.
     """
     options = _options(options, settings)
+    goal = _goal(options, sparsity_of, max_drop, max_trials)
+    subject, calibration = subject_of(model, device), as_data(data)
+    held_out = None if evaluate is None else as_data(evaluate)
 
-    def steps(
-        stream: LayerStream, names: Sequence[str], finished: Mapping[str, Sequence[Any]]
-    ) -> Iterator[LayerResult]:
-        return net_trim_method.net_trim(stream, options, layers=names, finished=finished)
+    def run(given: NetTrimOptions, place: str | Path | None, notify: OnLayer | None) -> Run:
+        return drive(
+            "net-trim",
+            lambda stream, names, finished: net_trim_method.net_trim(
+                stream, given, layers=names, finished=finished
+            ),
+            subject,
+            calibration,
+            held_out=held_out,
+            settings=_settings(given),
+            layers=layers_named(given.sparsity) if layers is None else layers,
+            skip=skip,
+            fine_tune=fine_tune,
+            out=place,
+            on_layer=notify,
+            direct=cascade_bound,
+        )
 
-    return drive(
-        "net-trim",
-        steps,
-        subject_of(model, device),
-        as_data(data),
-        held_out=None if evaluate is None else as_data(evaluate),
-        settings={**_plain(options), "threads": options.threads_per_job},
-        layers=layers,
-        skip=skip,
-        fine_tune=fine_tune,
+    if goal is None:
+        return run(options, out, on_layer)
+    from retrain.epsilon_search import search_epsilon
+
+    assert options.relative_epsilon is not None
+    return search_epsilon(
+        goal,
+        lambda epsilon, place, notify: run(
+            replace(options, sparsity=None, relative_epsilon=epsilon), place, notify
+        ),
+        options.relative_epsilon,
+        subject,
+        calibration,
+        held_out=held_out,
+        settings={
+            "options": _settings(options),
+            "select": [layers, skip],
+            "fine_tune": fine_tune,
+        },
         out=out,
         on_layer=on_layer,
-        direct=cascade_bound,
+        on_trial=on_trial,
     )
+
+
+def _goal(
+    options: NetTrimOptions,
+    sparsity_of: str,
+    max_drop: float | None,
+    max_trials: int,
+) -> Goal | None:
+    """What one epsilon is to be searched for; None where none is."""
+    from retrain.epsilon_search import Goal
+
+    if sparsity_of not in ("layer", "network"):
+        raise ValueError(f"sparsity_of: want 'layer' or 'network', got {sparsity_of!r}")
+    if max_drop is None and sparsity_of == "layer":
+        return None
+    what = "max_drop" if max_drop is not None else "sparsity_of"
+    if max_drop is not None and options.sparsity is not None:
+        raise ValueError("max_drop: finds the sparsity; want one of the two")
+    wanted: float | None = None
+    if max_drop is None:
+        if not isinstance(options.sparsity, float | int):
+            raise ValueError("sparsity_of: the network's wants one sparsity, a number")
+        wanted = float(options.sparsity)
+    if options.relative_epsilon is None:
+        raise ValueError(f"{what}: searches for one relative epsilon; want no absolute one")
+    if options.fit_weight is not None:
+        raise ValueError(f"{what}: searches for one epsilon, which a fit_weight does not heed")
+    return Goal(sparsity=wanted, max_drop=max_drop, max_trials=max_trials)
 
 
 def drive(
@@ -326,12 +398,19 @@ def _options(options: NetTrimOptions | None, settings: dict[str, Any]) -> NetTri
     return replace(options or NetTrimOptions(), **settings)
 
 
+def _settings(options: NetTrimOptions) -> dict[str, Any]:
+    """Options as a run's record and identity have them."""
+    return {**_plain(options), "threads": options.threads_per_job}
+
+
 def _plain(options: Any) -> dict[str, Any]:
     """Options as JSON values; a penalty by its name and parameters."""
     values = {name: getattr(options, name) for name in options.__dataclass_fields__}
     for name, value in values.items():
         if is_dataclass(value) and not isinstance(value, type):
             values[name] = {"name": getattr(value, "name", type(value).__name__), **asdict(value)}
+        elif isinstance(value, Mapping):
+            values[name] = dict(value)
     return values
 
 

@@ -21,7 +21,8 @@ from retrain.data import Data, as_data
 from retrain.deviations import second_order_bounds
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import lobs as method
-from retrain.methods.lobs_options import Amount, LobsOptions, stage_amounts
+from retrain.methods.amounts import Amount, layers_named
+from retrain.methods.lobs_options import LobsOptions, stage_amounts
 from retrain.run import LAYERS, RUN_FILE, open_run, read_record, versions
 from retrain.stream import LayerStream
 from retrain.subject import subject_of
@@ -193,8 +194,7 @@ def _plain(amount: Amount) -> Amount:
 
 def layers_of(options: LobsOptions) -> list[str] | None:
     """Layers that the options name, as shell patterns; None when they name none."""
-    amount = options.sparsity if options.tolerance is None else options.tolerance
-    return list(amount) if isinstance(amount, Mapping) else None
+    return layers_named(options.sparsity if options.tolerance is None else options.tolerance)
 
 
 def _stage(

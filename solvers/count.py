@@ -38,7 +38,7 @@ from solvers.root import next_place
 _SEARCH_STEPS = 40
 _NEAREST = 1e-6  # relative change of lambda below which counts are not told apart
 _STRIDE = math.log(4.0)
-_WIDEST = math.log(1e8)  # of lambda, either way from where the search begins
+_WIDEST = math.log(1e6)  # of lambda, either way from where the search begins
 _SMALL_RADIUS = 0.05  # where an exact fit's search begins, relative to the targets
 _FINER = 0.3  # part of the tolerance for (11), whose objective has the fit beside the penalty
 _FINEST = 0.1  # the same again, for an answer that is not certified with the first
@@ -87,19 +87,22 @@ def solve_count(
     Raises
     ------
     ValueError
-        If `zeros` is not between 0 and the number of weights counted, or the program has nothing to
-        fit.
+        If `zeros` is not between 0 and the number of weights counted.
+
+    Notes
+    -----
+    A program with nothing to fit has one solution for all radii, which is returned.
     """
     counted = program.penalised if rows is None else np.asarray(rows)
     total = len(counted) * program.shape[2]
     if not 0 <= zeros <= total:
         raise ValueError(f"zeros: want a count from 0 to {total}, got {zeros!r}")
-    size = norm_on_omega(program, program.level)
-    if size == 0:
-        raise ValueError("program: nothing to fit, so every radius has the same solution")
     limits = (tolerance, tolerance if violation_tolerance is None else violation_tolerance)
     factor = prepare(program.inputs)
     search = _Search(counted, limits, factor, solve, options)
+    size = norm_on_omega(program, program.level)
+    if size == 0:
+        return search.at(program, 1.0, None)
     place, slope, seconds = _first_place(program, size), None, 0.0
     few = _typical_units(program)
     if len(few) < program.shape[2] and program.penalty.separable:
@@ -154,6 +157,8 @@ class _Search:
             near = min(found, key=lambda trial: abs(trial[0] - place), default=None)
             warm = None if near is None else near[1].result
             point = self.at(_along(program, place), _FINER, warm)
+            if point.result.status is Status.NUMERICAL_ERROR and found:
+                break  # beyond what the data's dtype holds; what was found before stands
             found.append((place, point))
             if point.zeros == zeros or _set_smallest(self, [point], zeros, program) is not None:
                 break
@@ -220,31 +225,31 @@ def _set_smallest(
 ) -> PathPoint | None:
     """Set the smallest weights of the nearest point with too few zeros to zero.
 
-    None where there is no such point near enough, or the certificate of the outcome does not hold;
-    nor for a penalty whose zeros come in groups.
+    None where there is no such point near enough, or the certificate of no outcome holds; nor for a
+    penalty whose zeros come in groups.
     """
-    if not program.penalty.separable:
-        return None
-    slack = _slack(search.counted, program)
-    near = [point for point in found if 0 < zeros - point.zeros <= slack]
-    if not near:
-        return None
-    point = max(near, key=lambda point: point.zeros)
-    weight = to_numpy(point.result.weight).copy()
-    sizes = np.abs(weight[search.counted])
-    sizes[sizes == 0] = np.inf
-    smallest = np.argsort(sizes, axis=None, kind="stable")[: zeros - point.zeros]
-    rows, columns = np.unravel_index(smallest, sizes.shape)
-    weight[search.counted[rows], columns] = 0
-    result = replace(point.result, weight=like(weight, program.inputs))
-    changed = point_of(point.program, result, search.counted)
-    final = _settled(program, changed, search.limits)
-    return final if final.result.status is Status.SOLVED else None
+    slack = _slack(search.counted, program) if program.penalty.separable else 0
+    near = [point for point in reversed(found) if 0 < zeros - point.zeros <= slack]
+    for point in sorted(near, key=lambda point: zeros - point.zeros):
+        weight = to_numpy(point.result.weight).copy()
+        sizes = np.abs(weight[search.counted])
+        sizes[sizes == 0] = np.inf
+        smallest = np.argsort(sizes, axis=None, kind="stable")[: zeros - point.zeros]
+        rows, columns = np.unravel_index(smallest, sizes.shape)
+        weight[search.counted[rows], columns] = 0
+        result = replace(point.result, weight=like(weight, program.inputs))
+        changed = point_of(point.program, result, search.counted)
+        final = _settled(program, changed, search.limits)
+        if final.result.status is Status.SOLVED:
+            return final
+    return None
 
 
 def _settled(program: Program, point: PathPoint, limits: tuple[float, float]) -> PathPoint:
     """State a point found along the path as a solution of the program's own form, and judge it."""
     found, result = point.program, point.result
+    if result.status is Status.NUMERICAL_ERROR:
+        return replace(point, program=program)
     final: Program = found
     if isinstance(program, ConstrainedProgram) and isinstance(found, RegularisedProgram):
         final = replace(program, epsilon=point.residual)

@@ -100,6 +100,11 @@ def test_malformed_arguments_are_refused():
         solve_path(program, [-1])
     with pytest.raises(ValueError, match="zeros: want a count from 0 to 138, got 139"):
         solve_count(program, 139)
+
+
+def test_nothing_to_fit_has_one_solution():
+    program = layer()
     empty = replace(program, active=np.zeros_like(program.active))
-    with pytest.raises(ValueError, match="program: nothing to fit, so every radius"):
-        solve_count(empty, 3)
+    point = solve_count(empty, 3)
+    assert point.zeros == point.weights == 138
+    assert point.result.status is Status.SOLVED

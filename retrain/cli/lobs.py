@@ -10,6 +10,7 @@ from retrain.cli.shared import (
     Progress,
     add_model,
     add_run,
+    by_layer,
     conclude,
     interrupts_kept_from_workers,
     load,
@@ -90,10 +91,10 @@ def _run(options: argparse.Namespace) -> int:
     """Prune by second-order information."""
     from retrain.second_order import lobs, plan_stages
 
-    sparsity = [_by_layer("--sparsity", text) for text in options.sparsity or []]
+    sparsity = [by_layer("--sparsity", text) for text in options.sparsity or []]
     tolerance = None
     if options.tolerance is not None:
-        tolerance = _by_layer("--tolerance", options.tolerance)
+        tolerance = by_layer("--tolerance", options.tolerance)
     amounts: dict[str, Any] = {
         "sparsity": sparsity[0] if len(sparsity) == 1 else sparsity or None,
         "tolerance": tolerance,
@@ -131,22 +132,6 @@ def _run(options: argparse.Namespace) -> int:
             **settings,
         )
     return conclude(run, options, loaded.note)
-
-
-def _by_layer(argument: str, text: str) -> float | dict[str, float]:
-    """Parse a number, or NAME=NUMBER,...: layer names or shell patterns."""
-    try:
-        if "=" not in text:
-            return float(text)
-        pairs = [part.rpartition("=") for part in text.split(",")]
-        named = {name.strip(): float(number) for name, _, number in pairs}
-    except ValueError as error:
-        raise ValueError(
-            f"{argument}: want a number, or NAME=NUMBER,NAME=NUMBER, got {text!r}"
-        ) from error
-    if "" in named or len(named) < len(pairs):
-        raise ValueError(f"{argument}: a name is missing or given twice in {text!r}")
-    return named
 
 
 def _dry_run_lobs(options: argparse.Namespace, loaded: Any, data: Any, plan: Any) -> int:

@@ -9,10 +9,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retrain.api import Run
+    from retrain.epsilon_search import Goal, Trial
     from retrain.layer_report import LayerReport
 
 DONE, NOT_CERTIFIED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -124,6 +126,22 @@ def read_data(options: argparse.Namespace) -> tuple[Any, Any]:
     return data, load_data(options.evaluate, normalise=options.normalise)
 
 
+def by_layer(argument: str, text: str) -> float | dict[str, float]:
+    """Parse a number, or NAME=NUMBER,...: layer names or shell patterns."""
+    try:
+        if "=" not in text:
+            return float(text)
+        pairs = [part.rpartition("=") for part in text.split(",")]
+        named = {name.strip(): float(number) for name, _, number in pairs}
+    except ValueError as error:
+        raise ValueError(
+            f"{argument}: want a number, or NAME=NUMBER,NAME=NUMBER, got {text!r}"
+        ) from error
+    if "" in named or len(named) < len(pairs):
+        raise ValueError(f"{argument}: a name is missing or given twice in {text!r}")
+    return named
+
+
 def conclude(run: Run, options: argparse.Namespace, note: str) -> int:
     """Print what a run found; return the exit code."""
     if options.json:
@@ -140,7 +158,10 @@ def conclude(run: Run, options: argparse.Namespace, note: str) -> int:
         for line in summary(run.record, run.bounds):
             console.print(line, markup=False)
         console.print(f"written to {run.directory}", markup=False)
-    return DONE if run.certified else NOT_CERTIFIED
+    met = (
+        run.record.get("search", {}).get("met", True) or "sparsity" in run.record["search"]["asked"]
+    )
+    return DONE if run.certified and met else NOT_CERTIFIED
 
 
 class Progress:
@@ -177,13 +198,22 @@ class Progress:
         """Note a finished layer, one of `total`."""
         from retrain.report.terminal import verdict
 
-        line = (
+        self._say(
             f"{report.name}: {100 * report.sparsity:.1f} % zeros, {verdict(report)}, "
             f"{report.seconds:.1f} s"
         )
         if self.live:
-            self.bar.console.print(line, markup=False, highlight=False)
             self.bar.update(self.task, total=total, advance=1)
+
+    def tried(self, trial: Trial, goal: Goal) -> None:
+        """Note a finished trial of a search for one epsilon."""
+        from retrain.report.terminal import trial_line
+
+        self._say(f"tried {trial_line(asdict(trial))}")
+
+    def _say(self, line: str) -> None:
+        if self.live:
+            self.bar.console.print(line, markup=False, highlight=False)
         elif not self.silent:
             print(line, file=sys.stderr, flush=True)
 

@@ -10,6 +10,7 @@ from retrain.cli.shared import (
     Progress,
     add_model,
     add_run,
+    by_layer,
     conclude,
     interrupts_kept_from_workers,
     load,
@@ -45,6 +46,33 @@ def add_command(commands: Any) -> None:
         "a cascade; default 0.05",
     )
     radius.add_argument("--epsilon", type=float, metavar="ABS", help="the same, absolute")
+    radius.add_argument(
+        "--sparsity",
+        metavar="S",
+        help="fraction of the weights to make zero, 0.9, or by layer, fc1=0.9,fc2=0.8: finds the "
+        "epsilon that gives it",
+    )
+    trim.add_argument(
+        "--sparsity-of",
+        choices=("layer", "network"),
+        default="layer",
+        help="what has --sparsity: each layer, with an epsilon of its own, or the layers together, "
+        "with one relative epsilon; default layer",
+    )
+    trim.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="find the one relative epsilon that prunes most while accuracy on --evaluate drops by "
+        "at most so many percentage points; begins at --relative-epsilon",
+    )
+    trim.add_argument(
+        "--max-trials",
+        type=int,
+        default=12,
+        metavar="N",
+        help="networks that a search for one epsilon retrains at most; default 12",
+    )
     trim.add_argument(
         "--inflation",
         type=float,
@@ -103,6 +131,7 @@ def add_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Retrain with Net-Trim."""
+    from retrain.methods.amounts import layers_named
     from retrain.methods.net_trim_options import NetTrimOptions
 
     gap, violation = _tolerances(options.tolerance)
@@ -111,6 +140,7 @@ def _run(options: argparse.Namespace) -> int:
         scheme=options.scheme,
         epsilon=options.epsilon,
         relative_epsilon=0.05 if relative is None and options.epsilon is None else relative,
+        sparsity=None if options.sparsity is None else by_layer("--sparsity", options.sparsity),
         inflation=options.inflation,
         form=options.form,
         fit_weight=options.fit_weight,
@@ -134,7 +164,8 @@ def _run(options: argparse.Namespace) -> int:
     data, held_out = read_data(options)
     if options.dry_run:
         stream = subject_of(loaded, options.device).stream(data)
-        return _dry_run(stream, select(stream.layers, options.layers, options.skip), settings)
+        chosen = layers_named(settings.sparsity) if options.layers is None else options.layers
+        return _dry_run(stream, select(stream.layers, chosen, options.skip), settings)
     with Progress(options) as progress, interrupts_kept_from_workers(options.jobs):
         run = net_trim(
             loaded,
@@ -145,7 +176,11 @@ def _run(options: argparse.Namespace) -> int:
             skip=options.skip,
             fine_tune=options.fine_tune,
             device=options.device,
+            sparsity_of=options.sparsity_of,
+            max_drop=options.max_drop,
+            max_trials=options.max_trials,
             on_layer=progress.done,
+            on_trial=progress.tried,
             options=settings,
         )
     return conclude(run, options, loaded.note)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import joblib
 
+from retrain.methods.amounts import Amount, amount_for, check_amount
 from retrain.methods.moments import Calibration
 from retrain.stream import LayerSpec
 from solvers.obs import (
@@ -19,9 +19,6 @@ from solvers.obs import (
     prune_greedy_to_tolerance,
     prune_to_tolerance,
 )
-
-Amount = float | Mapping[str, float]
-"""One number for all layers, or numbers by layer name or shell pattern."""
 
 WIDEST = 2048
 """Inputs up to which `auto` takes the exact path, whose cost grows with their cube a unit."""
@@ -91,8 +88,8 @@ class LobsOptions:
                 )
         elif (self.sparsity is None) == (self.tolerance is None):
             raise ValueError("sparsity, tolerance: want exactly one of the two")
-        _amounts("sparsity", self.sparsity, 1.0)
-        _amounts("tolerance", self.tolerance, math.inf)
+        check_amount("sparsity", self.sparsity, 1.0)
+        check_amount("tolerance", self.tolerance, math.inf)
         if self.tolerance is not None:
             if kind != "layer":
                 raise ValueError(f"tolerance: wants the pattern 'layer', got {self.pattern!r}")
@@ -136,24 +133,6 @@ class LobsOptions:
         if self.pattern == "inputs":
             return "inputs"
         return "swaps" if spec.shape[0] <= WIDEST else "large"
-
-
-def amount_for(amount: Amount, name: str, argument: str) -> float:
-    """Look up a layer's number: by its name, or by the first shell pattern that matches it.
-
-    Raises
-    ------
-    ValueError
-        If there is none.
-    """
-    if not isinstance(amount, Mapping):
-        return float(amount)
-    if name in amount:
-        return float(amount[name])
-    for pattern, value in amount.items():
-        if fnmatchcase(name, pattern):
-            return float(value)
-    raise ValueError(f"{argument}: none given for layer {name!r}, only for {', '.join(amount)}")
 
 
 def bytes_needed(spec: LayerSpec, options: LobsOptions) -> float:
@@ -206,16 +185,3 @@ def _one_of(argument: str, value: str, known: Iterable[str]) -> None:
     known = tuple(known)
     if value not in known:
         raise ValueError(f"{argument}: want one of {', '.join(known)}, got {value!r}")
-
-
-def _amounts(argument: str, amount: Amount | None, largest: float) -> None:
-    """Check one number, or a mapping's."""
-    if amount is None:
-        return
-    values = amount.values() if isinstance(amount, Mapping) else [amount]
-    if not values:
-        raise ValueError(f"{argument}: got a mapping without layers")
-    for value in values:
-        if not (0 <= value <= largest and value < math.inf):
-            limit = "in [0, 1]" if largest == 1 else ">= 0"
-            raise ValueError(f"{argument}: want a number {limit}, got {value!r}")

@@ -18,6 +18,9 @@ it the residual r of the optimum obeys
 
 r_old the old weights' residual, zero in the parallel scheme: the optimum cannot miss the targets by
 more than the constrained form allows.
+
+With a sparsity, epsilon_l is not given but found: the one at which the layer's solution has the
+zeros wanted (`solvers.solve_count`).
 """
 
 from __future__ import annotations
@@ -39,8 +42,8 @@ from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods.layers import chosen, commit
 from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.stream import Array, LayerSpec, LayerStream, changed, collect, sample_rows
-from solvers import SolveResult, Status, solve_admm, solve_newton, trim_program
-from solvers.program import Program, RegularisedProgram, like, to_numpy
+from solvers import SolveResult, Status, solve_admm, solve_count, solve_newton, trim_program
+from solvers.program import ConstrainedProgram, Program, RegularisedProgram, like, to_numpy
 from solvers.result import judge
 
 
@@ -258,20 +261,31 @@ def _host(array: Array) -> Array:
 
 
 def _solve(task: _Task, options: NetTrimOptions) -> _Answer:
-    """Solve a layer's programs."""
+    """Solve a layer's programs, or search for those whose solutions have the zeros wanted."""
     solve: Callable[..., SolveResult] = solve_admm
     if options.solver == "newton":
         solve = partial(solve_newton, threads=options.threads_per_job)
-    results = tuple(
-        solve(
-            program,
-            tolerance=options.tolerance,
-            violation_tolerance=options.violation_tolerance,
-            max_iterations=options.max_iterations,
-        )
-        for program in task.programs
+    limits = {
+        "tolerance": options.tolerance,
+        "violation_tolerance": options.violation_tolerance,
+        "max_iterations": options.max_iterations,
+    }
+    if options.sparsity is None:
+        return _Answer(task, tuple(solve(program, **limits) for program in task.programs))
+    prunable = np.arange(task.spec.shape[0])
+    points = [
+        solve_count(program, zeros, rows=prunable, solve=solve, **limits)
+        for program, zeros in zip(task.programs, options.zeros_for(task.spec), strict=True)
+    ]
+    programs = tuple(point.program for point in points)
+    epsilons = tuple(
+        program.epsilon if isinstance(program, ConstrainedProgram) else point.residual
+        for program, point in zip(programs, points, strict=True)
     )
-    return _Answer(task, results)
+    return _Answer(
+        replace(task, programs=programs, epsilons=epsilons),
+        tuple(point.result for point in points),
+    )
 
 
 def _worker(task: _Task, options: NetTrimOptions) -> _Answer:
@@ -400,6 +414,13 @@ def _report(
             for program in task.programs
             if isinstance(program, RegularisedProgram)
         ]
+    if options.sparsity is not None:
+        asked = sum(options.zeros_for(spec))
+        details |= {
+            "asked_zeros": asked,
+            "asked_sparsity": asked / spec.size,
+            "trials": sum(len(result.history) for result in results),
+        }
     status = max((result.status for result in results), key=_SEVERITY.index)
     solving = details["setup_seconds"] + details["solve_seconds"]
     return LayerReport(

@@ -8,6 +8,8 @@ from typing import Literal
 
 import joblib
 
+from retrain.methods.amounts import Amount, amount_for, check_amount
+from retrain.stream import LayerSpec
 from solvers import L1, Penalty
 
 Scheme = Literal["parallel", "cascade"]
@@ -27,6 +29,10 @@ class NetTrimOptions:
         Absolute radius: of every layer (parallel), of the first (cascade).
     relative_epsilon : float or None
         The same, relative to the norm of the layer's targets. Exactly one of the two.
+    sparsity : float, mapping or None
+        Fraction of each layer's weights to make zero, one for all or by layer name or pattern: each
+        layer then gets the epsilon (regularised form: the fit weight) at which its solution has so
+        many zeros, the search for which begins at `relative_epsilon`.
     inflation : float
         gamma of (7), >= 1.
     form : {"constrained", "regularised"}
@@ -62,6 +68,7 @@ class NetTrimOptions:
     scheme: Scheme = "cascade"
     epsilon: float | None = None
     relative_epsilon: float | None = 0.05
+    sparsity: Amount | None = None
     inflation: float = 1.1
     form: Form = "constrained"
     fit_weight: float | None = None
@@ -89,6 +96,9 @@ class NetTrimOptions:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name}: want a finite number >= 0, got {value!r}")
+        check_amount("sparsity", self.sparsity, 1.0)
+        if self.sparsity is not None and self.epsilon is not None:
+            raise ValueError("epsilon: a sparsity finds its own; want one of the two")
         if not (self.inflation >= 1 and math.isfinite(self.inflation)):
             raise ValueError(f"inflation: want a finite number >= 1, got {self.inflation!r}")
         if self.fit_weight is not None:
@@ -127,3 +137,20 @@ class NetTrimOptions:
     def threads_per_job(self) -> int:
         """Linear algebra threads of each job."""
         return self.threads or max(1, joblib.cpu_count() // self.jobs)
+
+    def zeros_for(self, spec: LayerSpec) -> list[int]:
+        """Zeros wanted in each of a layer's groups, which add up to its share of all weights.
+
+        Raises
+        ------
+        ValueError
+            If there is no sparsity, or none for this layer.
+        """
+        if self.sparsity is None:
+            raise ValueError("sparsity: none is asked for")
+        share = amount_for(self.sparsity, spec.name, "sparsity")
+        zeros = math.floor(round(share * spec.size, 9) + 0.5)
+        return [
+            zeros * (group + 1) // spec.groups - zeros * group // spec.groups
+            for group in range(spec.groups)
+        ]

@@ -137,6 +137,7 @@ def summary(record: dict[str, Any], bounds: dict[str, OutputBound]) -> list[str]
         f"{totals['zeros']:,} of {totals['weights']:,} weights are zero "
         f"({100 * totals['sparsity']:.1f} %; {100 * before:.1f} % before)"
     ]
+    lines += asked_lines(record)
     for name, accuracy in record["accuracy"].items():
         if accuracy["before"] is None:
             continue
@@ -166,6 +167,60 @@ def summary(record: dict[str, Any], bounds: dict[str, OutputBound]) -> list[str]
         for status in sorted(remedies):
             lines.append(f"not certified: {status}; {_REMEDIES.get(status, Status(status).remedy)}")
     return lines
+
+
+def asked_lines(record: dict[str, Any]) -> list[str]:
+    """Say what sparsity or drop was asked for, and what was got."""
+    lines = []
+    for entry in record["layers"]:
+        asked = entry["details"].get("asked_zeros")
+        if asked is None:
+            continue
+        if entry["zeros"] == asked:
+            outcome = "met exactly"
+        elif entry["dense_units"]:
+            outcome = f"got {entry['zeros']:,}: dense weights were kept"
+        else:
+            outcome = f"got {entry['zeros']:,}, the nearest that was found"
+        share = 100 * entry["details"]["asked_sparsity"]
+        lines.append(
+            f"{entry['name']}: asked for {asked:,} zeros ({share:.2f} %): {outcome}, at relative "
+            f"epsilon {_number(entry['details']['relative_epsilon'], '.4f')}"
+        )
+    search = record.get("search")
+    if search is not None:
+        lines.append(search_line(search))
+        lines += [f"tried {trial_line(trial)}" for trial in search["trials"]]
+    return lines
+
+
+def search_line(search: dict[str, Any]) -> str:
+    """Say what one relative epsilon was searched for, and what was found."""
+    asked, got = search["asked"], search["got"]
+    found = f"relative epsilon {search['relative_epsilon']:.4g} (trial {search['chosen']})"
+    if "sparsity" in asked:
+        outcome = "met exactly" if search["met"] else "the nearest that was found"
+        return (
+            f"asked for {asked['zeros']:,} zeros ({100 * asked['sparsity']:.2f} %), got "
+            f"{got['zeros']:,} ({100 * got['sparsity']:.2f} %), {outcome}: {found}"
+        )
+    drop = "no accuracy" if got["drop"] is None else f"a drop of {got['drop']:.2f} points"
+    outcome = "" if search["met"] else ", which is NOT within it; no trial is"
+    return (
+        f"asked for a drop of at most {asked['max_drop']:g} points on held-out data, got {drop} "
+        f"at {100 * got['sparsity']:.2f} % zeros{outcome}: {found}"
+    )
+
+
+def trial_line(trial: dict[str, Any]) -> str:
+    """Say what one trial gave."""
+    drop = "" if trial["drop"] is None else f", held-out accuracy {-trial['drop']:+.2f} points"
+    kept = "" if trial["certified"] else ", not all layers certified"
+    share = 100 * trial["zeros"] / trial["weights"]
+    return (
+        f"relative epsilon {trial['relative_epsilon']:.4g}: {share:.2f} % zeros{drop}{kept}, "
+        f"{trial['seconds']:.1f} s"
+    )
 
 
 def bound_line(bound: OutputBound) -> str:
