@@ -69,4 +69,8 @@ def _initialised(network: nn.Sequential) -> nn.Sequential:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     # An eighth faster on a CPU at these sizes, and much faster on a GPU; values are the same.
-    return network.to(memory_format=torch.channels_last)
+    for module in network:
+        if isinstance(module, nn.Conv2d):
+            weight = module.weight.data
+            module.weight.data = weight.contiguous(memory_format=torch.channels_last)
+    return network

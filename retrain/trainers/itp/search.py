@@ -47,9 +47,11 @@ Propose = Callable[[Sequence[Outcome], list[float]], list[float]]
 
 
 def nondominated(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return the outcomes that no other dominates, by rising complexity; of equal ones, the first.
+    """Return the outcomes that no other dominates, by rising complexity.
 
-    Diverged ones are left out. Along the result the loss falls strictly.
+    Diverged ones are left out. Of equal ones (collapsed networks are) it is that of the smallest
+    weight, so that halving goes on between it and the first network that did not collapse. Along
+    the result the loss falls strictly.
     """
     finite = [
         outcome
@@ -57,7 +59,7 @@ def nondominated(outcomes: Sequence[Outcome]) -> list[Outcome]:
         if math.isfinite(outcome.loss) and math.isfinite(outcome.complexity)
     ]
     front: list[Outcome] = []
-    for outcome in sorted(finite, key=lambda outcome: (outcome.complexity, outcome.loss)):
+    for outcome in sorted(finite, key=lambda one: (one.complexity, one.loss, one.weight)):
         if not front or outcome.loss < front[-1].loss:
             front.append(outcome)
     return front
@@ -220,9 +222,13 @@ def _midpoints(front: Sequence[Outcome], tried: list[float]) -> list[float]:
     boxes = np.abs(np.diff(normalised(front), axis=0)).prod(axis=1)
     proposed: list[float] = []
     for index in np.argsort(-boxes, kind="stable"):
-        weight = (front[index].weight + front[index + 1].weight) / 2
-        if not _near(weight, [*tried, *proposed], _SAME):
-            proposed.append(weight)
+        low, high = sorted((front[index].weight, front[index + 1].weight))
+        # Weights between the two were tried when what they gave is dominated; each part is halved.
+        inside = sorted(weight for weight in tried if low <= weight <= high)
+        for left, right in pairwise(inside):
+            weight = (left + right) / 2
+            if not _near(weight, [*tried, *proposed], _SAME):
+                proposed.append(weight)
     return proposed
 
 
