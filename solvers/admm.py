@@ -89,18 +89,9 @@ def solve_admm(
     Aghasi et al., Net-Trim (2017), equations (4), (6), (11).
     """
     violation_tolerance = tolerance if violation_tolerance is None else violation_tolerance
-    for name, value in (("tolerance", tolerance), ("violation_tolerance", violation_tolerance)):
-        if not value > 0:
-            raise ValueError(f"{name}: want a positive number, got {value!r}")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations: want at least 1, got {max_iterations!r}")
+    check_limits(tolerance, violation_tolerance, max_iterations)
+    check_factor(program, factor)
     xp = array_namespace(program.inputs)
-    order = min(program.inputs.shape)
-    if factor is not None and factor.values.shape[0] != order:
-        raise ValueError(
-            f"factor: want that of inputs {tuple(program.inputs.shape)}, of order {order}, "
-            f"got one of order {factor.values.shape[0]}"
-        )
     reused = factor is not None
     factor = prepare(program.inputs) if factor is None else factor
     started = time.perf_counter()
@@ -143,6 +134,25 @@ def solve_admm(
         penalty_parameter=progress.state.rho,
         history=tuple(history),
     )
+
+
+def check_limits(tolerance: float, violation_tolerance: float, max_iterations: int) -> None:
+    """Raise ValueError for limits that no solve can meet."""
+    for name, value in (("tolerance", tolerance), ("violation_tolerance", violation_tolerance)):
+        if not value > 0:
+            raise ValueError(f"{name}: want a positive number, got {value!r}")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations: want at least 1, got {max_iterations!r}")
+
+
+def check_factor(program: Program, factor: Factor | None) -> None:
+    """Raise ValueError for a factor of other inputs, as far as its order tells."""
+    order = min(program.inputs.shape)
+    if factor is not None and factor.values.shape[0] != order:
+        raise ValueError(
+            f"factor: want that of inputs {tuple(program.inputs.shape)}, of order {order}, "
+            f"got one of order {factor.values.shape[0]}"
+        )
 
 
 def _stalled(

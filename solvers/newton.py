@@ -21,19 +21,28 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
 
-from solvers.admm import solve_admm
+from solvers.admm import check_factor, check_limits
 from solvers.newton_block import Points, Shared, Units, solve_block
 from solvers.obs.problem import map_units
 from solvers.penalties import L1, ElasticNet
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram, like, to_numpy
 from solvers.result import Certificate, SolveResult, judge
-from solvers.splitting import Factor, metric, prepare
+from solvers.splitting import (
+    Factor,
+    Progress,
+    Splitting,
+    State,
+    advance,
+    metric,
+    prepare,
+    start,
+)
 
 Array = Any
 
@@ -117,11 +126,15 @@ def solve_newton(
     if threads < 1:
         raise ValueError(f"threads: want at least 1, got {threads!r}")
     limits = (tolerance, violation_tolerance)
+    check_limits(tolerance, violation_tolerance, max_iterations)
+    check_factor(program, factor)
     reused = factor is not None
     factor = prepare(program.inputs) if factor is None else factor
     started = time.perf_counter()
-    near = _near(program, limits, max_iterations, warm_start, factor)
+    near = _near(program, max_iterations, warm_start, factor)
+    rho = near.rho
     finish = _Finish.build(program, near, factor, limits, max_iterations, threads)
+    del near  # three arrays of the responses' size
     if isinstance(program, ConstrainedProgram):
         _solve_ball(program, finish)
     else:
@@ -140,44 +153,29 @@ def solve_newton(
         solver="newton",
         setup_seconds=0.0 if reused else factor.seconds,
         solve_seconds=time.perf_counter() - started,
-        penalty_parameter=near.penalty_parameter,
+        penalty_parameter=rho,
         history=tuple(finish.history),
     )
 
 
 def _near(
     program: Program,
-    limits: tuple[float, float],
     max_iterations: int,
     warm_start: SolveResult | None,
     factor: Factor,
-) -> SolveResult:
+) -> State:
     """A point near the solution, from a few steps of ADMM for all units.
 
-    In single precision where the data's range allows; ADMM then judges that point on the rounded
-    data, which is enough for a start.
+    In single precision where the data's range allows, which is enough for a start. Where even so
+    an iterate is not finite, the start is where ADMM began.
     """
     xp = array_namespace(program.inputs)
     sizes = [float(xp.max(xp.abs(array))) for array in (program.inputs, program.level)]
     within = all(size == 0 or 1 / _SINGLE <= size <= _SINGLE for size in sizes)
-    start: Program = program
-    if within and program.inputs.dtype != xp.float32:
-        old = program.old_weight
-        start = replace(
-            program,
-            inputs=xp.astype(program.inputs, xp.float32),
-            level=xp.astype(program.level, xp.float32),
-            old_weight=None if old is None else xp.astype(old, xp.float32),
-        )
-    steps = FIRST_STEPS if warm_start is None else WARM_STEPS
-    return solve_admm(
-        start,
-        tolerance=limits[0],
-        violation_tolerance=limits[1],
-        max_iterations=min(max_iterations, steps),
-        warm_start=warm_start,
-        factor=factor,
-    )
+    splitting = Splitting.build(program, factor, xp.float32 if within else program.inputs.dtype)
+    steps = min(max_iterations, FIRST_STEPS if warm_start is None else WARM_STEPS)
+    progress = advance(splitting, Progress(start(splitting, factor, warm_start)), steps)
+    return progress.state if progress.finite else start(splitting, factor, warm_start)
 
 
 @dataclass(eq=False)
@@ -193,11 +191,12 @@ class _Finish:
     max_steps: int
     threads: int
     history: list[dict[str, float]]
+    verdict: tuple[Array, Array, Certificate] | None = None
 
     @staticmethod
     def build(
         program: Program,
-        near: SolveResult,
+        near: State,
         factor: Factor,
         limits: tuple[float, float],
         max_steps: int,
@@ -210,10 +209,11 @@ class _Finish:
         weight[program.penalised] = 1.0
         ridge = program.penalty.ridge if isinstance(program.penalty, ElasticNet) else 0.0
         shared = Shared(inputs, weight, ridge * weight, np.linalg.norm(inputs, axis=0))
-        u = np.ascontiguousarray(to_numpy(near.weight).T, dtype=np.float64)
-        nu = np.ascontiguousarray(to_numpy(near.multiplier).T, dtype=np.float64)
-        rho = np.broadcast_to(to_numpy(near.penalty_parameter).astype(np.float64), (n_out,))
-        tau = _PROXIMAL * rho * metric(program, factor)
+        rho = np.broadcast_to(to_numpy(near.rho).astype(np.float64), (n_out,))
+        tau = rho * metric(program, factor)
+        u = np.ascontiguousarray(to_numpy(near.w).T, dtype=np.float64)
+        nu = np.ascontiguousarray(to_numpy(near.q).T, dtype=np.float64)
+        nu *= -tau[:, None]
         sizes = program.fitted_norms()
         if isinstance(program, ConstrainedProgram):
             # One certificate for all: what a unit may miss is its share of the whole.
@@ -222,12 +222,12 @@ class _Finish:
         else:
             floor = 1e-6 * np.broadcast_to(to_numpy(program._old_penalty()), (n_out,))
         sizes = np.where(sizes > 0, sizes, program._scale_floor())
-        points = Points.at(u, nu, _PROXIMAL / rho, tau)
-        history = list(near.history)
-        return _Finish(program, shared, floor, sizes, points, limits, max_steps, threads, history)
+        points = Points.at(u, nu, _PROXIMAL / rho, _PROXIMAL * tau)
+        return _Finish(program, shared, floor, sizes, points, limits, max_steps, threads, [])
 
     def run(self, slack: float, share: float, units: np.ndarray | None = None) -> None:
         """Solve all units, or those named, to a share of the tolerances."""
+        self.verdict = None
         tolerance, violation = (share * limit for limit in self.limits)
 
         def solve(number: int) -> Points:
@@ -271,6 +271,8 @@ class _Finish:
 
     def judged(self) -> tuple[Array, Array, Certificate]:
         """Weights in the data's dtype, multipliers and the program's certificate of the two."""
+        if self.verdict is not None:
+            return self.verdict
         inputs = self.program.inputs
         dtype = to_numpy(inputs[:1, :1]).dtype
         weight = like(np.ascontiguousarray(self.points.u.T, dtype=dtype), inputs)
@@ -283,7 +285,8 @@ class _Finish:
                 "violation": float(np.max(certificate.violation)),
             }
         )
-        return weight, multiplier, certificate
+        self.verdict = weight, multiplier, certificate
+        return self.verdict
 
 
 def _solve_units(program: RegularisedProgram, finish: _Finish) -> None:
