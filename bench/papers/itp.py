@@ -1,7 +1,7 @@
 """The multiobjective paper on MNIST: table 2(a) to (c), figures 7 and 8, the four searches of 9.
 
     python -m bench papers.itp --data mnist:DIR --test mnist-test:DIR --out DIR
-                               [--part PART] [--epochs E] [--search-epochs E] [--full-epochs E]
+                               [--part PART] [--epochs E] [--full-epochs E]
 
 Every training is a run directory under --out; what is finished is read, what was killed goes on.
 The paper trains for 30 epochs and searches with fewer. Batches are of 32, Keras' default.
@@ -12,22 +12,39 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from bench.papers import itp_pictures as pictures
 from bench.papers.itp_table import CRITICAL, TABLES, TRADE_OFFS, Printed
 from retrain.data import Data, load_data
 from retrain.trained import TrainedRun
+from retrain.trainers.itp.knee import knee_by_chord, knee_by_trade_off
+from retrain.trainers.itp.knee_runs import Strategy, trainer
 from retrain.trainers.itp.objectives import Complexity, convex_weight, dense_weights
+from retrain.trainers.itp.search import (
+    Outcome,
+    bisection,
+    dichotomic,
+    nondominated,
+    stochastic_dichotomic,
+)
 from retrain.trainers.recipe import read_recipe
 from retrain.training_run import run_training
 
 PARTS = ("critical", "table", "smgd", "search")
 NAMES = {"batch": "batchwise (c)", "epoch": "epochwise (b)", "end": "after training (a)"}
+DROP = {"schedule.name": "drop", "schedule.end": 0.1}
+"""The paper's learning-rate schedule; table 2 on MNIST is without, its code's demo with it."""
 FAST = {"optimizer.fused": True}
+INTERVAL = (1e-5, 0.1)
+"""Of weights, as figure 9(a)."""
+FINE = 1e-5
+"""A closeness of the critical weight's own size; the paper's 0.001 is three times that weight."""
 
 
 @dataclass(frozen=True)
@@ -94,29 +111,38 @@ def measured(run: TrainedRun) -> Row:
 
 def table_row(bench: Bench, pruning: str, trade_off: float, epochs: int) -> Row:
     """One training of table 2."""
-    changes = {
+    changes = _changes(pruning, trade_off, epochs)
+    return bench.row(f"{pruning}-{trade_off:g}-{epochs}", "itp-mnist", changes)
+
+
+def _changes(pruning: str, trade_off: float, epochs: int) -> dict[str, Any]:
+    return {
         "method.trade_off": trade_off,
         "method.pruning": pruning,
         "training.epochs": epochs,
         **FAST,
     }
-    return bench.row(f"{pruning}-{trade_off:g}-{epochs}", "itp-mnist", changes)
 
 
-def critical(bench: Bench, epochs: int) -> None:
+def critical(bench: Bench, epochs: int, only: Sequence[str]) -> None:
     """The critical row of the three tables, and the ordering it shows."""
     print(f"\nlambda = {CRITICAL:g}, {epochs} epochs (the paper: 30)")
     print(_HEAD)
     rows = {}
-    for pruning in ("batch", "epoch", "end"):
+    for pruning in only:
         rows[pruning] = table_row(bench, pruning, CRITICAL, epochs)
         _print_row(CRITICAL, rows[pruning], NAMES[pruning])
         _print_printed(CRITICAL, TABLES[pruning][TRADE_OFFS.index(CRITICAL)])
-    zero = {pruning: row.zero for pruning, row in rows.items()}
-    ordered = zero["batch"] > zero["epoch"] > zero["end"]
-    met = zero["batch"] >= 0.95 and rows["batch"].test_accuracy >= 0.98
-    print(f"batchwise >= 95 % zero at >= 98 %: {'met' if met else 'NOT met'}")
-    print(f"batchwise > epochwise > after training, in zeros: {'holds' if ordered else 'FAILS'}")
+    if "batch" in rows:
+        changes = {**_changes("batch", CRITICAL, epochs), **DROP}
+        dropped = bench.row(f"batch-{CRITICAL:g}-{epochs}-drop", "itp-mnist", changes)
+        _print_row(CRITICAL, dropped, "batchwise, with the paper's schedule")
+        for name, row in (("constant rate", rows["batch"]), ("schedule", dropped)):
+            met = row.zero >= 0.95 and row.test_accuracy >= 0.98
+            print(f"batchwise, {name}: >= 95 % zero at >= 98 %: {'met' if met else 'NOT met'}")
+    if len(rows) == 3:
+        ordered = rows["batch"].zero > rows["epoch"].zero > rows["end"].zero
+        print(f"batchwise > epochwise > after training, zeros: {'holds' if ordered else 'FAILS'}")
 
 
 def table(bench: Bench, epochs: int, only: Sequence[str]) -> None:
@@ -140,55 +166,141 @@ def table(bench: Bench, epochs: int, only: Sequence[str]) -> None:
         print(f"{better} leaves fewer weights than {worse}: {wins} of {len(both)} trade-offs")
 
 
-def smgd(bench: Bench, epochs: int) -> None:
-    """Figures 7 and 8: multi-gradient descent against the weighted sum at the critical lambda."""
-    critical_weight = convex_weight(CRITICAL)
-    print(f"\nmulti-gradient descent, {epochs} epochs (the paper: 30); lambda* = {CRITICAL:g}")
-    pairs: dict[str, dict[str, Any]] = {
-        "MAdam / Adam": FAST,
-        "SMGD / SGD": {
-            "optimizer.name": "sgd",
-            "optimizer.lr": 0.01,
-            "optimizer.momentum": 0.9,
-            "method.decay": 0.01 / 30,
-        },
+def smgd(bench: Bench, epochs: int, full_epochs: int) -> None:
+    """Figures 7 and 8: multi-gradient descent against the weighted sum at the critical lambda.
+
+    Adam's weighted run is the critical one; its first epochs are as if there were no more.
+    """
+    weighted_adam = {"training.epochs": full_epochs, **FAST}
+    sgd = {
+        "optimizer.name": "sgd",
+        "optimizer.lr": 0.01,
+        "optimizer.momentum": 0.9,
+        "method.decay": 0.01 / 30,
+        "training.epochs": epochs,
     }
+    pairs: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
+        "MAdam": (
+            (f"madam-{epochs}", {"training.epochs": epochs}),
+            (f"batch-{CRITICAL:g}-{full_epochs}", weighted_adam),
+        ),
+        "SMGD": ((f"smgd-{epochs}", sgd), (f"sgd-{epochs}", sgd)),
+    }
+    critical_weight = convex_weight(CRITICAL)
     curves = {}
-    for name, changes in pairs.items():
-        label = name.partition(" ")[0].lower()
-        common = {**changes, "training.epochs": epochs}
-        multi = bench.train(
-            f"{label}-{epochs}",
-            "itp-mnist-madam",
-            {key: value for key, value in common.items() if key not in FAST},
+    for name, (multi, weighted) in pairs.items():
+        history = bench.train(multi[0], "itp-mnist-madam", multi[1]).history
+        other = bench.train(weighted[0], "itp-mnist", weighted[1]).history[:epochs]
+        curves[name] = (history, other)
+        _print_descent(name, history, other, critical_weight)
+        path = bench.out / "figures-7-8.png"
+        pictures.draw_descent(curves, critical_weight, path)
+        print(f"picture: {path}", flush=True)
+
+
+def _print_descent(
+    name: str,
+    multi: Sequence[Mapping[str, Any]],
+    weighted: Sequence[Mapping[str, Any]],
+    critical_weight: float,
+) -> None:
+    """Compare two histories of the same length; accuracies are means of the last three epochs."""
+    print(f"\n{name}, {len(multi)} epochs (the paper: 30), against weights fixed at lambda*")
+    figures = []
+    for label, history in ((name, multi), ("weighted", weighted)):
+        last = history[-3:]
+        train, test = (
+            sum(line[key] for line in last) / len(last) for key in ("accuracy", "test_accuracy")
         )
-        weighted = bench.train(f"{label}-weighted-{epochs}", "itp-mnist", common)
-        rows = measured(multi), measured(weighted)
-        weights = [line["method"]["weight"] for line in multi.history]
-        print(f"{name}\n{_HEAD}")
-        _print_row(float("nan"), rows[0], "multi-gradient")
-        _print_row(CRITICAL, rows[1], "weighted")
-        shares = [weight["mean"] for weight in weights]
+        said = history[-1]["method"]
+        figures.append((train, test, said["complexity"]))
         print(
-            f"  weight of Omega: means of the epochs {min(shares):.2e} to {max(shares):.2e}, "
-            f"largest of a step {max(weight['max'] for weight in weights):.2e}; critical "
-            f"{critical_weight:.2e}"
+            f"  {label:9} training {train:.4f}  test {test:.4f}  Omega_l1 "
+            f"{said['complexity']:8.1f}  zero {1 - said['nonzero'] / said['size']:.1%}"
         )
-        for told, holds in (
-            ("its mean stays below the critical one in every epoch", max(shares) < critical_weight),
-            ("accuracy above the weighted run's", rows[0].test_accuracy > rows[1].test_accuracy),
-            ("Omega far above the weighted run's", rows[0].complexity > 2 * rows[1].complexity),
-            (
-                "training further above test accuracy",
-                rows[0].train_accuracy - rows[0].test_accuracy
-                > rows[1].train_accuracy - rows[1].test_accuracy,
-            ),
-        ):
-            print(f"  {told}: {'holds' if holds else 'FAILS'}")
-        curves[name] = (multi.history, weighted.history)
-    path = bench.out / "figures-7-8.png"
-    pictures.draw_descent(curves, critical_weight, path)
-    print(f"picture: {path}")
+    weights = [line["method"]["weight"] for line in multi]
+    means = [weight["mean"] for weight in weights]
+    below = sum(mean < critical_weight for mean in means)
+    print(
+        f"  weight of Omega in (15): epochs' means {min(means):.2e} to {max(means):.2e}, largest "
+        f"of a step {max(weight['max'] for weight in weights):.2e}; critical {critical_weight:.2e}"
+    )
+    (train, test, size), (weighted_train, weighted_test, weighted_size) = figures
+    for claim, holds in (
+        (f"weight below the critical one: {below} of {len(means)} epochs", below == len(means)),
+        ("training accuracy higher", train > weighted_train),
+        ("test accuracy higher", test > weighted_test),
+        (f"Omega_l1 {size / weighted_size:.1f} times the weighted one", size > weighted_size),
+        ("training further from test", train - test > weighted_train - weighted_test),
+    ):
+        print(f"  {claim}: {'holds' if holds else 'FAILS'}")
+
+
+def search(bench: Bench, epochs: int, budget: int, jobs: int) -> None:
+    """Figure 9: four searches, the adaptive ones on an equal budget, with both criteria's knees."""
+    # The list is table (c) with as many epochs: its trainings are there already.
+    rows = {
+        trade_off: table_row(bench, "batch", trade_off, epochs)
+        for trade_off in TRADE_OFFS[1 : len(TABLES["batch"])]
+    }
+    found = {f"list of {len(rows)}": [_outcome(weight, row) for weight, row in rows.items()]}
+    train = trainer(
+        read_recipe("itp-mnist", {"training.epochs": epochs, **FAST}),
+        bench.out / "trials",
+        jobs=jobs,
+        data=bench.data,
+        test=bench.test,
+    )
+    options: dict[str, Any] = {"levels": budget, "budget": budget}
+    draws = np.random.default_rng(0), np.random.default_rng(0)
+    searches: dict[str, Strategy] = {
+        "dichotomic": partial(dichotomic, interval=INTERVAL, **options),
+        "bisection": partial(bisection, interval=INTERVAL, **options),
+        "stochastic dichotomic": partial(
+            stochastic_dichotomic, interval=INTERVAL, rng=draws[0], **options
+        ),
+        f"stochastic, closeness {FINE:g}": partial(
+            stochastic_dichotomic, interval=INTERVAL, rng=draws[1], closeness=FINE, **options
+        ),
+    }
+    print(f"\nsearches in {INTERVAL}, {budget} trainings of {epochs} epochs each", flush=True)
+    for name, strategy in searches.items():
+        found[name] = strategy(train)
+        _print_search(name, found[name])
+        path = bench.out / "figure-9.png"
+        pictures.draw_searches(found, path)
+        print(f"picture: {path}", flush=True)
+    _print_search(*next(iter(found.items())))
+
+
+def _outcome(trade_off: float, row: Row) -> Outcome:
+    weight = convex_weight(trade_off)
+    if row.status.startswith("diverged"):
+        return Outcome(weight, float("nan"), float("nan"), "diverged")
+    status: Literal["trained", "collapsed"] = "collapsed" if not any(row.nonzero) else "trained"
+    return Outcome(weight, row.train_loss, row.complexity, status)
+
+
+def _print_search(name: str, outcomes: Sequence[Outcome]) -> None:
+    front = nondominated(outcomes)
+    trained = sum(outcome.status == "trained" for outcome in outcomes)
+    near = sum(0.3 * CRITICAL <= outcome.weight <= 3 * CRITICAL for outcome in outcomes)
+    print(
+        f"{name}: {len(outcomes)} trainings, {trained} not collapsed, {len(front)} nondominated, "
+        f"{near} within a factor of 3 of the critical weight"
+    )
+    for outcome in outcomes:
+        on = "" if outcome in front else "  dominated"
+        print(
+            f"    weight {outcome.weight:.3e}  E {outcome.loss:.4f}  Omega_l1 "
+            f"{outcome.complexity:8.1f}  {outcome.status}{on}"
+        )
+    for label, knee in (
+        ("by trade-off", knee_by_trade_off(outcomes)),
+        ("by chord", knee_by_chord(outcomes)),
+    ):
+        told = f"weight {knee.outcome.weight:.3e}" if knee.outcome else knee.reason
+        print(f"  knee {label}: {told} ({knee.value:.3f})", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -198,9 +310,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--test", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
-    parser.add_argument("--epochs", type=int, default=6, help="of table 2 and figures 7, 8")
+    parser.add_argument("--epochs", type=int, default=6, help="of table 2 and of the searches")
     parser.add_argument("--full-epochs", type=int, default=30, help="of the critical row")
-    parser.add_argument("--search-epochs", type=int, default=3)
+    parser.add_argument("--descent-epochs", type=int, default=10, help="of figures 7 and 8")
+    parser.add_argument("--budget", type=int, default=8, help="trainings of a search")
     parser.add_argument("--pruning", choices=tuple(NAMES), action="append", help="default: all")
     parser.add_argument("--jobs", type=int, default=1, help="trainings of a search at once")
     options = parser.parse_args(arguments)
@@ -208,11 +321,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(load_data(options.data), load_data(options.test), options.out)
     for part in options.part or PARTS:
         if part == "critical":
-            critical(bench, options.full_epochs)
+            critical(bench, options.full_epochs, options.pruning or tuple(NAMES))
         elif part == "table":
             table(bench, options.epochs, options.pruning or tuple(NAMES))
         elif part == "smgd":
-            smgd(bench, options.epochs)
+            smgd(bench, options.descent_epochs, options.full_epochs)
+        else:
+            search(bench, options.epochs, options.budget, options.jobs)
     return 0
 
 
@@ -223,7 +338,7 @@ _HEAD = (
 
 
 def _print_row(trade_off: float, row: Row, note: str = "") -> None:
-    if row.status.startswith("diverged"):
+    if not row.nonzero:
         print(f"{trade_off:8g}  {row.status}", flush=True)
         return
     first, second, third = row.nonzero

@@ -11,6 +11,9 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+from retrain.trainers.itp.knee import knee_by_chord, knee_by_trade_off
+from retrain.trainers.itp.search import Outcome, nondominated
+
 History = Sequence[Mapping[str, Any]]
 
 
@@ -46,3 +49,48 @@ def draw_descent(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_searches(found: Mapping[str, Sequence[Outcome]], path: Path) -> None:
+    """Draw figure 9: each search's outcomes, those on the front, and the two knees."""
+    figure, axes = plt.subplots(
+        1,
+        len(found),
+        figsize=(4 * len(found), 4.5),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    for (name, outcomes), axis in zip(found.items(), axes[0], strict=True):
+        front = nondominated(outcomes)
+        dominated = [outcome for outcome in outcomes if outcome not in front]
+        axis.plot(*_points(dominated), "x", color="0.6", label="dominated")
+        axis.plot(*_points(front), "o-", ms=4, lw=0.8, label="nondominated")
+        for knee, style, label in (
+            (knee_by_trade_off(outcomes), "s", "knee by trade-off"),
+            (knee_by_chord(outcomes), "D", "knee by chord"),
+        ):
+            if knee.outcome is not None:
+                size = 15 if style == "s" else 10
+                axis.plot(
+                    *_points([knee.outcome]),
+                    style,
+                    ms=size,
+                    mfc="none",
+                    mec="C3",
+                    mew=1.5,
+                    label=f"{label}: {knee.outcome.weight:.1e}",
+                )
+        axis.set(title=f"{name}, {len(outcomes)} trainings", xlabel="cross entropy, training")
+        axis.set_xscale("log")
+        axis.set_yscale("symlog", linthresh=10)
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel("Omega_l1 of the dense layers")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _points(outcomes: Sequence[Outcome]) -> tuple[list[float], list[float]]:
+    return [one.loss for one in outcomes], [one.complexity for one in outcomes]
