@@ -19,7 +19,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that is forked should have no threads
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["retrain.api", "retrain.report.terminal", "retrain.demo"])
+_FORKS.set_forkserver_preload(
+    ["retrain.api", "retrain.report.terminal", "retrain.demo", "retrain.training_run"]
+)
 
 
 @dataclass(frozen=True)

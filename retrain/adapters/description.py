@@ -60,6 +60,7 @@ LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.LogSoftmax: ("dim",),
     nn.Identity: (),
     nn.Flatten: ("start_dim", "end_dim"),
+    nn.Unflatten: ("dim", "unflattened_size"),
     nn.Dropout: ("p",),
     nn.Dropout2d: ("p",),
     nn.MaxPool2d: _MAX_POOL,

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,6 +26,9 @@ from retrain.trainers.callbacks import Step
 @contextmanager
 def processes(device: torch.device) -> Iterator[tuple[Part, torch.device]]:
     """Join the processes that ``torchrun`` started, if it did; leave them at the end.
+
+    A program that trains more than once joins them itself first (``init_process_group``), for
+    torch's default group cannot be left and joined again; that group is used, and kept.
 
     Yields
     ------
@@ -54,11 +56,15 @@ def processes(device: torch.device) -> Iterator[tuple[Part, torch.device]]:
         device = torch.device("cuda", local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    ours = not distributed.is_initialized()
+    if ours:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Part(distributed.get_rank(), distributed.get_world_size()), device
+        distributed.barrier()  # the first process writes at the end; the others wait
     finally:
-        distributed.destroy_process_group()
+        if ours:
+            distributed.destroy_process_group()
 
 
 class Replicas:
@@ -83,7 +89,6 @@ class Replicas:
             self._wrapped = DistributedDataParallel(
                 model,
                 device_ids=None if index is None else [index],
-                broadcast_buffers=False,  # alike in all processes: batch norm is joint
                 find_unused_parameters=True,  # a block that is skipped has no gradients
             )
             self._parameters = parameters
@@ -128,6 +133,22 @@ def is_joint() -> bool:
     return bool(distributed.is_available() and distributed.is_initialized())
 
 
+class _JointSum(torch.autograd.Function):
+    """Sum over processes; so is the gradient, for every process's loss depends on the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        total = part.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        distributed.all_reduce(total)
+        return total
+
+
 class JointBatchNorm(_BatchNorm):
     """Batch norm whose training statistics are those of the whole batch, over all processes.
 
@@ -144,11 +165,11 @@ class JointBatchNorm(_BatchNorm):
         shape = [1, -1] + [1] * (inputs.ndim - 2)
         values = inputs.float()
         ones = values.new_full((1,), values.numel() / values.shape[1])
-        totals = differentiable_all_reduce(torch.cat([values.sum(axes), ones]))
+        totals = _JointSum.apply(torch.cat([values.sum(axes), ones]))
         count = totals[-1].detach()
         mean = totals[:-1] / count
         centred = values - mean.view(shape)
-        variance = differentiable_all_reduce(centred.square().sum(axes)) / count
+        variance = _JointSum.apply(centred.square().sum(axes)) / count
         self._follow(mean.detach(), variance.detach(), float(count))
         outputs = centred * (variance + self.eps).rsqrt().view(shape)
         if self.affine:
