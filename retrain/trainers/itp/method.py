@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -130,13 +130,14 @@ class Itp:
             )
         calls = _callbacks(pruning, self.pruning)
         if self.descent == "weighted":
-            assert self.trade_off is not None  # __post_init__ saw to it
             optimizer = setting.make_optimizer(model.parameters())
-            penalty = weighted_sum([(self.trade_off, complexity), other])
         else:
-            optimizer = _multi_gradient(model, setting)
-            penalty = weighted_sum([other])
-            calls = replace(calls, after_backward=(*calls.after_backward, _hand_over(complexity)))
+            several = _multi_gradient(model, setting)
+            hand_over = _hand_over(complexity, several)
+            calls = replace(calls, after_backward=(*calls.after_backward, hand_over))
+            optimizer = several
+        # With several objectives the complexity is one of them, and no part of the loss.
+        penalty = weighted_sum([(self.trade_off or 0.0, complexity), other])
         parts: dict[str, Stateful] = {"pruning": pruning}
         schedule = setting.make_schedule(optimizer)
         if self.decay > 0:
@@ -159,8 +160,7 @@ class Itp:
 
     def finish(self, training: Training) -> nn.Module:
         """Prune a last time, and return the model."""
-        pruning = training.parts["pruning"]
-        assert isinstance(pruning, SoftPruning)
+        pruning = cast("SoftPruning", training.parts["pruning"])
         pruning.prune()
         if collapsed(pruning):
             logger.warning("collapsed: every weight of %s is zero", ", ".join(pruning.weights))
@@ -194,14 +194,11 @@ def _callbacks(pruning: SoftPruning, when: Pruning) -> Callbacks:
     return replace(calls, after_backward=(hold,), after_step=(hold, *calls.after_step))
 
 
-def _hand_over(complexity: Objective) -> Callable[[Step], None]:
+def _hand_over(complexity: Objective, optimizer: MultiGradient) -> Callable[[Step], None]:
     """Return the callback that gives the optimiser the second objective's gradient."""
 
     def hand_over(step: Step) -> None:
-        optimizer = step.optimizer
-        assert isinstance(optimizer, MultiGradient)
-        with torch.enable_grad():
-            found = gradients(complexity, step.model, optimizer.parameters())
+        found = gradients(complexity, step.model, optimizer.parameters())
         optimizer.set_gradients(1, found)
 
     return hand_over
