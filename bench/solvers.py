@@ -1,49 +1,51 @@
 """Solvers of the layer programs against each other, at the same certified accuracy.
 
-Every problem is named, seeded and sized. Every answer is judged by the float64 program itself, not
-by what its solver says, and answers that miss the accuracy are printed as losses. Solvers that go
-unit by unit are given a few units, from all sizes of Omega; times are per unit, set-up included.
-Rounds interleave the solvers, so that a load on the machine meets all of them, and a ratio is taken
-within a round.
+Every problem is named, seeded and sized (`bench.problems`). Every answer is judged by the program
+itself, in float64, not by what its solver says, and answers that miss the accuracy are printed as
+losses. The general solvers (Clarabel, SCS, OSQP; PIQP and ProxQP where they are installed) are
+called by their own interfaces, one unit at a time, on the form each is fastest with (``--forms``
+compares), and are given a few units, from all sizes of Omega. A solver's own tolerance says little
+about the certificate, so it is tightened until the certificate holds, and only the run that holds
+is counted.
 
-OSQP's own tolerance says little about the certificate. It is tightened, with and without polishing,
-until the certificate holds, and only the fastest run that holds is counted.
+Times are processor time a unit, set-up included. Passes are processor time for all units over that
+of one pair of products X U, X^T Z in float32. BLAS has one thread unless told otherwise.
 
-Passes are processor time for all units over that of one pair of products X U, X^T Z in float32.
-
-Rows are JSON lines; a row that is in the file already is not run again. A change of the solvers, of
-this file or of the versions makes other rows.
+Rows are JSON lines; a row that is in the file already is not run again. A change of what is
+measured, of this bench or of the versions makes other rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import statistics
-import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from bench import peers
 from bench.problems import (
-    PROBLEMS,
-    SMOKE,
+    SETS,
+    Instance,
     Problem,
-    iid,
     in_single_precision,
+    problem,
     some_units,
     typical_units,
 )
+from bench.solver_tables import OURS, Row, report
 from solvers import (
     Certificate,
     RegularisedProgram,
@@ -51,171 +53,177 @@ from solvers import (
     solve_admm,
     solve_cvxpy,
     solve_newton,
-    solve_osqp,
 )
 from solvers.program import Program
 
-Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
 _PAIRS = 5
-OURS = ("admm", "admm-float32", "newton")
-OSQP_LADDER = (1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 1e-7, 1e-8)
-PACKAGES = ("numpy", "scipy", "osqp", "cvxpy", "clarabel")
-WANTED_RATIO = 20.0  # of OSQP's seconds a unit to ADMM's, on "iid"
-
-
-# Solvers: each takes a program and the accuracy and gives its answer with the settings it chose.
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a solver gave: the program it solved (a few units or all), the result, its settings."""
+    """What a solver gave: the program it solved (a few units or all), its settings and times."""
 
     program: Program
-    result: SolveResult
+    units: int
+    certificate: Certificate
+    zeros: float
+    iterations: int
+    status: str
     setup_seconds: float
-    solve_seconds: float
+    seconds: float
     cpu_seconds: float
     settings: dict[str, Any]
     dtype: str = "float64"
 
 
-def timed(solve: Callable[[], SolveResult]) -> tuple[SolveResult, float]:
-    """Run a solve and count its processor time, which waiting for others does not change."""
-    started = time.process_time()
-    result = solve()
-    return result, time.process_time() - started
-
-
-def run_admm(program: Program, tolerance: float, units: int) -> Answer:
-    """All units at once, in float64."""
-    result, cpu = timed(lambda: solve_admm(program, tolerance=tolerance))
-    return Answer(program, result, result.setup_seconds, result.solve_seconds, cpu, {})
-
-
-def run_admm_single(program: Program, tolerance: float, units: int) -> Answer:
-    """All units at once, data in float32, judged on the float64 data."""
-    single = in_single_precision(program)
-    result, cpu = timed(lambda: solve_admm(single, tolerance=tolerance))
-    seconds = result.setup_seconds, result.solve_seconds, cpu
-    return Answer(program, result, *seconds, {}, dtype="float32")
-
-
-def run_newton(program: Program, tolerance: float, units: int) -> Answer:
-    """All units, a few steps of ADMM and then Newton's, one unit at a time."""
-    result, cpu = timed(lambda: solve_newton(program, tolerance=tolerance))
-    return Answer(program, result, result.setup_seconds, result.solve_seconds, cpu, {})
-
-
-def run_clarabel(program: Program, tolerance: float, units: int) -> Answer:
-    """Clarabel through cvxpy, lifted; typical units, or all where a ball ties them."""
-    few = program
-    if isinstance(program, RegularisedProgram):
-        few = some_units(program, typical_units(program, units))
-    result, cpu = timed(lambda: solve_cvxpy(few, tolerance=tolerance))
-    seconds = result.setup_seconds, result.solve_seconds, cpu
-    return Answer(few, result, *seconds, {"form": "lifted"})
-
-
-def run_osqp(program: Program, tolerance: float, units: int) -> Answer:
-    """The paper's QP (14) by OSQP, typical units, each as `osqp_settings` found best."""
-    assert isinstance(program, RegularisedProgram)
-    chosen_units = typical_units(program, units)
-    few = some_units(program, chosen_units)
-    settings = [osqp_settings(program, unit, tolerance) for unit in chosen_units]
-    results, cpu = [], 0.0
-    for unit, chosen in zip(chosen_units, settings, strict=True):
-        one = some_units(program, [unit])
-        result, used = timed(partial(solve_osqp, one, tolerance=tolerance, options=chosen))
-        results.append(result)
-        cpu += used
-    together = replace(
-        results[0],
-        weight=np.hstack([each.weight for each in results]),
-        multiplier=np.hstack([each.multiplier for each in results]),
-        iterations=max(each.iterations for each in results),
+def run_ours(
+    solve: Callable[..., SolveResult], single: bool, program: Program, tolerance: float, units: int
+) -> Answer:
+    """All units at once, judged on the data as it is, whatever dtype was solved in."""
+    given = in_single_precision(program) if single else program
+    started, used = time.perf_counter(), time.process_time()
+    result = solve(given, tolerance=tolerance)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - used
+    return Answer(
+        program,
+        program.shape[2],
+        program.certificate(
+            np.asarray(result.weight, program.inputs.dtype), np.asarray(result.multiplier, float)
+        ),
+        float(np.mean(result.weight == 0)),
+        result.iterations,
+        result.status.value,
+        result.setup_seconds,
+        seconds,
+        cpu,
+        {},
+        str(given.inputs.dtype),
     )
+
+
+def run_cvxpy(program: Program, tolerance: float, units: int) -> Answer:
+    """Clarabel through cvxpy; typical units, or all where a ball ties them."""
+    few = _few(program, units)
+    used = time.process_time()
+    result = solve_cvxpy(few, tolerance=tolerance)
     return Answer(
         few,
-        together,
-        sum(each.setup_seconds for each in results),
-        sum(each.solve_seconds for each in results),
-        cpu,
-        {"by_unit": settings},
+        few.shape[2],
+        result.certificate,
+        _nearly_zero(result.weight),
+        result.iterations,
+        result.status.value,
+        result.setup_seconds,
+        result.setup_seconds + result.solve_seconds,
+        time.process_time() - used,
+        {},
     )
 
 
-@cache
-def osqp_settings(program: RegularisedProgram, unit: int, tolerance: float) -> dict[str, Any]:
-    """Find the loosest OSQP tolerance whose certificate holds; polished or not, what is faster."""
-    one = some_units(program, [unit])
-    runs: list[tuple[float, dict[str, Any]]] = []
-    for polishing in (False, True):
-        for eps in OSQP_LADDER:
-            chosen = {"eps_abs": eps, "eps_rel": eps, "polishing": polishing}
-            result, cpu = timed(partial(solve_osqp, one, tolerance=tolerance, options=chosen))
-            if result.certified.all():
-                runs.append((cpu, chosen))
-                break
-    # Nothing held: the tightest is counted, and printed as a loss.
-    return min(runs, key=lambda run: run[0])[1] if runs else chosen
+_ENOUGH: dict[tuple[str, int, float], float] = {}
+"""What a peer's own accuracy had to be for a unit, so that later rounds begin there."""
 
 
-SOLVERS: dict[str, Callable[[Program, float, int], Answer]] = {
-    "osqp": run_osqp,
-    "admm": run_admm,
-    "admm-float32": run_admm_single,
-    "newton": run_newton,
-    "clarabel": run_clarabel,
-}
+def run_peer(name: str, form: str, program: Program, tolerance: float, units: int) -> Answer:
+    """A general solver on typical units, one by one, or on the layer where a ball ties them."""
+    regularised = isinstance(program, RegularisedProgram)
+    chosen = typical_units(program, units) if regularised else [-1]
+    parts, found = [], []
+    for unit in chosen:
+        part = some_units(program, [unit]) if regularised else program
+        key = (f"{name}:{form}:{id(program)}", unit, tolerance)
+        attempt = peers.solve_unit(name, part, tolerance, form, _ENOUGH.get(key))
+        if attempt.certified:
+            _ENOUGH[key] = attempt.accuracy
+        parts.append(part)
+        found.append(attempt)
+    together = _few(program, units)
+    fields = Certificate.__dataclass_fields__
+    certificate = found[0].certificate
+    if regularised:
+        certificate = Certificate(
+            **{n: np.hstack([getattr(each.certificate, n) for each in found]) for n in fields}
+        )
+    return Answer(
+        together,
+        together.shape[2],
+        certificate,
+        _nearly_zero(np.hstack([each.weight for each in found])),
+        max(each.iterations for each in found),
+        ", ".join(sorted({each.status for each in found})),
+        0.0,
+        sum(each.seconds for each in found),
+        sum(each.cpu_seconds for each in found),
+        {"form": form, "accuracies": [each.accuracy for each in found]},
+    )
 
 
-def can_state(solver: str, program: Program) -> bool:
+def solver(name: str) -> Callable[[Program, float, int], Answer]:
+    """Look a solver up: ours, cvxpy, a peer, or PEER:FORM."""
+    ours = {"newton": solve_newton, "admm": solve_admm}
+    kind, _, detail = name.partition(":")
+    if kind in ours and detail in ("", "float32"):
+        return partial(run_ours, ours[kind], detail == "float32")
+    if name == "cvxpy":
+        return run_cvxpy
+    if kind in peers.PEERS and (not detail or detail in peers.PEERS[kind].forms):
+        return partial(run_peer, kind, detail or peers.PEERS[kind].forms[0])
+    known = (*OURS, "cvxpy", *peers.PEERS)
+    raise ValueError(f"solver: want one of {', '.join(known)}, or PEER:FORM; got {name!r}")
+
+
+def can_state(name: str, program: Program) -> bool:
     """Tell whether a solver takes this form: the ball is no quadratic program."""
-    return solver != "osqp" or isinstance(program, RegularisedProgram)
+    kind, _, form = name.partition(":")
+    if kind not in peers.PEERS or isinstance(program, RegularisedProgram):
+        return True
+    return peers.PEERS[kind].ball and form in ("", "lifted")
 
 
 # Rows.
 
 
 @cache
-def environment() -> Row:
-    """Versions, machine and the last commit that touched what is measured."""
-    repository = Path(__file__).resolve().parents[1]
-    command = ["git", "-C", str(repository), "log", "-1", "--format=%h", "--"]
-    try:
-        answer = subprocess.run(
-            [*command, "solvers", "bench/solvers.py"], capture_output=True, text=True, check=True
-        )
-        commit = answer.stdout.strip() or "unknown"
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+def environment(kind: str) -> Row:
+    """What, besides the plan, makes a row: hash of the code that is measured, and versions."""
+    ours = kind in ("newton", "admm")
+    files = sorted((ROOT / "solvers").glob("*.py")) if ours else [ROOT / "bench/peers.py"]
+    files += [ROOT / "bench" / name for name in ("problems.py", "forms.py")]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    packages = ["numpy", "scipy"]
+    if ours:
+        packages.append("numba")
+    if kind in peers.PEERS:
+        packages.append(peers.PEERS[kind].package)
+    if kind == "cvxpy":
+        packages += ["cvxpy", "clarabel"]
     return {
-        "commit": commit,
+        "code": digest,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        **versions,
     }
 
 
 def key_of(row: Row) -> str:
     """What makes a row the same measurement."""
-    names = ("problem", "solver", "round", "tolerance", "threads", "units", "commit", *PACKAGES)
-    return json.dumps([row[name] for name in names])
+    names = ("problem", "solver", "round", "tolerance", "threads", "units", "code", "versions")
+    return json.dumps([row[name] for name in names], sort_keys=True)
 
 
-def measure(
-    problem: str, program: Program, solver: str, plan: Row, tolerance: float, threads: int
-) -> Row:
+def measure(instance: Instance, plan: Row) -> Row:
     """Run one solver once and judge its answer."""
-    with threadpool_limits(threads):
-        answer = SOLVERS[solver](program, tolerance, plan["units"])
+    program, tolerance = instance.program, plan["tolerance"]
+    with threadpool_limits(plan["threads"]):
+        answer = solver(plan["solver"])(program, tolerance, plan["units"])
         pair = pair_seconds(program)
-    certificate = judged(answer)
-    certified = certificate.within(tolerance, tolerance)
-    units = answer.program.shape[2]
-    seconds = answer.setup_seconds + answer.solve_seconds
+    certificate, units = answer.certificate, answer.units
+    objective = float(np.sum(certificate.objective))
+    optimum = None
+    if instance.optimum is not None and units == program.shape[2]:
+        optimum = float(np.sum(instance.optimum))
     return {
         **plan,
         "samples": program.shape[0],
@@ -223,18 +231,16 @@ def measure(
         "layer_units": program.shape[2],
         "solved_units": units,
         "form": "regularised" if isinstance(program, RegularisedProgram) else "constrained",
-        "status": answer.result.status.value,
-        "certified": bool(np.all(certified)),
-        "gap": float(np.max(certificate.gap)),
-        "violation": float(np.max(certificate.violation)),
-        "objective": float(np.sum(certificate.objective)),
-        "zeros": float(
-            np.mean(np.abs(answer.result.weight) <= 1e-6 * np.abs(answer.result.weight).max())
-        ),
-        "iterations": answer.result.iterations,
+        "status": answer.status,
+        "certified": bool(np.all(certificate.within(tolerance, tolerance))),
+        "gap": _finite(np.max(certificate.gap)),
+        "violation": _finite(np.max(certificate.violation)),
+        "objective": _finite(objective),
+        "error": None if optimum is None else _finite((objective - optimum) / optimum),
+        "zeros": answer.zeros,
+        "iterations": answer.iterations,
         "setup_seconds": answer.setup_seconds,
-        "solve_seconds": answer.solve_seconds,
-        "seconds_a_unit": seconds / units,
+        "seconds_a_unit": answer.seconds / units,
         "cpu_seconds_a_unit": answer.cpu_seconds / units,
         "pair_seconds": pair,
         "passes": answer.cpu_seconds / units * program.shape[2] / pair,
@@ -257,13 +263,6 @@ def pair_seconds(program: Program) -> float:
     return min(times)
 
 
-def judged(answer: Answer) -> Certificate:
-    """The certificate from the float64 program, whatever the solver said."""
-    weight = np.asarray(answer.result.weight, dtype=np.float64)
-    multiplier = np.asarray(answer.result.multiplier, dtype=np.float64)
-    return answer.program.certificate(weight, multiplier)
-
-
 def read_rows(path: Path) -> dict[str, Row]:
     """Rows of an earlier run by key; a last line cut off by a kill is left out."""
     rows: dict[str, Row] = {}
@@ -277,172 +276,124 @@ def read_rows(path: Path) -> dict[str, Row]:
     return rows
 
 
-# Tables.
+def _few(program: Program, units: int) -> Program:
+    """Typical units of a regularised program; the whole constrained one."""
+    if isinstance(program, RegularisedProgram):
+        return some_units(program, typical_units(program, units))
+    return program
 
 
-def spell(row: Row) -> str:
-    """One line of the table."""
-    return (
-        f"  {row['solver']:13} {row['round']:>5} {row['solved_units']:>6} "
-        f"{row['seconds_a_unit']:>9.4f} {row['cpu_seconds_a_unit']:>10.4f} "
-        f"{row['setup_seconds']:>8.2f} {row['solve_seconds']:>8.2f} "
-        f"{row['iterations']:>6} {row['passes']:>7.0f} {row['gap']:>9.1e} {row['violation']:>9.1e} "
-        f"{row['zeros']:>6.1%}  {row['status'] if row['certified'] else 'NOT CERTIFIED'}"
-    )
+def _nearly_zero(weight: np.ndarray) -> float:
+    """Share of weights that a solver without exact zeros means to be zero."""
+    return float(np.mean(np.abs(weight) <= 1e-6 * np.abs(weight).max()))
 
 
-HEADER = (
-    "  solver        round  units    s/unit cpu s/unit set-up s  solve s  iters  passes"
-    "       gap violation  zeros"
-)
+def _finite(value: float) -> float | None:
+    """A number that JSON can hold."""
+    return float(value) if np.isfinite(value) else None
 
 
-def ratios(rows: list[Row], slow: str, fast: str, time_of: str = "seconds_a_unit") -> list[float]:
-    """Seconds a unit of `slow` over those of `fast`, round by round, where both are certified."""
-    seconds = {(row["solver"], row["round"]): row[time_of] for row in rows if row["certified"]}
-    rounds = sorted({number for name, number in seconds if name == slow})
-    return [
-        seconds[slow, number] / seconds[fast, number]
-        for number in rounds
-        if (fast, number) in seconds
-    ]
-
-
-def losses(rows: list[Row]) -> list[str]:
-    """Where ours was slower than another, or anybody missed the accuracy."""
-    lines = [
-        f"{row['problem']}: {row['solver']} missed {row['tolerance']:g}: gap {row['gap']:.1e}, "
-        f"violation {row['violation']:.1e} (it says {row['status']})"
-        for row in rows
-        if not row["certified"]
-    ]
-    for problem in dict.fromkeys(row["problem"] for row in rows):
-        mine = [row for row in rows if row["problem"] == problem]
-        for ours in OURS:
-            for other in ("osqp", "clarabel"):
-                found = ratios(mine, other, ours)
-                if found and statistics.median(found) < 1:
-                    lines.append(f"{problem}: {ours} is slower than {other}")
-    return lines
-
-
-def report(rows: list[Row], wanted: bool) -> None:
-    """Print the rows by problem, the ratios and the losses."""
-    for problem in dict.fromkeys(row["problem"] for row in rows):
-        mine = [row for row in rows if row["problem"] == problem]
-        first = mine[0]
-        print(
-            f"\n{problem}: {first['form']}, {first['inputs']} inputs, {first['samples']} samples, "
-            f"{first['layer_units']} units, gap and violation {first['tolerance']:g}, "
-            f"{first['threads']} thread(s)"
-        )
-        print(HEADER)
-        for row in mine:
-            print(spell(row))
-        for ours in OURS:
-            for other in ("osqp", "clarabel"):
-                found = ratios(mine, other, ours)
-                if found:
-                    middle = statistics.median(found)
-                    cpu = ratios(mine, other, ours, "cpu_seconds_a_unit")
-                    print(
-                        f"  {other} / {ours}, seconds a unit: median {middle:.1f} "
-                        f"({min(found):.1f} to {max(found):.1f}, {len(found)} rounds); "
-                        f"of processor time {statistics.median(cpu):.1f}"
-                    )
-        for row in mine:
-            if row["solver"] == "osqp" and row["round"] == 0:
-                chosen = [
-                    f"{each['eps_abs']:g}{' polished' if each['polishing'] else ''}"
-                    for each in row["settings"]["by_unit"]
-                ]
-                print(f"  osqp's own tolerance, by unit: {', '.join(chosen)}")
-    lines = losses(rows)
-    print("\nlosses:" if lines else "\nlosses: none")
-    for line in lines:
-        print(f"  {line}")
-    if wanted:
-        iid_rows = [row for row in rows if row["problem"] == "iid"]
-        found = ratios(iid_rows, "osqp", "admm")
-        if found:
-            middle = statistics.median(found)
-            processor = statistics.median(ratios(iid_rows, "osqp", "admm", "cpu_seconds_a_unit"))
-            verdict = "met" if min(middle, processor) >= WANTED_RATIO else "MISSED"
-            print(
-                f"\nper unit, ADMM in float64 on the whole of iid is {middle:.1f} times faster "
-                f"than the paper's QP by OSQP, by processor time {processor:.1f} "
-                f"(wanted: {WANTED_RATIO:g}; {verdict})"
-            )
-
-
-def warm_up(solvers: list[str]) -> None:
-    """Load every library once before anything is timed."""
-    program = iid(30, 8, 2)
-    for solver in solvers:
-        SOLVERS[solver](program, 1e-2, 1)
+# The command.
 
 
 def main(arguments: list[str]) -> int:
-    """Measure what is not in the file yet, then print the tables."""
-    names = [problem.name for problem in PROBLEMS]
+    """Measure what is not in the file yet, then print the tables; 1 when ours is not certified."""
     parser = argparse.ArgumentParser(
         prog="python -m bench solvers",
         description=__doc__,
+        epilog="sets: " + "; ".join(f"{name}: {', '.join(SETS[name])}" for name in SETS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--problems", nargs="+", choices=names, default=names, metavar="NAME")
-    parser.add_argument("--solvers", nargs="+", choices=list(SOLVERS), default=list(SOLVERS))
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (3)")
-    parser.add_argument("--units", type=int, default=3, help="units for OSQP and Clarabel (3)")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="gap and violation (1e-4)")
+    parser.add_argument("--set", nargs="+", choices=list(SETS), metavar="SET", help="default main")
+    parser.add_argument("--problems", nargs="+", metavar="NAME", help="instead of sets")
+    parser.add_argument("--solvers", nargs="+", metavar="NAME", help="NAME or PEER:FORM")
+    parser.add_argument("--forms", action="store_true", help="every peer on every form it takes")
+    parser.add_argument("--rounds", type=int, default=1, help="interleaved rounds (1)")
+    parser.add_argument("--units", type=int, default=3, help="units for the peers (3)")
+    parser.add_argument("--tolerance", type=float, nargs="+", default=[1e-4], help="(1e-4)")
     parser.add_argument("--threads", type=int, default=1, help="BLAS threads (1)")
+    parser.add_argument("--data", type=Path, help="directory with models/ and mnist/, for lenet")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/solvers.jsonl"))
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny problems, one round, nothing kept"
-    )
+    parser.add_argument("--smoke", action="store_true", help="tiny problems, nothing kept")
     options = parser.parse_args(arguments)
-    problems = [problem for problem in PROBLEMS if problem.name in options.problems]
+    sets = ["smoke"] if options.smoke else options.set or ["main"]
+    names = options.problems or [name for each in sets for name in SETS[each]]
+    try:
+        problems = [problem(name, options.data) for name in names]
+        for name in options.solvers or []:
+            solver(name)
+    except ValueError as error:
+        print(f"bench solvers: {error}", file=sys.stderr)
+        return 2
     if options.smoke:
-        problems, options.rounds = list(SMOKE), 1
         with tempfile.TemporaryDirectory() as folder:
             options.out = Path(folder) / "solvers.jsonl"
             return _run(problems, options)
     return _run(problems, options)
 
 
+def _chosen(options: argparse.Namespace) -> list[str]:
+    """Names of the solvers to run, without the peers that are not there."""
+    names: list[str] = options.solvers or [*OURS, "cvxpy", *peers.PEERS]
+    if options.forms:
+        names = [f"{name}:{form}" for name in peers.PEERS for form in peers.PEERS[name].forms]
+    for name in peers.absent():
+        print(f"absent: {name} (package {peers.PEERS[name].package} cannot be imported)")
+    return [name for name in names if name.partition(":")[0] not in peers.absent()]
+
+
+def _plans(options: argparse.Namespace, names: list[str]) -> Iterator[Row]:
+    """What to measure of a problem, rounds interleaved."""
+    for tolerance in options.tolerance:
+        for number in range(options.rounds):
+            for name in names:
+                yield {
+                    "solver": name,
+                    "round": number,
+                    "tolerance": tolerance,
+                    "threads": options.threads,
+                    "units": options.units,
+                    **environment(name.partition(":")[0]),
+                }
+
+
 def _run(problems: list[Problem], options: argparse.Namespace) -> int:
-    """Run the plan, row by row, and report it; exit code 1 when an ADMM answer is not certified."""
+    """Run the plan, row by row, and report it."""
     options.out.parent.mkdir(parents=True, exist_ok=True)
     done = read_rows(options.out)
-    warm_up(options.solvers)
+    names = _chosen(options)
+    warm_up(names)
     rows: list[Row] = []
-    with options.out.open("a", encoding="utf-8") as file:
-        for problem in problems:
-            program: Program | None = None
-            for number in range(options.rounds):
-                for solver in options.solvers:
-                    if solver == "clarabel" and number > 0:
+    with options.out.open("a+", encoding="utf-8") as file:
+        _end_line(file)
+        for each in problems:
+            instance: Instance | None = None
+            for plan in _plans(options, names):
+                plan = {"problem": each.name, **plan}
+                row = done.get(key_of(plan))
+                if row is None:
+                    instance = each.make() if instance is None else instance
+                    if not can_state(plan["solver"], instance.program):
                         continue
-                    plan = {
-                        "problem": problem.name,
-                        "solver": solver,
-                        "round": number,
-                        "tolerance": options.tolerance,
-                        "threads": options.threads,
-                        "units": options.units,
-                        **environment(),
-                    }
-                    row = done.get(key_of(plan))
-                    if row is None:
-                        program = problem.make() if program is None else program
-                        if not can_state(solver, program):
-                            continue
-                        row = measure(
-                            problem.name, program, solver, plan, options.tolerance, options.threads
-                        )
-                        file.write(json.dumps(row) + "\n")
-                        file.flush()
-                    rows.append(row)
-    report(rows, wanted=not options.smoke)
-    ours = [row for row in rows if row["solver"] in OURS]
-    return 0 if all(row["certified"] for row in ours) else 1
+                    row = measure(instance, plan)
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+                rows.append(row)
+    picture = None if options.smoke else options.out.with_suffix(".png")
+    report(rows, picture)
+    return 0 if all(row["certified"] for row in rows if row["solver"] in OURS) else 1
+
+
+def _end_line(file: IO[str]) -> None:
+    """End a last line that a kill has cut off, so that the next row has its own."""
+    if file.tell() > 0:
+        file.seek(file.tell() - 1)
+        if file.read(1) != "\n":
+            file.write("\n")
+
+
+def warm_up(names: list[str]) -> None:
+    """Load every library, and compile, before anything is timed."""
+    program = problem("iid-8x30x2").make().program
+    for name in names:
+        solver(name)(program, 1e-2, 1)

@@ -8,7 +8,7 @@ import torch
 from instances import matrix, of_a_layer, with_optimum
 from kkt import assert_kkt
 
-from bench.problems import features, in_single_precision
+from bench.problems import in_single_precision, relu2
 from solvers import (
     L1,
     ElasticNet,
@@ -453,7 +453,7 @@ def test_malformed_arguments_are_refused():
 
 def test_float32_data_is_certified_beyond_what_float32_iterates_reach(monkeypatch):
     """Where float32 iterates stop gaining, float64 takes over; without that they never arrive."""
-    program = in_single_precision(features(400, 120, 10))
+    program = in_single_precision(relu2(120, 400, 10, ball=False).program)
     limits = {"tolerance": 1e-6, "max_iterations": 4000}
     assert solve_admm(program, **limits).status is Status.SOLVED
     monkeypatch.setattr("solvers.admm._stalled", lambda *_: False)
