@@ -88,12 +88,18 @@ class Shrink(Plain):
 def recipes():
     """Each case's tables; 120 samples in batches of 17 leave a last one of one sample."""
     plain = tables(model={"dropout": 0.0}, training={"batch_size": 17})
+    dense = tables(model={"dropout": 0.0}, optimizer={"name": "adam", "lr": 0.01, "momentum": 0.0})
+    del dense["optimizer"]["momentum"], dense["schedule"]
+    itp = {"name": "itp", "descent": "multi-gradient", "threshold": 0.01}
+    switches = {"name": "shrinknets", "strength": 0.3, "inertia": 0.8}
     return {
         "plain": plain,
         "shrinking": {**plain, "model": {"factory": "joint_runs:blocks"},
                       "method": {"name": "shrink"}},
         "batch norm": {**tables(training={"batch_size": 16}),
                        "model": {"factory": "joint_runs:normed"}},
+        "itp": {**dense, "method": itp},
+        "shrinknets": {**dense, "method": switches},
     }  # fmt: skip
 
 

@@ -130,8 +130,34 @@ def test_batch_norm_and_augmented_images_resume_too(tmp_path, monkeypatch):
         retrain.train(other, out=tmp_path / "parts")
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(folder):
-    (folder / "r.toml").write_text(toml(tables(training={"epochs": 40})))
+DENSE = {"architecture": "dense", "widths": [12, 16, 8, 4]}
+ADAM = {"name": "adam", "lr": 0.01}
+METHODS = {
+    "plain": tables(training={"epochs": 25}),
+    "gates": {
+        **tables(training={"epochs": 25}),
+        "model": {"architecture": "gated-dense", "layers": 5, "inputs": 12, "width": 8},
+        "optimizer": ADAM,
+        "method": {"name": "gates", "log_gamma": -20, "theta_rate": 0.03, "fine_tune_epochs": 5},
+    },
+    "itp": {
+        **tables(training={"epochs": 25}, optimizer=ADAM),
+        "model": DENSE,
+        "optimizer": ADAM,
+        "method": {"name": "itp", "descent": "multi-gradient", "threshold": 0.01},
+    },
+    "shrinknets": {
+        **tables(training={"epochs": 25}),
+        "model": DENSE,
+        "optimizer": ADAM,
+        "method": {"name": "shrinknets", "strength": 0.1, "inertia": 0.8},
+    },
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(folder, method):
+    (folder / "r.toml").write_text(toml(METHODS[method]))
     call = ("train", "r.toml", "--quiet", "--threads", "1", "--out")
     command(folder, "train", "--list")  # what is timed shall not wait for the first import
     started = time.perf_counter()
@@ -139,18 +165,21 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(folder):
     assert (answer.code, answer.out, answer.err) == (0, "", "")
     seconds = time.perf_counter() - started
     chance, cut, epochs = random.Random(3), 0, 0
-    for _ in range(6):
+    for _ in range(3):
         running = start(folder, *call, "parts")
-        time.sleep(chance.uniform(0.2, 0.7) * seconds)
+        time.sleep(chance.uniform(0.3, 0.7) * seconds)
         cut += running.running
         running.kill()
         kept = folder / "parts" / "history.jsonl"
         now = len(kept.read_text().splitlines()) if kept.exists() else 0
         assert now >= epochs - 1, "epochs were lost"
         epochs = now
-    assert cut >= 2, "hardly a kill came before the end"
+    assert cut >= 1, "no kill came before the end"
     assert command(folder, *call, "parts").code == 0
     same_runs(folder / "whole", folder / "parts")
+    if method != "plain":
+        shapes = [(line["parameters"], line["method"]) for line in retrain.load("whole").history]
+        assert shapes[0] != shapes[-1], "nothing was pruned"
 
 
 def test_a_finished_run_is_returned_as_it_is(folder):
