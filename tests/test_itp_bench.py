@@ -32,6 +32,7 @@ def test_all_parts_run_and_a_second_time_only_read(tmp_path, monkeypatch, capsys
         "bisection: 3 trainings",
         "stochastic dichotomic: 3 trainings",
         "knee by chord: no knee",
+        "at the knees of bisection, 2 epochs",
     ):
         assert words in told
     for name in ("figures-7-8.png", "figure-9.png"):

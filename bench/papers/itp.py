@@ -25,9 +25,15 @@ from retrain.data import Data, load_data
 from retrain.trained import TrainedRun
 from retrain.trainers.itp.knee import knee_by_chord, knee_by_trade_off
 from retrain.trainers.itp.knee_runs import Strategy, trainer
-from retrain.trainers.itp.objectives import Complexity, convex_weight, dense_weights
+from retrain.trainers.itp.objectives import (
+    Complexity,
+    convex_weight,
+    dense_weights,
+    trade_off_of,
+)
 from retrain.trainers.itp.search import (
     Outcome,
+    Train,
     bisection,
     dichotomic,
     nondominated,
@@ -36,7 +42,7 @@ from retrain.trainers.itp.search import (
 from retrain.trainers.recipe import read_recipe
 from retrain.training_run import run_training
 
-PARTS = ("critical", "table", "smgd", "search")
+PARTS = ("critical", "table", "smgd", "search", "knee")
 NAMES = {"batch": "batchwise (c)", "epoch": "epochwise (b)", "end": "after training (a)"}
 DROP = {"schedule.name": "drop", "schedule.end": 0.1}
 """The paper's learning-rate schedule; table 2 on MNIST is without, its code's demo with it."""
@@ -244,33 +250,48 @@ def search(bench: Bench, epochs: int, budget: int, jobs: int) -> None:
         for trade_off in TRADE_OFFS[1 : len(TABLES["batch"])]
     }
     found = {f"list of {len(rows)}": [_outcome(weight, row) for weight, row in rows.items()]}
-    train = trainer(
-        read_recipe("itp-mnist", {"training.epochs": epochs, **FAST}),
-        bench.out / "trials",
-        jobs=jobs,
-        data=bench.data,
-        test=bench.test,
-    )
-    options: dict[str, Any] = {"levels": budget, "budget": budget}
-    draws = np.random.default_rng(0), np.random.default_rng(0)
-    searches: dict[str, Strategy] = {
-        "dichotomic": partial(dichotomic, interval=INTERVAL, **options),
-        "bisection": partial(bisection, interval=INTERVAL, **options),
-        "stochastic dichotomic": partial(
-            stochastic_dichotomic, interval=INTERVAL, rng=draws[0], **options
-        ),
-        f"stochastic, closeness {FINE:g}": partial(
-            stochastic_dichotomic, interval=INTERVAL, rng=draws[1], closeness=FINE, **options
-        ),
-    }
+    train = _trainer(bench, epochs, jobs)
     print(f"\nsearches in {INTERVAL}, {budget} trainings of {epochs} epochs each", flush=True)
-    for name, strategy in searches.items():
+    for name, strategy in _searches(budget).items():
         found[name] = strategy(train)
         _print_search(name, found[name])
         path = bench.out / "figure-9.png"
         pictures.draw_searches(found, path)
         print(f"picture: {path}", flush=True)
     _print_search(*next(iter(found.items())))
+
+
+def knee(bench: Bench, epochs: int, full_epochs: int, budget: int) -> None:
+    """Train fully at the knees that bisection found."""
+    found = _searches(budget)["bisection"](_trainer(bench, epochs, 1))
+    print(f"\nat the knees of bisection, {full_epochs} epochs\n{_HEAD}")
+    knees = {"by trade-off": knee_by_trade_off(found), "by chord": knee_by_chord(found)}
+    for label, one in knees.items():
+        if one.outcome is None:
+            print(f"  {label}: {one.reason}")
+            continue
+        trade_off = trade_off_of(one.outcome.weight)
+        row = table_row(bench, "batch", trade_off, full_epochs)
+        _print_row(trade_off, row, f"knee {label}")
+
+
+def _trainer(bench: Bench, epochs: int, jobs: int) -> Train:
+    recipe = read_recipe("itp-mnist", {"training.epochs": epochs, **FAST})
+    return trainer(recipe, bench.out / "trials", jobs=jobs, data=bench.data, test=bench.test)
+
+
+def _searches(budget: int) -> dict[str, Strategy]:
+    """The adaptive searches of figure 9, and algorithm 3 with a finer closeness."""
+    options: dict[str, Any] = {"interval": INTERVAL, "levels": budget, "budget": budget}
+    draws = np.random.default_rng(0), np.random.default_rng(0)
+    return {
+        "dichotomic": partial(dichotomic, **options),
+        "bisection": partial(bisection, **options),
+        "stochastic dichotomic": partial(stochastic_dichotomic, rng=draws[0], **options),
+        f"stochastic, closeness {FINE:g}": partial(
+            stochastic_dichotomic, rng=draws[1], closeness=FINE, **options
+        ),
+    }
 
 
 def _outcome(trade_off: float, row: Row) -> Outcome:
@@ -311,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
     parser.add_argument("--epochs", type=int, default=6, help="of table 2 and of the searches")
-    parser.add_argument("--full-epochs", type=int, default=30, help="of the critical row")
+    parser.add_argument("--full-epochs", type=int, default=30, help="of the critical row, at knees")
     parser.add_argument("--descent-epochs", type=int, default=10, help="of figures 7 and 8")
     parser.add_argument("--budget", type=int, default=8, help="trainings of a search")
     parser.add_argument("--pruning", choices=tuple(NAMES), action="append", help="default: all")
@@ -326,8 +347,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table(bench, options.epochs, options.pruning or tuple(NAMES))
         elif part == "smgd":
             smgd(bench, options.descent_epochs, options.full_epochs)
-        else:
+        elif part == "search":
             search(bench, options.epochs, options.budget, options.jobs)
+        else:
+            knee(bench, options.epochs, options.full_epochs, options.budget)
     return 0
 
 
