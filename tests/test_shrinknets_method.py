@@ -1,14 +1,18 @@
 """ShrinkNets and group sparsity as methods: from a recipe to a smaller network, and resumed."""
 
 import copy
+import json
+import time
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from command import command, start
 from torch import nn
 from torch.nn import functional
 from torch.optim import SGD, Adam
+from training_cases import same_runs, toml
 
 import retrain
 from retrain.run import read_record
@@ -137,6 +141,28 @@ def test_an_interrupted_run_ends_the_same(whole, tmp_path, stop):
     assert (out / name).read_bytes() == (whole.directory / name).read_bytes()
     assert [line["method"] for line in again.history] == [line["method"] for line in whole.history]
     assert [line["loss"] for line in again.history] == [line["loss"] for line in whole.history]
+
+
+def test_a_killed_run_ends_the_same(tmp_path):
+    """SIGKILL to the command line after neurons have gone."""
+    tables = recipe(training={"epochs": 14})
+    (tmp_path / "r.toml").write_text(toml(tables))
+    call = ("train", "r.toml", "--quiet", "--threads", "1", "--out", "parts")
+    running, limit = start(tmp_path, *call), time.monotonic() + 60
+    history = tmp_path / "parts" / "history.jsonl"
+    while running.running and time.monotonic() < limit:
+        if history.exists() and len(history.read_text().splitlines()) >= 7:
+            break
+        time.sleep(0.005)
+    assert running.running, running.read()
+    running.kill()
+    assert json.loads(history.read_text().splitlines()[-1])["method"]["input_neurons"] < 134
+    assert command(tmp_path, *call).code == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train_recipe(tables, out=tmp_path / "whole")
+    torch.set_num_threads(threads)
+    same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("at", ["inputs", "outputs"])

@@ -6,14 +6,17 @@ With a loss l, the mean over the samples of ``|y - A x|_2^2`` or of the cross en
     ShrinkNet (5), (8):    min_A,beta   l(A diag(beta)) + lambda |beta|_1 + lambda_2 |A|_p^p
 
 A_j is column j, all that leads away from input j. Group sparsity is convex: accelerated proximal
-gradient descent finds its minimum. ShrinkNet is not: alternating proximal steps in A and in beta
-only ever descend, and what they find depends on where they start. These are references that the
-switch layers, trained by any optimiser, can be held against.
+gradient descent finds its minimum. ShrinkNet is not. At the best split of C = A diag(beta) its
+penalty is a concave function of the columns' norms (`equivalent_penalty`); its tangents are
+weighted group sparsities, which are solved one after the other. That only ever descends, and what
+it finds depends on where it starts. These are references that the switch layers, trained by any
+optimiser, can be held against.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -185,20 +188,39 @@ def solve_group(
     adaptive restart (2015).
     """
     _check(strength=strength)
-    A = _start(problem, start)
+    A, count, moved = _descend(
+        problem,
+        _start(problem, start),
+        lambda values, step: _shrink_columns(values, step * strength, problem.penalised),
+        gradients,
+        tolerance,
+    )
+    return Fit(A, group_objective(problem, A, strength), count, moved < tolerance)
+
+
+def _descend(
+    problem: Regression,
+    A: np.ndarray,
+    prox: Callable[[np.ndarray, float], np.ndarray],
+    gradients: int,
+    tolerance: float,
+) -> tuple[np.ndarray, int, float]:
+    """Descend by accelerated proximal steps, restarted when momentum goes uphill.
+
+    `prox` takes a matrix and a step size. Returns A, how many gradients were taken, and how far
+    the last step went.
+    """
     ahead, momentum, step = A, 1.0, 1 / problem.curvature
     count, moved = 0, math.inf
     while count < gradients and moved >= tolerance:
         count += 1
-        new = _shrink_columns(
-            ahead - step * problem.gradient(ahead), step * strength, problem.penalised
-        )
+        new = prox(ahead - step * problem.gradient(ahead), step)
         if np.sum((ahead - new) * (new - A)) > 0:
             momentum = 1.0
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
         ahead = new + (momentum - 1) / following * (new - A)
         moved, A, momentum = _moved(A, new), new, following
-    return Fit(A, group_objective(problem, A, strength), count, moved < tolerance)
+    return A, count, moved
 
 
 def shrink_objective(
@@ -226,14 +248,14 @@ def solve_shrink(
     tolerance: float = 1e-8,
     start: np.ndarray | None = None,
 ) -> Fit:
-    """Descend on (7) by proximal steps in A and in beta in turn.
+    """Descend on (7) by majorising its penalty, and minimising that, in turn.
 
         minimise_A,beta  l(A diag(beta)) + lambda |beta|_1 + lambda_2 |A|_p^p
+        = minimise_C     l(C) + sum_j phi(|C_j|_p),       phi by `equivalent_penalty`
 
-    With C = A diag(beta), G the gradient of l at C and L its Lipschitz constant, l is at most
-    ``l + <G, D> + (L / 2) |D|_F^2`` at C + D. A step in A moves column j by beta_j times the
-    step, so that column has the curvature L beta_j^2; one in beta has L |A_j|^2. Each step
-    minimises that bound and the penalty, column by column, so the objective never rises.
+    phi is concave, so it lies below its tangent at the present norms c_j: what is minimised next is
+    ``l(C) + sum_j phi'(c_j) |C_j|_p``, by accelerated proximal steps. A column that is zero has an
+    infinite slope there, and stays zero.
 
     Parameters
     ----------
@@ -244,19 +266,20 @@ def solve_shrink(
     power : {1, 2}
         p.
     gradients, tolerance
-        As for `solve_group`; each pass takes two gradients, the tolerance is on A diag(beta).
+        As for `solve_group`; the tolerance is on C from tangent to tangent.
     start : ndarray, shape (n, p), optional
-        A diag(beta) to begin with, which `split_columns` splits at the least penalty. By default a
-        quarter of the gradients go into fitting without a penalty.
+        C to begin with. By default the minimum with all switches at 1, which for p = 2 is a ridge
+        regression, sought with a quarter of the gradients.
 
     Returns
     -------
     Fit
-        A local minimum, or where the gradients ran out. A column that has become zero stays zero.
+        A local minimum, or where the gradients ran out. The objective never rises.
 
     References
     ----------
-    The draft's (7) and (8); Bolte, Sabach and Teboulle, PALM (2014).
+    The draft's (7) and (8). Majorising a concave penalty by its tangents: Zou and Li (2008);
+    reweighted l1, Candes, Wakin and Boyd (2008).
     """
     _check(strength=strength, weight_strength=weight_strength)
     if strength == 0 or weight_strength == 0:
@@ -268,27 +291,81 @@ def solve_shrink(
         raise ValueError(f"power: 1 or 2 was wanted, not {power!r}")
     columns = problem.penalised
     count, moved = 0, math.inf
-    if start is None:
-        plain = solve_group(problem, 0.0, gradients=gradients // 4, tolerance=tolerance)
-        start, count = plain.A, plain.gradients
     C = _start(problem, start)
+    if start is None:
+        with_all = _prox_weights(weight_strength, power, columns)
+        C, count, _ = _descend(problem, C, with_all, gradients // 4, tolerance)
+
+    def value(C: np.ndarray) -> float:
+        norms = _norms(C[:, columns], power)
+        penalty = equivalent_penalty(norms, strength, weight_strength, power)
+        return problem.loss(C) + float(np.sum(penalty))
+
+    best, inner = value(C), _INNER
+    while count < gradients and moved >= tolerance:
+        slopes = _slopes(_norms(C[:, columns], power), strength, weight_strength, power)
+        prox = _prox_tangent(slopes, power, columns)
+        new, taken, _ = _descend(problem, C, prox, min(inner, gradients - count), tolerance / 10)
+        count += taken
+        reached = value(new)
+        if reached > best and inner > 1:
+            inner = 1  # momentum overshot; a step without it cannot
+            continue
+        moved, C, best, inner = _moved(C, new), new, reached, _INNER
     A, beta = C.copy(), np.ones(C.shape[1])
     A[:, columns], beta[columns] = split_columns(C[:, columns], strength, weight_strength, power)
-    second = np.zeros(C.shape[1])
-    second[columns] = weight_strength
-    prox = _prox_l1 if power == 1 else _prox_square
-    while count + 2 <= gradients and moved >= tolerance:
-        before = C
-        curvature = problem.curvature * beta**2
-        A = prox(A, problem.gradient(C) * beta, curvature, second)
-        slope = np.sum(problem.gradient(A * beta) * A, axis=0)[columns]
-        curvature = problem.curvature * np.sum(A[:, columns] ** 2, axis=0)
-        beta[columns] = _prox_l1(beta[columns], slope, curvature, strength)
-        C = A * beta
-        count += 2
-        moved = _moved(before, C)
     objective = shrink_objective(problem, A, beta, strength, weight_strength, power)
     return Fit(C, objective, count, moved < tolerance, beta)
+
+
+_INNER = 25
+"""Gradients on one tangent."""
+
+
+def _norms(C: np.ndarray, power: int) -> np.ndarray:
+    return np.linalg.norm(C, ord=power, axis=0)
+
+
+def _slopes(norms: np.ndarray, strength: float, weight_strength: float, power: int) -> np.ndarray:
+    """Return phi' at the norms; infinite at 0."""
+    safe = np.where(norms > 0, norms, 1.0)
+    share = 1 / 2 if power == 1 else 2 / 3  # phi is a multiple of the norm to this power
+    slopes = share * equivalent_penalty(safe, strength, weight_strength, power) / safe
+    return np.where(norms > 0, slopes, np.inf)
+
+
+Prox = Callable[[np.ndarray, float], np.ndarray]
+
+
+def _prox_tangent(slopes: np.ndarray, power: int, columns: slice) -> Prox:
+    """The proximal step of ``sum_j slope_j |C_j|_p``."""
+
+    def prox(values: np.ndarray, step: float) -> np.ndarray:
+        if power == 2:
+            return _shrink_columns(values, step * slopes, columns)
+        shrunk = values.copy()
+        shrunk[:, columns] = _shrink(values[:, columns], step * slopes)
+        return shrunk
+
+    return prox
+
+
+def _prox_weights(weight_strength: float, power: int, columns: slice) -> Prox:
+    """The proximal step of ``lambda_2 |C|_p^p``."""
+
+    def prox(values: np.ndarray, step: float) -> np.ndarray:
+        shrunk = values.copy()
+        if power == 2:
+            shrunk[:, columns] /= 1 + 2 * step * weight_strength
+        else:
+            shrunk[:, columns] = _shrink(values[:, columns], step * weight_strength)
+        return shrunk
+
+    return prox
+
+
+def _shrink(values: np.ndarray, amount: np.ndarray | float) -> np.ndarray:
+    return np.sign(values) * np.maximum(np.abs(values) - amount, 0.0)
 
 
 def equivalent_penalty(
@@ -328,30 +405,7 @@ def split_columns(
     return C / np.where(beta > 0, beta, 1.0), beta
 
 
-def _prox_square(
-    values: np.ndarray, gradient: np.ndarray, curvature: np.ndarray, weight: np.ndarray
-) -> np.ndarray:
-    """Minimise <gradient, u> + curvature |u - values|^2 / 2 + weight u^2; 0/0 stays."""
-    total = curvature + 2 * weight
-    found = (curvature * values - gradient) / np.where(total > 0, total, 1.0)
-    return np.where(total > 0, found, values)
-
-
-def _prox_l1(
-    values: np.ndarray,
-    gradient: np.ndarray,
-    curvature: np.ndarray,
-    weight: np.ndarray | float,
-) -> np.ndarray:
-    """Minimise <gradient, u> + curvature |u - values|^2 / 2 + weight |u|; 0 without curvature."""
-    target = curvature * values - gradient
-    short = np.maximum(np.abs(target) - weight, 0.0)
-    return np.where(
-        curvature > 0, np.sign(target) * short / np.where(curvature > 0, curvature, 1), 0
-    )
-
-
-def _shrink_columns(A: np.ndarray, amount: float, columns: slice) -> np.ndarray:
+def _shrink_columns(A: np.ndarray, amount: np.ndarray | float, columns: slice) -> np.ndarray:
     """Return A with columns shrunk by `amount`, those no longer than it exactly zero."""
     shrunk = A.copy()
     norms = np.linalg.norm(A[:, columns], axis=0)
