@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from retrain.trainers.batches import TrainingData, batches
+from retrain.trainers.batches import TrainingData, as_pair, batches
 from retrain.trainers.states import device_of, mode
 
 
@@ -50,7 +51,7 @@ def assess(
     total, hits, samples, predictions = 0.0, 0, 0, 0
     classes = True
     with mode(model, training=False), torch.no_grad():
-        for inputs, targets in batches(data, 1024, device_of(model)):
+        for inputs, targets in batches(data, _batch_size(data), device_of(model)):
             outputs = model(inputs)
             total += loss(outputs, targets).item() * len(targets)
             met = correct(outputs, targets)
@@ -59,6 +60,13 @@ def assess(
             samples += len(targets)
             predictions += targets.numel()
     return total / samples, hits / predictions if classes else None
+
+
+def _batch_size(data: TrainingData) -> int:
+    """Return how many samples to evaluate at once: up to 1024, of 64 MiB in all."""
+    pair = as_pair(data)
+    numbers = 1 if pair is None else math.prod(pair[0].shape[1:])
+    return max(1, min(1024, 2**24 // max(numbers, 1)))
 
 
 def correct(outputs: Tensor, targets: Tensor) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +12,32 @@ import torch
 from torch import Tensor
 
 Array = Tensor | np.ndarray
-TrainingData = tuple[Array, Array] | Iterable[tuple[Tensor, Tensor]]
+
+
+class Rows(ABC):
+    """Inputs that are read when they are wanted; in the stead of an array.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (samples, ...), as an array's.
+    """
+
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, rows: Tensor | slice) -> Tensor: ...
+
+    @abstractmethod
+    def each(self, wanted: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the inputs of each of several lists of rows."""
+        ...
+
+
+TrainingData = tuple[Array | Rows, Array] | Iterable[tuple[Tensor, Tensor]]
 """Inputs and targets as two arrays, or batches of them: a DataLoader, a list of pairs."""
 
 
@@ -145,20 +171,20 @@ def parts(
         )
 
 
-def as_pair(data: TrainingData) -> tuple[Tensor, Tensor] | None:
+def as_pair(data: TrainingData) -> tuple[Tensor | Rows, Tensor] | None:
     """Return data given as two arrays as two tensors, sharing memory; None when it is batches."""
     if not (isinstance(data, tuple | list) and len(data) == 2):
         return None
     inputs, targets = data
-    if not (isinstance(inputs, Array) and isinstance(targets, Array)):
+    if not (isinstance(inputs, Array | Rows) and isinstance(targets, Array)):
         return None
     if len(inputs) != len(targets):
         raise ValueError(f"data: there are {len(inputs)} inputs but {len(targets)} targets")
-    return torch.as_tensor(inputs), torch.as_tensor(targets)
+    return inputs if isinstance(inputs, Rows) else torch.as_tensor(inputs), torch.as_tensor(targets)
 
 
 def _cut(
-    inputs: Tensor,
+    inputs: Tensor | Rows,
     targets: Tensor,
     batch_size: int,
     generator: torch.Generator | None,
@@ -168,11 +194,16 @@ def _cut(
         raise ValueError(f"batch_size: 1 or more were wanted, not {batch_size}")
     count = len(inputs)
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
-    for rows in order.split(batch_size):
-        if len(rows) > 0:
-            own = rows[part.of(len(rows))]
-            chosen = inputs[own.to(inputs.device)], targets[own.to(targets.device)]
-            yield Batch(*chosen, part.share(len(rows)), len(rows))
+    whole = [rows for rows in order.split(batch_size) if len(rows) > 0]
+    own = [rows[part.of(len(rows))] for rows in whole]
+    if isinstance(inputs, Rows):
+        chosen = inputs.each(own)
+    else:
+        tensor = inputs
+        chosen = (tensor[rows.to(tensor.device)] for rows in own)
+    for rows, mine, found in zip(whole, own, chosen, strict=True):
+        share = part.share(len(rows))
+        yield Batch(found, targets[mine.to(targets.device)], share, len(rows))
 
 
 def _split(data: Iterable[Any], part: Part) -> Iterator[Batch]:

@@ -3,7 +3,7 @@
     title = "MNIST, ten dense layers (table 2)"
     base = "mnist-dense-10"             # optional: another recipe, whose entries these replace
 
-    [data]                              # sources as `retrain.data.load_data` takes them
+    [data]                              # sources as --data of retrain trim, or images:DIR
     train = "mnist:data/mnist"
     test = "mnist-test:data/mnist"
     [model]                             # a name of ARCHITECTURES, or factory = "package.module:f";
@@ -88,8 +88,9 @@ _TABLES = ("data", "model", "training", "optimizer", "schedule", "method")
 class DataTable:
     """What to train on and test on; `limit` cuts the training data, `test_limit` the test data.
 
-    `augment`: ``"flip-crop"`` shifts images by up to 4 pixels and mirrors half of them, anew every
-    epoch.
+    A source is one of `retrain.data.load_data`, or ``images:DIR``, a folder of images by class that
+    are read as they are wanted, `size` pixels each way. `augment`: ``"flip-crop"`` shifts images by
+    up to 4 pixels and mirrors half of them, anew every epoch.
     """
 
     train: str | None = None
@@ -97,10 +98,11 @@ class DataTable:
     normalise: str | None = None
     limit: int | None = None
     test_limit: int | None = None
+    size: int = 224
     augment: Literal["flip-crop"] | None = None
 
     def __post_init__(self) -> None:
-        _at_least(1, limit=self.limit, test_limit=self.test_limit)
+        _at_least(1, limit=self.limit, test_limit=self.test_limit, size=self.size)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from retrain.data import Data, as_data, load_data
 from retrain.trainers.account import Cost, cost
+from retrain.trainers.batches import Rows
 from retrain.trainers.recipe import LOSSES, OPTIMIZERS, SCHEDULES, Named, Recipe, imported
 from retrain.trainers.states import mode, seeded
 from retrain.trainers.supervised import Loss
 from retrain.trainers.training import Choice, Method, Setting, Training
 
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Tensor | Rows, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +35,9 @@ class Start:
     method : Method
     training : Training
     setting : Setting
-    data : pair of Tensor
-        Samples and targets to train on.
-    test : pair of Tensor or None
+    data : pair
+        Samples (a tensor, or `Rows`) and targets to train on.
+    test : pair or None
     fingerprints : dict
         Of the data sets.
     sample : Tensor, shape (1, ...)
@@ -70,18 +72,18 @@ def start(recipe: Recipe, device: torch.device, data: Any = None, test: Any = No
     ValueError
         If the data cannot be used, the model does not fit it, or an option is refused.
     """
-    training_data = _data(data, recipe, "train")
+    training_data, test_data = (
+        _source(given, recipe, which) for given, which in ((data, "train"), (test, "test"))
+    )
     if training_data is None:
         raise ValueError("recipe: [data] lacks train")
-    test_data = _data(test, recipe, "test")
-    pair = _pair(training_data, recipe)
-    setting = _setting(recipe, len(training_data), device)
+    pair = training_data.pair
+    setting = _setting(recipe, len(pair[0]), device)
     model = _model(recipe).to(device)
     sample = pair[0][:1].to(device)
     _check_fit(model, sample, pair[1], recipe.training.loss)
-    other = None
-    if test_data is not None:
-        other = _pair(test_data, recipe)
+    other = None if test_data is None else test_data.pair
+    if other is not None:
         if other[0].shape[1:] != pair[0].shape[1:]:
             raise ValueError(
                 f"data: the test samples have shape {tuple(other[0].shape[1:])}, those to train on "
@@ -117,15 +119,29 @@ def _model(recipe: Recipe) -> nn.Module:
     return model
 
 
-def _data(given: Any, recipe: Recipe, which: str) -> Data | None:
+@dataclass(frozen=True, eq=False)
+class _Source:
+    pair: Pair
+    fingerprint: str
+
+
+def _source(given: Any, recipe: Recipe, which: str) -> _Source | None:
     table = recipe.data
     source = table.train if which == "train" else table.test
-    if given is not None:
-        return as_data(given)
-    if source is None:
-        return None
     limit = table.limit if which == "train" else table.test_limit
-    return load_data(source, limit=limit, normalise=table.normalise)
+    if given is None and source is not None and source.startswith("images:"):
+        from retrain.trainers.images import ImageFolder  # wants Pillow
+
+        folder = Path(source.removeprefix("images:"))
+        images = ImageFolder(folder, table.size, normalise=table.normalise, limit=limit)
+        return _Source((images, images.labels), images.fingerprint)
+    if given is not None:
+        data = as_data(given)
+    elif source is not None:
+        data = load_data(source, limit=limit, normalise=table.normalise)
+    else:
+        return None
+    return _Source(_pair(data, recipe), data.fingerprint)
 
 
 def _pair(data: Data, recipe: Recipe) -> Pair:
