@@ -7,7 +7,7 @@ measured again; pictures are written beside them.
 
 Figure 1 sets three fits against each other, each with the same number of gradients over all
 samples: group sparsity (6) by accelerated proximal gradients (it is convex: its minimum, where it
-converges), ShrinkNet (7) by alternating proximal steps, and ShrinkNet trained as it is meant, by
+converges), ShrinkNet (7) by majorising its penalty, and ShrinkNet trained as it is meant, by
 switches, Adam and the removal of dead inputs. Figure 2 trains in small batches with several
 inertias gamma, many times over, and without removal. The draft gives neither lambda_2 nor its
 training settings; ours are printed.
