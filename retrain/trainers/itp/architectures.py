@@ -68,7 +68,7 @@ def _initialised(network: nn.Sequential) -> nn.Sequential:
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    # An eighth faster on a CPU at these sizes, and much faster on a GPU; values are the same.
+    # Channels last: a step of LeNet-5 takes an eighth less time on a CPU; values are the same.
     for module in network:
         if isinstance(module, nn.Conv2d):
             weight = module.weight.data
