@@ -26,7 +26,7 @@ from retrain.subject import Subject, has_classes, reopen, subject_of
 from solvers.program import to_numpy
 
 if TYPE_CHECKING:
-    from retrain.epsilon_search import Goal, OnTrial
+    from retrain.epsilon_search import OnTrial
 
 OnLayer = Callable[[LayerReport, int], None]
 Steps = Callable[[LayerStream, Sequence[str], Mapping[str, Sequence[Any]]], Iterator[LayerResult]]
@@ -137,8 +137,10 @@ def net_trim(
     OSError
         If the run directory cannot be written. Finished layers are kept, and the call resumes.
     """
+    from retrain.epsilon_search import goal_of, search_epsilon
+
     options = _options(options, settings)
-    goal = _goal(options, sparsity_of, max_drop, max_trials)
+    goal = goal_of(options, sparsity_of, max_drop, max_trials)
     subject, calibration = subject_of(model, device), as_data(data)
     held_out = None if evaluate is None else as_data(evaluate)
 
@@ -162,15 +164,11 @@ def net_trim(
 
     if goal is None:
         return run(options, out, on_layer)
-    from retrain.epsilon_search import search_epsilon
-
-    assert options.relative_epsilon is not None
     return search_epsilon(
         goal,
         lambda epsilon, place, notify: run(
             replace(options, sparsity=None, relative_epsilon=epsilon), place, notify
         ),
-        options.relative_epsilon,
         subject,
         calibration,
         held_out=held_out,
@@ -183,34 +181,6 @@ def net_trim(
         on_layer=on_layer,
         on_trial=on_trial,
     )
-
-
-def _goal(
-    options: NetTrimOptions,
-    sparsity_of: str,
-    max_drop: float | None,
-    max_trials: int,
-) -> Goal | None:
-    """What one epsilon is to be searched for; None where none is."""
-    from retrain.epsilon_search import Goal
-
-    if sparsity_of not in ("layer", "network"):
-        raise ValueError(f"sparsity_of: want 'layer' or 'network', got {sparsity_of!r}")
-    if max_drop is None and sparsity_of == "layer":
-        return None
-    what = "max_drop" if max_drop is not None else "sparsity_of"
-    if max_drop is not None and options.sparsity is not None:
-        raise ValueError("max_drop: finds the sparsity; want one of the two")
-    wanted: float | None = None
-    if max_drop is None:
-        if not isinstance(options.sparsity, float | int):
-            raise ValueError("sparsity_of: the network's wants one sparsity, a number")
-        wanted = float(options.sparsity)
-    if options.relative_epsilon is None:
-        raise ValueError(f"{what}: searches for one relative epsilon; want no absolute one")
-    if options.fit_weight is not None:
-        raise ValueError(f"{what}: searches for one epsilon, which a fit_weight does not heed")
-    return Goal(sparsity=wanted, max_drop=max_drop, max_trials=max_trials)
 
 
 def drive(

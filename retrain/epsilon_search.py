@@ -20,6 +20,7 @@ import joblib
 
 from retrain.api import OnLayer, Run
 from retrain.data import Data
+from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.run import LAYERS, RUN_FILE, open_run, read_record, versions
 from retrain.subject import Subject, has_classes
 from solvers.root import next_place
@@ -37,6 +38,8 @@ class Goal:
 
     Attributes
     ----------
+    first : float
+        Relative epsilon to begin with.
     sparsity : float or None
         Zeros over weights of all retrained layers together.
     max_drop : float or None
@@ -45,6 +48,7 @@ class Goal:
         Networks retrained at most.
     """
 
+    first: float = 0.05
     sparsity: float | None = None
     max_drop: float | None = None
     max_trials: int = 12
@@ -108,6 +112,38 @@ class Trial:
         )
 
 
+def goal_of(
+    options: NetTrimOptions,
+    sparsity_of: str,
+    max_drop: float | None,
+    max_trials: int,
+) -> Goal | None:
+    """What one epsilon is to be searched for; None where none is.
+
+    Raises
+    ------
+    ValueError
+        If what is asked for contradicts itself.
+    """
+    if sparsity_of not in ("layer", "network"):
+        raise ValueError(f"sparsity_of: want 'layer' or 'network', got {sparsity_of!r}")
+    if max_drop is None and sparsity_of == "layer":
+        return None
+    what = "max_drop" if max_drop is not None else "sparsity_of"
+    if max_drop is not None and options.sparsity is not None:
+        raise ValueError("max_drop: finds the sparsity; want one of the two")
+    wanted: float | None = None
+    if max_drop is None:
+        if not isinstance(options.sparsity, float | int):
+            raise ValueError("sparsity_of: the network's wants one sparsity, a number")
+        wanted = float(options.sparsity)
+    if options.relative_epsilon is None:
+        raise ValueError(f"{what}: searches for one relative epsilon; want no absolute one")
+    if options.fit_weight is not None:
+        raise ValueError(f"{what}: searches for one epsilon, which a fit_weight does not heed")
+    return Goal(options.relative_epsilon, wanted, max_drop, max_trials)
+
+
 OnTrial = Callable[[Trial, Goal], None]
 RunAt = Callable[[float, Path | None, OnLayer | None], Run]
 """Retrains the network at a relative epsilon, in a directory."""
@@ -163,7 +199,6 @@ def choose(goal: Goal, trials: Sequence[Trial]) -> int:
 def search_epsilon(
     goal: Goal,
     run_at: RunAt,
-    first: float,
     subject: Subject,
     data: Data,
     *,
@@ -181,8 +216,6 @@ def search_epsilon(
         What to look for.
     run_at : callable
         Retrains the network at a relative epsilon.
-    first : float
-        Where to begin.
     subject, data, held_out
         What is retrained, on what, and judged on what.
     settings : mapping
@@ -211,7 +244,6 @@ def search_epsilon(
     identity = {
         "method": "net-trim",
         "search": asdict(goal),
-        "first": first,
         "network and data": stream.fingerprint,
         "held_out": None if held_out is None else held_out.fingerprint,
         **settings,
@@ -225,7 +257,7 @@ def search_epsilon(
             directory = stack.enter_context(open_run(target, identity, ()))
         trials: list[Trial] = []
         kept: tuple[int, Run] | None = None  # the chosen one so far: networks may be large
-        epsilon: float | None = min(max(first, SMALLEST), LARGEST)
+        epsilon: float | None = min(max(goal.first, SMALLEST), LARGEST)
         while epsilon is not None:
             number = len(trials)
             record = _finished(_place(target, number), epsilon)
