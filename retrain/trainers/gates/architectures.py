@@ -1,7 +1,7 @@
 """The paper's networks (section 6), their blocks gated; untouched, a gated network is a dense one.
 
-Weights are drawn from torch's default generator: by He's rule for the convolutional networks of
-CIFAR and ImageNet, by Glorot's with zero biases, the default of the paper's library, for MNIST's.
+Weights are drawn from torch's default generator: by He's rule for the residual networks, by torch's
+own elsewhere.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def dense_network(
     ]
     for number in range(2, layers + 1):
         modules.append((f"layer{number}", Gated(nn.Linear(width, width), after=nn.ReLU())))
-    return _glorot(nn.Sequential(OrderedDict([*modules, ("output", nn.Linear(width, classes))])))
+    return nn.Sequential(OrderedDict([*modules, ("output", nn.Linear(width, classes))]))
 
 
 def deep_lenet(layers: int = 10) -> nn.Module:
@@ -69,7 +69,7 @@ def deep_lenet(layers: int = 10) -> nn.Module:
         ("relu_fc2", nn.ReLU()),
         ("output", nn.Linear(84, 10)),
     ]
-    return _glorot(nn.Sequential(OrderedDict(modules)))
+    return nn.Sequential(OrderedDict(modules))
 
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -237,15 +237,6 @@ def _he(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return model
-
-
-def _glorot(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
     return model
 
 

@@ -1,0 +1,92 @@
+"""Gates on CIFAR-10, reduced for two cores: a W-B-a-W ResNet20 beside its own dense baseline.
+
+    python -m bench papers.gates_cifar --images cifar10_jpeg_bytes.npz --out RUNS
+
+The images are JPEG bytes (arrays jpeg_train, offsets_train, y_train, and so for test), lossy, so
+that accuracies compare with the baseline here and not with the paper's. By the built-in recipes
+gates-cifar10-small and gates-cifar10-small-dense; runs that were interrupted go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from retrain.trained import TrainedRun
+from retrain.training_run import train
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+PAPER = "ResNet56, all images: 94.26 dense; 93.66, fPR 38.73 (log gamma -250); 92.64, 62.89 (-800)"
+
+
+def images(path: Path, part: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Decode the first `count` images of a part to (count, 3, 32, 32), normalised by channel."""
+    with np.load(path) as file:
+        data, offsets = file[f"jpeg_{part}"], file[f"offsets_{part}"]
+        labels = file[f"y_{part}"][:count].astype(np.int64)
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(data[start:stop].tobytes())).convert("RGB"))
+        for start, stop in pairwise(offsets[: count + 1])
+    ]
+    x = np.stack(pixels).transpose(0, 3, 1, 2).astype(np.float32) / 255
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (MEAN, STD))
+    return (x - mean) / std, labels
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the bench."""
+    parser = argparse.ArgumentParser(prog="python -m bench papers.gates_cifar", description=__doc__)
+    parser.add_argument("--images", type=Path, required=True, help="the npz of JPEG bytes")
+    parser.add_argument("--out", type=Path, required=True, help="where the run directories go")
+    parser.add_argument("--train", type=int, default=3200, help="images to train on")
+    parser.add_argument("--test", type=int, default=2000, help="images to test on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="*", type=_setting, default=[], metavar="TABLE.KEY=JSON")
+    options = parser.parse_args(arguments)
+    data = images(options.images, "train", options.train)
+    test = images(options.images, "test", options.test)
+    print(f"{options.train} images to train on, {options.test} to test on; the paper: {PAPER}\n")
+    print(
+        "| network | accuracy % | blocks | pPR %  | fPR %  | load, dense : ours | s/epoch        |"
+    )
+    print(
+        "| ------- | ---------- | ------ | ------ | ------ | ------------------ | -------------- |"
+    )
+    for name, recipe in (("dense", "gates-cifar10-small-dense"), ("gated", "gates-cifar10-small")):
+        run = train(
+            recipe,
+            out=options.out / f"{recipe}-{options.train}-seed-{options.seed}",
+            data=data,
+            test=test,
+            changes={"training.seed": options.seed, **dict(options.set)},
+        )
+        print(_row(name, run), flush=True)
+    return 0
+
+
+def _row(name: str, run: TrainedRun) -> str:
+    last = run.history[-1]
+    seconds = [line["seconds"] for line in run.history]
+    return (
+        f"| {name:7} | {100 * (run.test_accuracy or 0):10.2f} | {len(last['method']['kept']):6} "
+        f"| {100 * last['parameters_pruned']:6.2f} | {100 * last['operations_pruned']:6.2f} "
+        f"| {last['dense_load'] / last['load']:18.2f} "
+        f"| {np.median(seconds[:5]):5.1f}, then {np.median(seconds[-5:]):4.1f} |"
+    )
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
