@@ -346,7 +346,7 @@ def _again(path: Path, begun: Start, export: bool, on_epoch: OnEpoch | None) -> 
 
 def _identity(recipe: Recipe, begun: Start, device: torch.device, part: Part) -> dict[str, Any]:
     return {
-        "method": f"train {recipe.method.name}",
+        "command": "train",
         **recipe.identity(),
         "data": begun.fingerprints,
         "device": device.type,

@@ -1,13 +1,15 @@
 """Run by torchrun in test_distributed: trainings that processes share, written to a folder."""
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
-from training_cases import tables
+from training_cases import Stopped, tables
 
 import retrain
 from retrain.adapters.blocks import Sum
@@ -50,6 +52,12 @@ def normed():
 class Shrink(Plain):
     """Skip blocks at random, drawn alike everywhere; take one out after three epochs."""
 
+    stop: ClassVar[int] = -1
+
+    def reshape(self, training, description):
+        if description["blocks"] == 2:
+            self._cut(training.model, training.optimizer)
+
     def start(self, model, setting):
         training = super().start(model, setting)
         generator = torch.Generator().manual_seed(setting.seed)
@@ -64,13 +72,10 @@ class Shrink(Plain):
             means.append(float(joint_mean(step.inputs.mean(), step)))
 
         def cut(epoch, model, optimizer):
+            if epoch.number == Shrink.stop:
+                raise Stopped
             if epoch.number == 2:
-                gone = list(model[2].parameters())
-                model.pop(2)
-                group = optimizer.param_groups[0]
-                group["params"] = [p for p in group["params"] if all(p is not q for q in gone)]
-                for parameter in gone:
-                    optimizer.state.pop(parameter, None)
+                self._cut(model, optimizer)
 
         return replace(
             training,
@@ -78,6 +83,14 @@ class Shrink(Plain):
             parts={"gates": GeneratorState(generator)},
             describe=lambda: {"blocks": len(model) - 2, "inputs": means[-1]},
         )
+
+    def _cut(self, model, optimizer):
+        gone = list(model[2].parameters())
+        model.pop(2)
+        group = optimizer.param_groups[0]
+        group["params"] = [p for p in group["params"] if all(p is not q for q in gone)]
+        for parameter in gone:
+            optimizer.state.pop(parameter, None)
 
     def finish(self, training):
         first, *inner, last = training.model
@@ -112,6 +125,9 @@ def run_all(folder: Path):
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     run_all(Path(sys.argv[1]))
+    for Shrink.stop in (2, 4, -1):
+        with suppress(Stopped):
+            retrain.train(recipes()["shrinking"], out=Path(sys.argv[1]) / "resumed")
     try:
         bad = {**recipes()["batch norm"], "training": {"epochs": 1, "batch_size": 17}}
         retrain.train(bad, out=Path(sys.argv[1]) / "bad")

@@ -1,6 +1,8 @@
 """`retrain train` as a person meets it."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -103,3 +105,15 @@ def test_interrupted_it_says_so_and_resumes(folder):
     busy = run(folder, "long.toml", "--out", "run")
     assert "is in use by another process" in busy.error()
     again.kill()
+
+
+@pytest.mark.parametrize("argument", ["--help", "--list"])
+def test_help_and_list_import_no_torch(argument):
+    code = f"""
+import contextlib, sys
+from retrain.cli import main
+with contextlib.suppress(SystemExit):
+    main(["train", "{argument}"])
+assert not {{"torch", "numba", "sklearn"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

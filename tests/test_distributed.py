@@ -9,7 +9,7 @@ import pytest
 import torch
 from joint_runs import recipes, run_all
 from torch import nn
-from training_cases import save_data, toml
+from training_cases import same_runs, save_data, toml
 
 import retrain
 from retrain.trainers.batches import Augmentation, Part, parts
@@ -78,6 +78,10 @@ def test_two_processes_are_one_with_the_joint_batch(folder, case):
 def test_the_command_under_torchrun_is_the_same_run(folder):
     weights = [folder / run / "model.safetensors" for run in ("together/plain", "by command")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_stopped_before_and_after_a_block_left_two_processes_resume_to_the_same(folder):
+    same_runs(folder / "together" / "shrinking", folder / "together" / "resumed")
 
 
 def test_what_left_the_network_left_it_in_both(folder):

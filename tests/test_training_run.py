@@ -338,6 +338,14 @@ def test_what_cannot_be_trained_is_refused_before_a_directory_is_made(folder):
         assert not (folder / "run").exists(), message
 
 
+def test_no_epochs_give_the_network_as_it_was_made(folder):
+    run = retrain.train(tables(training={"epochs": 0}), out="run")
+    assert run.history == retrain.load("run").history == []
+    assert run.record["load"] == run.record["seconds"] == 0
+    other = retrain.train(tables(training={"epochs": 0, "seed": 6}))
+    assert not torch.equal(run.model[1].weight, other.model[1].weight)
+
+
 def test_regression_has_no_accuracy(folder):
     x, _ = samples(50, 3)
     targets = np.stack([x[:, 0], x[:, 1] + x[:, 2]], 1)
