@@ -19,7 +19,7 @@ def cosine(
     optimizer: Optimizer, setting: Setting, *, epochs: int | None = None, minimum: float = 0.0
 ) -> LRScheduler:
     """Half a cosine from the learning rate to `minimum` over `epochs`; by default all there are."""
-    length = setting.epochs if epochs is None else epochs
+    length = max(setting.epochs, 1) if epochs is None else epochs
     if length < 1:
         raise ValueError(f"epochs: want 1 or more, got {length}")
     return CosineAnnealingLR(optimizer, length, minimum)
