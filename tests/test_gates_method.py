@@ -412,6 +412,20 @@ def test_the_scale_of_a_loss_that_was_scaled_is_taken_out():
     assert torch.equal(*slopes) and slopes[0].abs().max() > 0
 
 
+def test_a_step_that_overflows_under_a_scaler_is_passed_over():
+    data = samples(16)
+    training = Gates(log_gamma=-1.0, theta=0.5).start(small(3), setting(16))
+    gating = gating_of(training)
+    for factor, moves in ((65536.0, False), (1.0, True)):
+        gating.sample(CPU, differentiable=True)
+        (factor * training.loss(training.model(data[0]), data[1])).backward()
+        if not moves:
+            gating.xi.grad[1] = torch.inf
+        before = gating.theta.detach().clone()
+        training.callbacks.after_backward[0](_step(training, data))
+        assert torch.equal(before, gating.theta) != moves
+
+
 def _step(training, data):
     from retrain.trainers.callbacks import Step
 

@@ -212,6 +212,9 @@ class Gates:
 _SAMPLER_SEED = 0x6761746573  # another stream than that of the shuffling
 
 
+_MOST_SHARE = 2.0  # of a part among equals, times their number: 1, but for rounding
+
+
 def gating_of(training: Training) -> Gating:
     """Return the gates of a training that `Gates` started."""
     return cast("Gating", training.parts["gates"])
@@ -256,6 +259,8 @@ class _Work:
             return
         gating.decay_closed()
         difference = joint_mean(self._difference(step), step)
+        if self._overflowed(difference):
+            return
         if self.method.converged is not None:
             self.mean.add(step.model, self._slope(difference, step.epoch), self.decay)
         gating.step(difference, self._log_gamma(step.epoch), self.setting.samples)
@@ -286,6 +291,11 @@ class _Work:
             return torch.zeros_like(gating.xi)
         # 1 in a single process; a part's share of the batch, and float16's factor, elsewhere.
         return gating.xi.grad / self.scale
+
+    def _overflowed(self, difference: Tensor) -> bool:
+        """Whether float16's scaled gradients overflowed: the weights' step is passed over too."""
+        scaled = self.scale is not None and float(self.scale) > _MOST_SHARE
+        return scaled and not bool(difference.isfinite().all())
 
     def prune(self, step: Step) -> None:
         """Step 4; the gates are open until the next sample, for whoever evaluates meanwhile."""
