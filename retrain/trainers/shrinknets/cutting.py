@@ -3,8 +3,10 @@
 A neuron that goes takes with it its row of the layer that gives it and that layer's bias, its
 entries of batch normalisations, PReLUs and switches on the way, and its columns of the layer that
 takes it: one of a dense layer, a filter's slice of a convolution, all its positions behind a
-flatten. Parameters stay the objects they are, so that the optimiser goes on with them; only what
-they hold becomes smaller, and with it what the optimiser remembers of them.
+flatten. The parameters are made anew, smaller, and take the places of the old ones in the modules
+and in the optimiser, with what it remembers of the neurons that stay. (Making the old ones smaller
+would not do: autograd remembers a parameter's shape as long as anything, as torch's wrapper for
+several processes, holds on to its node.)
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ def cut_neurons(neurons: Neurons, kept: Tensor, optimizer: Optimizer | None = No
     for state, key, axis, entries in states:
         state[key] = state[key].index_select(axis, entries)
     for piece in pieces:
-        _cut(piece)
+        _cut(piece, optimizer)
     _set_sizes(neurons, len(kept))
 
 
@@ -91,22 +93,27 @@ def spread(kept: Tensor, span: int) -> Tensor:
     return (kept[:, None] * span + offsets).flatten()
 
 
-def _cut(piece: Piece) -> None:
+def _cut(piece: Piece, optimizer: Optimizer | None) -> None:
     tensor = getattr(piece.module, piece.name)
     if tensor is None:
         return
+    smaller = tensor.detach().index_select(piece.axis, piece.kept)
     if isinstance(tensor, nn.Parameter):
-        # Under a graph that still lives autograd would go on expecting the old shape: the shared
-        # loop calls back after the graph is gone.
+        made = nn.Parameter(smaller, tensor.requires_grad)
         if tensor.grad is not None:
-            gradient = tensor.grad.index_select(piece.axis, piece.kept)
-            tensor.grad = None
-            tensor.data = tensor.data.index_select(piece.axis, piece.kept)
-            tensor.grad = gradient
-        else:
-            tensor.data = tensor.data.index_select(piece.axis, piece.kept)
-    else:
-        setattr(piece.module, piece.name, tensor.index_select(piece.axis, piece.kept))
+            made.grad = tensor.grad.index_select(piece.axis, piece.kept)
+        if optimizer is not None:
+            _replace(optimizer, tensor, made)
+        smaller = made
+    setattr(piece.module, piece.name, smaller)
+
+
+def _replace(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put a parameter in another's place, in the same group, with its state."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    if old in optimizer.state:
+        optimizer.state[new] = optimizer.state.pop(old)
 
 
 def _states(
