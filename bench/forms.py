@@ -1,17 +1,18 @@
 """A layer program as the general solvers want it: quadratic objective, linear and ball constraints.
 
     minimise  x^T P x / 2 + q^T x
-    subject to  A x = b,   G x <= h   [,   |F x - f| <= epsilon   in the constrained form]
+    subject to  A x = b,   G x <= h,   x >= l   [,   |F x - f| <= epsilon   in the constrained form]
 
 Four ways to state (11), unit by unit; `lifted` states (4) too, all units side by side:
 
 - lifted:   x = (u, t, z), z = Xu, -t <= u <= t, the fit and the ceilings on z. Sparse but for X.
 - folded:   x = (u, t, r), r = (Xu)_Omega, the ceilings as rows of X.
 - gram:     x = (u, t), the fit as u^T X_Omega^T X_Omega u. Dense.
-- doubled:  x = (u+, u-), the paper's (14). Dense, and singular.
+- doubled:  x = (u+, u-) >= 0, the paper's (14). Dense, and singular.
 
-In each the first rows of G are the ceilings, whose dual values are the multiplier off Omega; on
-Omega the multiplier is that of the fit, 2 lambda (Xu - y), or that of z = Xu.
+Solvers without bounds of their own get those as rows of G. In each form the first rows of G are the
+ceilings, whose dual values are the multiplier off Omega; on Omega the multiplier is that of the
+fit, 2 lambda (Xu - y), or that of z = Xu.
 """
 
 from __future__ import annotations
@@ -48,6 +49,15 @@ class Form:
     bound: np.ndarray
     ball: Ball | None
     weight: Callable[[np.ndarray], np.ndarray]
+    lower: np.ndarray | None = None
+
+    @property
+    def rows_below(self) -> tuple[sp.csc_matrix, np.ndarray]:
+        """G and h with the lower bounds among them."""
+        if self.lower is None:
+            return self.below, self.bound
+        eye = sp.identity(len(self.lower))
+        return sp.csc_matrix(sp.vstack([self.below, -eye])), np.append(self.bound, -self.lower)
 
 
 def lifted(program: Program) -> Form:
@@ -151,10 +161,11 @@ def doubled(program: Program) -> Form:
         np.concatenate([one - moment, one + moment]),
         sp.csc_matrix((0, 2 * n_in)),
         np.zeros(0),
-        sp.csc_matrix(sp.vstack([under, -sp.identity(2 * n_in)])),
-        np.concatenate([level[~active], np.zeros(2 * n_in)]),
+        under,
+        level[~active],
         None,
         lambda x: (x[:n_in] - x[n_in:])[:, None],
+        np.zeros(2 * n_in),
     )
 
 

@@ -128,6 +128,7 @@ _ENOUGH: dict[tuple[str, int, float], float] = {}
 def run_peer(name: str, form: str, program: Program, tolerance: float, units: int) -> Answer:
     """A general solver on typical units, one by one, or on the layer where a ball ties them."""
     regularised = isinstance(program, RegularisedProgram)
+    form = form if regularised else "lifted"
     chosen = typical_units(program, units) if regularised else [-1]
     parts, found = [], []
     for unit in chosen:
