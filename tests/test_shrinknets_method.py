@@ -280,6 +280,19 @@ def test_a_penalty_that_kills_everything_is_survived_and_named():
     assert method.finish(training)(samples()[0]).isfinite().all()
 
 
+def test_groups_that_are_all_zero_are_survived_and_named(caplog):
+    method = GroupSparsity(strength=100.0)
+    training = method.start(network(), setting(lr=0.1))
+    run(training, samples(), 2)
+    assert training.describe()["groups"] == {"2": 0, "4": 0}
+    with caplog.at_level("WARNING", logger="retrain"):
+        plain = method.finish(training)
+    assert "all groups of '2' are zero: one neuron stays" in caplog.text
+    assert [m.in_features for m in plain if isinstance(m, nn.Linear)] == [6, 1, 1]
+    x = samples()[0]
+    torch.testing.assert_close(plain(x), training.model(x))
+
+
 def test_nan_is_told():
     training = ShrinkNets().start(network(), setting(lr=1e9))
     with pytest.raises(FloatingPointError, match=r"is (nan|inf)|not finite"):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from retrain.trainers.itp.architectures import lenet_5, vgg_like
 from retrain.trainers.masked import weights_of
 from retrain.trainers.shrinknets.cutting import cut_neurons
 from retrain.trainers.shrinknets.fold import fold
@@ -71,9 +72,12 @@ NETWORKS = {
     "convolutional": (convolutional, (2, 8, 8)),
     "convolutional_norm": (convolutional_norm, (2, 8, 8)),
     "norm_behind_flatten": (norm_behind_flatten, (2, 4)),
+    "lenet_5": (lenet_5, (1, 28, 28)),
+    "vgg_like": (vgg_like, (3, 32, 32)),
 }
 CASES = [(name, at) for name in NETWORKS for at in ("inputs", "outputs")]
-CASES.remove(("norm_behind_flatten", "outputs"))  # refused, below
+for refused in ("norm_behind_flatten", "vgg_like"):  # below
+    CASES.remove((refused, "outputs"))
 
 
 def build(name):
@@ -112,7 +116,9 @@ def scatter(model, seed=0):
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    """To 1e-5 of the largest output, or of 1: these are float32, up to eight layers of them."""
+    scale = max(1.0, float(b.abs().max()))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize(("name", "at"), CASES)
@@ -323,6 +329,7 @@ def shared():
             {"at": "outputs"},
             "'3', a BatchNorm1d behind them, makes something else than 0 of 0",
         ),
+        (vgg_like, {"at": "outputs"}, "'norm1', a BatchNorm2d behind them, makes something else"),
         (dense, {"at": "outputs", "layers": ["4"]}, "the outputs of the last layer, '4', cannot"),
         (dense, {"layers": ["1"]}, "the model has no layer '1'; it has '0', '2', '4'"),
         (dense, {"at": "outputs", "layers": [None]}, "the model has no layer None"),

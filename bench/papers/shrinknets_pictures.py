@@ -97,11 +97,15 @@ def draw_sizes(found: list[list[Row]], largest: tuple[int, ...], path: Path) -> 
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(found)))
     centres = [(fmean(p["first"] for p in ps), fmean(p["second"] for p in ps)) for ps in found]
     plane.plot(*zip(*centres, strict=True), color="grey", zorder=1)
-    for points, colour, strength, centre in zip(found, colours, strengths, centres, strict=True):
+    for points, colour, strength in zip(found, colours, strengths, strict=True):
         plane.scatter(
-            [p["first"] for p in points], [p["second"] for p in points], color=colour, zorder=2
+            [p["first"] for p in points],
+            [p["second"] for p in points],
+            color=colour,
+            label=f"{strength:.2g}",
+            zorder=2,
         )
-        plane.annotate(f"{strength:.2g}", centre, textcoords="offset points", xytext=(6, -9))
+    plane.legend(title="lambda", fontsize="small")
     plane.set_xlim(0, 1.05 * largest[0])
     plane.set_ylim(0, 1.05 * largest[1])
     plane.set_xlabel("neurons of the first hidden layer")

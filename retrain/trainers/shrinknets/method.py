@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from retrain.trainers.shrinknets.switches import (
     switches_of,
 )
 from retrain.trainers.training import Setting, Training
+
+logger = logging.getLogger(__name__)
 
 Removal = Literal["sign-variance", "never"]
 
@@ -245,6 +248,7 @@ class GroupSparsity:
                 if owner == name and neurons.giver is not None:
                     kept = (group_norms(groups) > 0).nonzero().flatten()
                     if len(kept) == 0:
+                        logger.warning("all groups of %r are zero: one neuron stays", name)
                         kept = kept.new_zeros(1)
                     if len(kept) < neurons.count:
                         cut_neurons(neurons, kept)
