@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -151,7 +152,7 @@ class Gates:
         if self.fine_tune_rate is not None and setting.schedule is not None:
             raise ValueError("fine_tune_rate: cannot be set beside a schedule of learning rates")
         for pattern in self.factors:
-            if Pressure(1.0, factors=((pattern, 2.0),)).at(0, names).eq(1).all():
+            if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"factors: {pattern!r} matches no gate; there are {names}")
         scale = 1.0 if self.scaled_from is None else setting.samples / self.scaled_from
         gating = Gating(
@@ -210,8 +211,6 @@ class Gates:
 
 
 _SAMPLER_SEED = 0x6761746573  # another stream than that of the shuffling
-
-
 _MOST_SHARE = 2.0  # of a part among equals, times their number: 1, but for rounding
 
 
@@ -231,7 +230,7 @@ class _Work:
     pressure: Pressure
     decay: float
     scale: Tensor | None = None
-    mean: MeanGradient = field(default_factory=lambda: MeanGradient())
+    mean: MeanGradient = field(default_factory=MeanGradient)
     log_gamma: Tensor | None = None
     log_gamma_for: tuple[int, int] = (-1, -1)
 
@@ -255,15 +254,16 @@ class _Work:
     def learn(self, step: Step) -> None:
         """Steps 2 and 3 for theta; its gradient belongs to the weights before their step."""
         gating = self.gating
-        if not gating.names:
-            return
-        gating.decay_closed()
-        difference = joint_mean(self._difference(step), step)
-        if self._overflowed(difference):
-            return
+        difference = torch.zeros(0)
+        if gating.names:
+            gating.decay_closed()
+            difference = joint_mean(self._difference(step), step)
+            if self._overflowed(difference):
+                return
         if self.method.converged is not None:
             self.mean.add(step.model, self._slope(difference, step.epoch), self.decay)
-        gating.step(difference, self._log_gamma(step.epoch), self.setting.samples)
+        if gating.names:
+            gating.step(difference, self._log_gamma(step.epoch), self.setting.samples)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss, and note what it is scaled by on its way to being propagated."""
