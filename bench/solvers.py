@@ -395,6 +395,8 @@ def _end_line(file: IO[str]) -> None:
 
 def warm_up(names: list[str]) -> None:
     """Load every library, and compile, before anything is timed."""
-    program = problem("iid-8x30x2").make().program
-    for name in names:
-        solver(name)(program, 1e-2, 1)
+    for small in ("iid-8x30x2", "iid-8x30x2-ball"):
+        program = problem(small).make().program
+        for name in names:
+            if can_state(name, program):
+                solver(name)(program, 1e-2, 1)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from torch import nn
 
 import retrain
 from retrain.epsilon_search import LARGEST, SMALLEST, Goal, Trial, choose, next_epsilon
-from retrain.report.terminal import asked_lines
+from retrain.report.terminal import asked_lines, trial_line
 from retrain.run import read_record
 from solvers import Group
 
@@ -401,4 +401,4 @@ def test_reports_of_layers_that_kept_their_weights(case):
     }
     (line,) = asked_lines({"layers": [entry]})
     assert "got 0: dense weights were kept" in line
-    assert replace(Goal(sparsity=0.5), max_trials=3).max_trials == 3
+    assert ", held-out accuracy +0.00 points, 1.0 s" in trial_line(asdict(trial(0.1, 5, 0.0)))

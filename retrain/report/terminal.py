@@ -214,7 +214,7 @@ def search_line(search: dict[str, Any]) -> str:
 
 def trial_line(trial: dict[str, Any]) -> str:
     """Say what one trial gave."""
-    drop = "" if trial["drop"] is None else f", held-out accuracy {-trial['drop']:+.2f} points"
+    drop = "" if trial["drop"] is None else f", held-out accuracy {0 - trial['drop']:+.2f} points"
     kept = "" if trial["certified"] else ", not all layers certified"
     share = 100 * trial["zeros"] / trial["weights"]
     return (
