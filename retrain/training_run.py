@@ -210,7 +210,11 @@ class _Run:
         checkpoint = Checkpoint(**entries)
         if path is not None:
             self.history = read_history(path, checkpoint.epochs)
-        self.method.reshape(self.training, checkpoint.description)
+        try:
+            self.method.reshape(self.training, checkpoint.description)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"checkpoint: its description does not fit ({what})") from error
         self._join()
         restore(self.training, self.others(), checkpoint.states)
         self.epochs, self.steps = checkpoint.epochs, checkpoint.steps
@@ -232,31 +236,38 @@ class _Run:
                 self._note(epoch)
             return self.ended
 
-        fit(
-            training.model,
-            self.begun.data,
-            epochs=self.setting.epochs,
-            optimizer=training.optimizer,
-            generator=self.sampler,
-            schedule=training.schedule,
-            loss=training.loss,
-            penalty=training.penalty,
-            batch_size=self.setting.batch_size,
-            callbacks=replace(
-                calls,
-                before_forward=(self.account.step, *calls.before_forward),
-                after_epoch=(after_epoch,),
-            ),
-            first_epoch=self.epochs,
-            first_step=self.steps,
-            augmentation=None if self.recipe.data.augment is None else flip_crop(),
-            computation=self.how,
-        )
+        try:
+            fit(
+                training.model,
+                self.begun.data,
+                epochs=self.setting.epochs,
+                optimizer=training.optimizer,
+                generator=self.sampler,
+                schedule=training.schedule,
+                loss=training.loss,
+                penalty=training.penalty,
+                batch_size=self.setting.batch_size,
+                callbacks=replace(
+                    calls,
+                    before_forward=(self.account.step, *calls.before_forward),
+                    after_epoch=(after_epoch,),
+                ),
+                first_epoch=self.epochs,
+                first_step=self.steps,
+                augmentation=None if self.recipe.data.augment is None else flip_crop(),
+                computation=self.how,
+            )
+        except FloatingPointError as error:
+            if self.directory is None or self.epochs == 0:
+                raise
+            kept = f"the checkpoint after epoch {self.epochs} stays in {self.directory.path}"
+            raise FloatingPointError(f"{error}; {kept}") from error
 
     def _note(self, epoch: Epoch) -> None:
         """Write an epoch's line, then its checkpoint: a line too many is dropped on resuming."""
         training, test = self.training, self.begun.test
         tested = (None, None) if test is None else assess(training.model, test, training.loss)
+        said = training.describe()
         line = {
             "epoch": epoch.number + 1,
             "loss": epoch.loss,
@@ -267,16 +278,14 @@ class _Run:
             "learning_rate": training.optimizer.param_groups[0]["lr"],
             **self.account.figures(training.model),
             "seconds": epoch.seconds,
-            "method": training.describe(),
+            "method": said,
         }
         self.history.append(plain(line))
         if self.directory is not None:
             path = self.directory.path
             write_whole(path / HISTORY_FILE, history_bytes(self.history))
             states = states_of(training, self.others())
-            checkpoint = Checkpoint(
-                self.epochs, self.steps, self.ended, training.describe(), states
-            )
+            checkpoint = Checkpoint(self.epochs, self.steps, self.ended, said, states)
             write_checkpoint(path / CHECKPOINT_FILE, checkpoint)
         if self.on_epoch is not None:
             self.on_epoch(self.history[-1], self.setting.epochs)

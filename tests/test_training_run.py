@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from training_cases import (
 
 import retrain
 from retrain.run import read_record
+from retrain.trainers.checkpoints import read_checkpoint, write_checkpoint
 from retrain.trainers.states import seeded
 
 
@@ -213,12 +215,23 @@ def test_a_training_that_diverges_says_so_and_keeps_what_it_had(folder):
         retrain.train(recipe, out="run")
     kept = (folder / "run" / "checkpoint.pt").read_bytes()
     assert torch.load(folder / "run" / "checkpoint.pt", weights_only=True)["epochs"] >= 1
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(FloatingPointError, match=r"the checkpoint after epoch \d stays in run"):
         retrain.train(recipe, out="run")
     assert (folder / "run" / "checkpoint.pt").read_bytes() == kept
     (folder / "r.toml").write_text(toml(recipe))
     answer = command(folder, "train", "r.toml", "--threads", "1", "--quiet", "--out", "other")
     assert "the loss is" in answer.error()
+
+
+def test_a_description_of_another_model_is_refused(folder):
+    recipe = METHODS["gates"]
+    with pytest.raises(Stopped):
+        retrain.train(recipe, out="run", on_epoch=stop_after(2))
+    path = folder / "run" / "checkpoint.pt"
+    found = read_checkpoint(path)
+    write_checkpoint(path, replace(found, description={}))
+    with pytest.raises(ValueError, match=r"checkpoint: its description does not fit \(KeyError"):
+        retrain.train(recipe, out="run")
 
 
 def test_one_that_diverges_at_once_leaves_nothing(folder):
