@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from solvers.admm import check_factor, check_limits
-from solvers.newton_block import Points, Shared, Units, solve_block
+from solvers.newton_block import Points, Shared, Units, Work, solve_block
 from solvers.obs.problem import map_units
 from solvers.penalties import L1, ElasticNet
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram, like, to_numpy
@@ -46,14 +46,17 @@ from solvers.splitting import (
 
 Array = Any
 
-FIRST_STEPS, WARM_STEPS = 100, 10  # of ADMM, in float32, from scratch and from a warm start
+FIRST_STEPS, WARM_STEPS = 80, 10  # of ADMM, in float32, from scratch and from a warm start
 _OWN_SHARE = 0.3  # a unit's own estimates are asked for this part of the tolerances
 _TIGHTER, _FINEST_SHARE = 0.1, 1e-5
 _REFINEMENTS = 5
 _ROOT_STEPS = 40
 _LONGEST = 3.0  # change of log s
+_INSIDE, _FURTHEST_INSIDE = 0.25, 0.01  # of the gap and of epsilon, see `_inside`
+_USUAL_SLOPE = 0.7  # of log r over log s, until two points tell
 _FAR = 15.0  # a slack e^15 times the first looks like one without end
 _BLOCK = 32  # units whose products are taken together
+_KEPT = 2**28  # bytes of the units' Gram matrices that stay from one slack to the next
 _PROXIMAL = 10.0  # first sigma and tau, relative to what ADMM balanced
 _SINGLE = 1e12  # magnitudes, and their inverses, whose squares float32 holds
 
@@ -192,6 +195,7 @@ class _Finish:
     threads: int
     history: list[dict[str, float]]
     verdict: tuple[Array, Array, Certificate] | None = None
+    works: dict[int, Work] = field(default_factory=dict)
 
     @staticmethod
     def build(
@@ -230,19 +234,26 @@ class _Finish:
         self.verdict = None
         tolerance, violation = (share * limit for limit in self.limits)
 
-        def solve(number: int) -> Points:
+        def solve(number: int) -> tuple[Points, list[Work]]:
             block = blocks[number]
-            first = self.points.take(block)
+            limits = slack, tolerance, violation, self.max_steps
+            works = [self.works.pop(m, None) for m in block.tolist()]
             return solve_block(
-                self.shared, self._units(block), first, slack, tolerance, violation, self.max_steps
+                self.shared, self._units(block), self.points.take(block), *limits, works
             )
 
         chosen = np.arange(len(self.points.u)) if units is None else units
         # Blocks whatever the number of threads: products over other units round differently.
         blocks = np.array_split(chosen, math.ceil(len(chosen) / min(_BLOCK, -(-len(chosen) // 4))))
         found = map_units(solve, range(len(blocks)), self.threads)
-        for block, points in zip(blocks, found, strict=True):
+        for block, (points, _) in zip(blocks, found, strict=True):
             self.points.put(block, points)
+        left = _KEPT
+        for block, (_, works) in zip(blocks, found, strict=True):
+            for m, work in zip(block.tolist(), works, strict=True):
+                left -= work.size
+                if left > 0:
+                    self.works[m] = work
 
     def _units(self, block: np.ndarray) -> Units:
         """The data of some units."""
@@ -303,15 +314,18 @@ def _solve_units(program: RegularisedProgram, finish: _Finish) -> None:
 def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> None:
     """Find the slack s at which the units' residuals add up to epsilon."""
     share, epsilon = _OWN_SHARE, program.epsilon
+    aim = epsilon
     slack, refined = _first_slack(program, finish.points), 0
-    trail: list[tuple[float, float]] = []  # (log s, log(r / epsilon)) of finite slacks so far
+    trail: list[tuple[float, float]] = []  # (log s, log(r / aim)) of finite slacks so far
     for _ in range(_ROOT_STEPS):
         finish.run(slack, share)
         if finish.judged()[2].within(*finish.limits).all() or refined == _REFINEMENTS:
             break
         residual = float(np.linalg.norm(finish.points.residual))
-        error = math.log(max(residual, 1e-300) / epsilon) if epsilon > 0 else 0.0
-        settled = epsilon == 0 or (slack == math.inf and error <= 0)
+        if aim == epsilon > 0 and slack < math.inf:
+            aim = epsilon * math.exp(-_inside(finish, slack, epsilon))
+        error = math.log(max(residual, 1e-300) / aim) if epsilon > 0 else 0.0
+        settled = epsilon == 0 or (slack == math.inf and residual <= epsilon)
         if settled or abs(error) <= share * finish.limits[1]:
             if finish.rounded():
                 break
@@ -325,6 +339,16 @@ def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> None:
                 share = max(_TIGHTER * share, _FINEST_SHARE)
                 trail = trail[-1:]
             slack = _next_slack(trail, tried_infinity=slack == math.inf)
+
+
+def _inside(finish: _Finish, slack: float, epsilon: float) -> float:
+    """How far inside the ball to aim, relative to epsilon.
+
+    Any residual beyond epsilon is a violation. One that is delta epsilon short of it adds
+    delta epsilon |nu_Omega| to the gap, with |nu_Omega| = epsilon / s: a part of the tolerance.
+    """
+    objective = float(np.sum(np.abs(finish.points.u) @ finish.shared.weight))
+    return min(_INSIDE * finish.limits[0] * objective * slack / epsilon**2, _FURTHEST_INSIDE)
 
 
 def _first_slack(program: ConstrainedProgram, points: Points) -> float:
@@ -349,11 +373,11 @@ def _plausible(trail: list[tuple[float, float]]) -> bool:
 
 
 def _next_slack(trail: list[tuple[float, float]], *, tried_infinity: bool) -> float:
-    """Secant through the last two slacks, in the bracket of all; s epsilon / r to begin with."""
+    """Secant through the last two slacks, in the bracket of all."""
     here, error = trail[-1]
     below = max((s for s, e in trail if e < 0), default=-math.inf)
     above = min((s for s, e in trail if e > 0), default=math.inf)
-    following = here - error
+    following = here - error / _USUAL_SLOPE
     if len(trail) > 1 and trail[-1][1] != trail[-2][1] and here != trail[-2][0]:
         before, error_before = trail[-2]
         slope = (error - error_before) / (here - before)

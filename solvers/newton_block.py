@@ -125,7 +125,8 @@ def solve_block(
     tolerance: float,
     violation: float,
     max_steps: int,
-) -> Points:
+    left: list[Work | None] | None = None,
+) -> tuple[Points, list[Work]]:
     """Go on from points until every unit's own estimates are within tolerance.
 
     Parameters
@@ -136,11 +137,15 @@ def solve_block(
         On the gap and on the violation.
     max_steps : int
         Limit on ``points.steps``.
+    left : list of Work or None, optional
+        What an earlier call has left of each unit, or None where it is gone. It is used up.
 
     Returns
     -------
-    Points
+    points : Points
         ``steps == max_steps`` or a gap or violation above what was asked tells of a failure.
+    works : list of Work
+        For a call with another slack.
     """
     accuracy = max(0.1 * min(tolerance, violation), _FINEST)
     now = points.take(slice(None))
@@ -148,7 +153,10 @@ def solve_block(
     stiffest = now.tau * _STIFFEST
     centre_u, centre_nu = now.u.copy(), now.nu.copy()
     z, c = now.u @ shared.inputs.T, now.nu @ shared.inputs
-    works = [_Work.build(shared, units, b, now.u[b], c[b]) for b in range(len(z))]
+    works = [
+        Work.build(shared, units, b, now.u[b], c[b]) if work is None else work
+        for b, work in enumerate(left or [None] * len(z))
+    ]
     last_steps, stalled = now.steps.copy(), np.zeros(len(z), dtype=int)
     within = np.zeros(len(z), dtype=bool)
     open_ = np.flatnonzero(now.steps < max_steps)
@@ -190,11 +198,11 @@ def solve_block(
         done = within | (now.steps >= max_steps) | (stalled >= _STALLED) | lost
         open_ = open_[~done[open_]]
     _clean(shared, units, now, np.flatnonzero(within), c, slack, tolerance, violation)
-    return now
+    return now, works
 
 
 @dataclass(eq=False)
-class _Work:
+class Work:
     """A unit's working sets and Gram matrices.
 
     Attributes
@@ -217,15 +225,21 @@ class _Work:
     seen: np.ndarray
     responses: np.ndarray
 
+    @property
+    def size(self) -> int:
+        """Bytes it takes."""
+        return 16 * len(self.inputs) ** 2 + 2 * len(self.extra)
+
     @staticmethod
-    def build(shared: Shared, units: Units, b: int, u: np.ndarray, c: np.ndarray) -> _Work:
+    def build(shared: Shared, units: Units, b: int, u: np.ndarray, c: np.ndarray) -> Work:
+        """Begin with the inputs that are nonzero or near their bound."""
         near = (u != 0) | (shared.weight == 0) | (np.abs(c) > shared.weight * (1 - _MARGIN))
         inputs = np.flatnonzero(near & units.allowed[b])
         nothing = np.zeros(len(shared.inputs), dtype=bool)
         square = np.zeros((len(inputs), len(inputs)))
         fitted = _gram(shared.inputs, np.flatnonzero(units.active[b]), inputs, inputs)
         none = np.zeros(0, dtype=int)
-        return _Work(inputs, fitted, Gram(square, nothing), nothing.copy(), none, np.zeros(0))
+        return Work(inputs, fitted, Gram(square, nothing), nothing.copy(), none, np.zeros(0))
 
     def run(
         self,

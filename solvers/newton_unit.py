@@ -47,8 +47,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
-from scipy.linalg import cho_solve, solve_triangular
-from scipy.linalg.lapack import dpotrf
+from scipy.linalg.lapack import dpotrf, dpotrs, dtrtrs
 
 _CONDITION = 1e-11  # smallest 1/sigma relative to the mean of the Hessian's diagonal
 _ROUNDING = 1e-13
@@ -212,19 +211,20 @@ def _direction(
     factor = _factorise(hessian[order[:, None], order])
     n = len(first)
     top, across, corner = factor[:n, :n], factor[n:, :n], factor[n:, n:]
-    half = solve_triangular(top, -force[first], lower=True, check_finite=False)
+    half = dtrtrs(top, -force[first], lower=1)[0] if n else np.zeros(0)
     left, right = corner @ corner.T, -force[last] - across @ half
     kept = np.arange(len(last))
     while len(kept):
-        d = cho_solve((_factorise(left[kept[:, None], kept]), True), right[kept])
+        d = dpotrs(_factorise(left[kept[:, None], kept]), right[kept], lower=1)[0]
         wrong = d * theta[last[kept]] <= 0
         if not wrong.any():
             direction[last[kept]] = d
             half = half - d @ across[kept]
             break
         kept = kept[~wrong]
+    if n:
+        direction[first] = dtrtrs(top, half, lower=1, trans=1)[0]
     if n or len(kept):
-        direction[first] = solve_triangular(top, half, lower=True, trans=1, check_finite=False)
         return direction
     # Everything that is nonzero is stationary: one violator alone moves the right way.
     worst = int(np.argmax(np.abs(force)))

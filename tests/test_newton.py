@@ -242,7 +242,7 @@ def test_one_unit_by_itself():
     everything = np.ones((1, 30), bool), np.ones((1, 8), bool)
     units = Units(targets.T.copy(), *everything, np.zeros(1), np.ones(1))
     first = Points.at(np.zeros((1, 8)), np.zeros((1, 30)), np.ones(1), np.ones(1))
-    found = solve_block(shared, units, first, 0.25, 1e-10, 1e-10, 100)
+    found, _ = solve_block(shared, units, first, 0.25, 1e-10, 1e-10, 100)
     assert max(found.gap[0], found.violation[0]) <= 1e-10
     assert first.steps[0] == 0
     optimum = solve_cvxpy(program, options=ORACLE)
