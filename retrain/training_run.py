@@ -59,6 +59,7 @@ from retrain.trainers.distributed import (
     processes,
     shared,
 )
+from retrain.trainers.masked import weights_of
 from retrain.trainers.recipe import Recipe, parse_recipe, read_recipe
 from retrain.trainers.start import Pair, Start, start
 from retrain.trainers.states import seeded
@@ -312,6 +313,7 @@ class _Run:
             "epochs": self.epochs,
             "ended": self.ended,
             **figures,
+            "weights": _zeros(network),
             "cost": {"dense": asdict(dense), "final": asdict(final)},
             "parameters_pruned": 1 - final.parameters / dense.parameters,
             "operations_pruned": 1 - final.forward / dense.forward,
@@ -327,6 +329,13 @@ class _Run:
                 write_export(network, begun.sample, where / EXPORT_FILE)
             self.directory.write_record(record)
         return TrainedRun(network, self.history, plain(record), where)
+
+
+def _zeros(network: nn.Module) -> dict[str, int]:
+    """Count the weights (no biases, no normalisation), and those that are exactly zero."""
+    weights = weights_of(network).values()
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    return {"count": sum(weight.numel() for weight in weights), "zeros": zeros}
 
 
 def _figures(network: nn.Module, pair: Pair | None, training: Training) -> dict[str, Any] | None:

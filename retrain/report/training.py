@@ -40,14 +40,21 @@ def training_summary(record: dict[str, Any]) -> list[str]:
         f"{final['parameters']:,} of {dense['parameters']:,} parameters left (pPR "
         f"{100 * record['parameters_pruned']:.2f} %)"
     )
+    weights = record["weights"]
+    if weights["zeros"]:
+        lines.append(
+            f"{weights['zeros']:,} of the {weights['count']:,} weights left are zero "
+            f"({100 * weights['zeros'] / weights['count']:.2f} %)"
+        )
     lines.append(
         f"{_operations(final['forward'])} of {_operations(dense['forward'])} a sample left (fPR "
         f"{100 * record['operations_pruned']:.2f} %)"
     )
     if record["dense_load"]:
         ratio = record["load"] / record["dense_load"]
+        epochs = f"{record['epochs']} epoch{'' if record['epochs'] == 1 else 's'}"
         lines.append(
-            f"training load {record['load']:.3g} operations in {record['epochs']} epochs, "
+            f"training load {record['load']:.3g} operations in {epochs}, "
             f"{100 * ratio:.1f} % of the dense network's; {record['seconds']:.1f} s"
         )
     if record["model"]["reason"]:
