@@ -34,8 +34,8 @@ def recipe(epochs=8, estimator="first-order", **model):
 
 RECIPES = {
     "first order": recipe(),
-    "exact": recipe(4, "exact"),
-    "batch norm": recipe(4, norm=True),
+    "exact": recipe(3, "exact"),
+    "batch norm": recipe(3, norm=True),
     "linear skips": recipe(linear_skips=True),
 }
 

@@ -34,7 +34,7 @@ def test_a_run_prunes_resumes_to_the_same_and_loads_plainly(name, tmp_path):
     assert last["learning_rate"] == 0.001 and last["method"]["rounded"] == 5
 
     first = next(epoch for epoch, count in enumerate(blocks, 1) if count < 4)
-    for stop in (first, 7):
+    for stop in {first, 7}:
 
         def interrupt(line, _, stop=stop):
             if line["epoch"] == stop:
@@ -118,15 +118,18 @@ def test_the_papers_settings_are_in_the_recipes():
 
 
 @pytest.mark.skipif(not MNIST.is_dir(), reason="no MNIST beside the repository")
-@pytest.mark.parametrize("name", ["gates-mnist-dense-small"])
-def test_the_reduced_recipe_prunes_mnist(name):
+def test_the_reduced_recipe_prunes_mnist():
+    """On fewer images still, and with more pressure."""
     run = retrain.train(
-        name,
+        "gates-mnist-dense-small",
         changes={
             "data.train": f"mnist:{MNIST}",
             "data.test": f"mnist-test:{MNIST}",
-            "data.test_limit": 2000,
+            "data.limit": 3000,
+            "data.test_limit": 1000,
+            "method.log_gamma": -3000.0,
+            "method.theta_rate": 0.04,
         },
     )
     last = run.history[-1]
-    assert len(last["method"]["kept"]) < 9 and run.test_accuracy > 0.9
+    assert len(last["method"]["kept"]) < 9 and run.test_accuracy > 0.85
