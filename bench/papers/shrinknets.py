@@ -44,7 +44,7 @@ STRENGTHS = {
     ("oes97", TRAINED): np.geomspace(0.01, 3, 12),
     ("gas-drift", GROUP): np.geomspace(0.0005, 0.3, 16),
     ("gas-drift", PROXIMAL): np.geomspace(0.003, 0.4, 16),
-    ("gas-drift", TRAINED): np.geomspace(0.003, 0.4, 12),
+    ("gas-drift", TRAINED): np.array([2e-4, 6e-4, 1.5e-3, *np.geomspace(0.003, 0.4, 12)[:10]]),
 }
 LEVELS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 SECOND = 0.1
