@@ -21,7 +21,8 @@ from retrain.trainers.shrinknets.group import (
     proximal_step,
     shrink_groups,
 )
-from retrain.trainers.shrinknets.regression import Regression, solve_group
+from retrain.trainers.shrinknets.regression import Regression
+from retrain.trainers.shrinknets.regression_solvers import solve_group
 from retrain.trainers.states import seeded
 from retrain.trainers.supervised import fit
 

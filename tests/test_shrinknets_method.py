@@ -20,13 +20,8 @@ from retrain.trainers.recipe import RECIPES, built_in, read_recipe
 from retrain.trainers.shrinknets.cost import Costs, input_neurons
 from retrain.trainers.shrinknets.fold import fold
 from retrain.trainers.shrinknets.method import GroupSparsity, ShrinkNets
-from retrain.trainers.shrinknets.regression import (
-    Regression,
-    column_sparsity,
-    shrink_objective,
-    solve_group,
-    solve_shrink,
-)
+from retrain.trainers.shrinknets.regression import Regression, column_sparsity, shrink_objective
+from retrain.trainers.shrinknets.regression_solvers import solve_group, solve_shrink
 from retrain.trainers.shrinknets.switches import switches_of
 from retrain.trainers.states import mode, seeded
 from retrain.trainers.supervised import fit, train

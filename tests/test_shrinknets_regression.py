@@ -15,10 +15,9 @@ from retrain.trainers.shrinknets.regression import (
     equivalent_penalty,
     group_objective,
     shrink_objective,
-    solve_group,
-    solve_shrink,
     split_columns,
 )
+from retrain.trainers.shrinknets.regression_solvers import solve_group, solve_shrink
 from retrain.verify.shrinknets import Regression as Verified
 from retrain.verify.shrinknets import group_optimum, shrink_value
 

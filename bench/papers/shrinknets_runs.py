@@ -25,13 +25,8 @@ from retrain.trainers.accuracy import evaluate
 from retrain.trainers.schedules import cosine
 from retrain.trainers.shrinknets.cost import Costs
 from retrain.trainers.shrinknets.method import ShrinkNets
-from retrain.trainers.shrinknets.regression import (
-    Kind,
-    Regression,
-    column_sparsity,
-    solve_group,
-    solve_shrink,
-)
+from retrain.trainers.shrinknets.regression import Kind, Regression, column_sparsity
+from retrain.trainers.shrinknets.regression_solvers import solve_group, solve_shrink
 from retrain.trainers.states import seeded
 from retrain.trainers.supervised import Loss, fit
 from retrain.trainers.training import Choice, Setting, Training

@@ -11,6 +11,6 @@ folded into the weights.
 * `removal`: when a neuron is dead, and the callback that cuts it;
 * `fold`: the plain smaller network;
 * `cost`: what training has cost;
-* `regression`: section 6.1's linear and logistic regressions, by proximal methods;
+* `regression`, `regression_solvers`: section 6.1's linear and logistic regressions;
 * `method`: all of it as methods of the trainers.
 """
