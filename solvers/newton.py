@@ -46,13 +46,16 @@ from solvers.splitting import (
 
 Array = Any
 
-FIRST_STEPS, WARM_STEPS = 80, 10  # of ADMM, in float32, from scratch and from a warm start
+# Steps of ADMM, in float32: from scratch, where one rho serves the whole layer and where each unit
+# has its own and may be done by then, and from a warm start.
+BALL_STEPS, UNIT_STEPS, WARM_STEPS = 80, 150, 10
 _OWN_SHARE = 0.3  # a unit's own estimates are asked for this part of the tolerances
 _TIGHTER, _FINEST_SHARE = 0.1, 1e-5
 _REFINEMENTS = 5
 _ROOT_STEPS = 40
 _LONGEST = 3.0  # change of log s
-_INSIDE, _FURTHEST_INSIDE = 0.25, 0.01  # of the gap and of epsilon, see `_inside`
+_INSIDE = 0.25  # of the room that there is inside the ball, where to aim
+_LEAST_ROOM, _MOST_ROOM = 1e-14, 0.04
 _USUAL_SLOPE = 0.7  # of log r over log s, until two points tell
 _FAR = 15.0  # a slack e^15 times the first looks like one without end
 _BLOCK = 32  # units whose products are taken together
@@ -176,7 +179,8 @@ def _near(
     sizes = [float(xp.max(xp.abs(array))) for array in (program.inputs, program.level)]
     within = all(size == 0 or 1 / _SINGLE <= size <= _SINGLE for size in sizes)
     splitting = Splitting.build(program, factor, xp.float32 if within else program.inputs.dtype)
-    steps = min(max_iterations, FIRST_STEPS if warm_start is None else WARM_STEPS)
+    first = BALL_STEPS if isinstance(program, ConstrainedProgram) else UNIT_STEPS
+    steps = min(max_iterations, first if warm_start is None else WARM_STEPS)
     progress = advance(splitting, Progress(start(splitting, factor, warm_start)), steps)
     return progress.state if progress.finite else start(splitting, factor, warm_start)
 
@@ -314,7 +318,7 @@ def _solve_units(program: RegularisedProgram, finish: _Finish) -> None:
 def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> None:
     """Find the slack s at which the units' residuals add up to epsilon."""
     share, epsilon = _OWN_SHARE, program.epsilon
-    aim = epsilon
+    aim, room = epsilon, _MOST_ROOM
     slack, refined = _first_slack(program, finish.points), 0
     trail: list[tuple[float, float]] = []  # (log s, log(r / aim)) of finite slacks so far
     for _ in range(_ROOT_STEPS):
@@ -323,10 +327,11 @@ def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> None:
             break
         residual = float(np.linalg.norm(finish.points.residual))
         if aim == epsilon > 0 and slack < math.inf:
-            aim = epsilon * math.exp(-_inside(finish, slack, epsilon))
+            room = _room(finish, slack, epsilon)
+            aim = epsilon * math.exp(-_INSIDE * room)
         error = math.log(max(residual, 1e-300) / aim) if epsilon > 0 else 0.0
         settled = epsilon == 0 or (slack == math.inf and residual <= epsilon)
-        if settled or abs(error) <= share * finish.limits[1]:
+        if settled or abs(error) <= share * min(finish.limits[1], room):
             if finish.rounded():
                 break
             share *= _TIGHTER  # the units, and through their sum s, are not accurate enough yet
@@ -341,14 +346,15 @@ def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> None:
             slack = _next_slack(trail, tried_infinity=slack == math.inf)
 
 
-def _inside(finish: _Finish, slack: float, epsilon: float) -> float:
-    """How far inside the ball to aim, relative to epsilon.
+def _room(finish: _Finish, slack: float, epsilon: float) -> float:
+    """How far inside the ball, relative to epsilon, the tolerance on the gap lets a residual be.
 
     Any residual beyond epsilon is a violation. One that is delta epsilon short of it adds
-    delta epsilon |nu_Omega| to the gap, with |nu_Omega| = epsilon / s: a part of the tolerance.
+    delta epsilon |nu_Omega| to the gap, with |nu_Omega| = epsilon / s.
     """
     objective = float(np.sum(np.abs(finish.points.u) @ finish.shared.weight))
-    return min(_INSIDE * finish.limits[0] * objective * slack / epsilon**2, _FURTHEST_INSIDE)
+    room = finish.limits[0] * objective * slack / epsilon**2
+    return min(max(room, _LEAST_ROOM), _MOST_ROOM)
 
 
 def _first_slack(program: ConstrainedProgram, points: Points) -> float:
