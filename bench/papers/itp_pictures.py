@@ -52,7 +52,11 @@ def draw_descent(
 
 
 def draw_searches(found: Mapping[str, Sequence[Outcome]], path: Path) -> None:
-    """Draw figure 9: each search's outcomes, those on the front, and the two knees."""
+    """Draw figure 9: each search's outcomes, those on the front, and the two knees.
+
+    Collapsed networks, all at the loss of guessing and complexity 0, are counted and not drawn: on
+    axes that hold them the others are a corner.
+    """
     figure, axes = plt.subplots(
         1,
         len(found),
@@ -63,8 +67,9 @@ def draw_searches(found: Mapping[str, Sequence[Outcome]], path: Path) -> None:
         layout="constrained",
     )
     for (name, outcomes), axis in zip(found.items(), axes[0], strict=True):
-        front = nondominated(outcomes)
-        dominated = [outcome for outcome in outcomes if outcome not in front]
+        trained = [outcome for outcome in outcomes if outcome.status == "trained"]
+        front = nondominated(trained)
+        dominated = [outcome for outcome in trained if outcome not in front]
         axis.plot(*_points(dominated), "x", color="0.6", label="dominated")
         axis.plot(*_points(front), "o-", ms=4, lw=0.8, label="nondominated")
         for knee, style, label in (
@@ -82,9 +87,9 @@ def draw_searches(found: Mapping[str, Sequence[Outcome]], path: Path) -> None:
                     mew=1.5,
                     label=f"{label}: {knee.outcome.weight:.1e}",
                 )
-        axis.set(title=f"{name}, {len(outcomes)} trainings", xlabel="cross entropy, training")
-        axis.set_xscale("log")
-        axis.set_yscale("symlog", linthresh=10)
+        gone = len(outcomes) - len(trained)
+        title = f"{name}\n{len(outcomes)} trainings" + (f", {gone} collapsed" if gone else "")
+        axis.set(title=title, xlabel="cross entropy, training", ylim=(0, None))
         axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("Omega_l1 of the dense layers")
     path.parent.mkdir(parents=True, exist_ok=True)
