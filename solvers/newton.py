@@ -58,7 +58,7 @@ _INSIDE = 0.25  # of the room that there is inside the ball, where to aim
 _LEAST_ROOM, _MOST_ROOM = 1e-14, 0.04
 _USUAL_SLOPE = 0.7  # of log r over log s, until two points tell
 _FAR = 15.0  # a slack e^15 times the first looks like one without end
-_BLOCK = 32  # units whose products are taken together
+BLOCK = 32  # units whose products are taken together
 _KEPT = 2**28  # bytes of the units' Gram matrices that stay from one slack to the next
 _PROXIMAL = 10.0  # first sigma and tau, relative to what ADMM balanced
 _SINGLE = 1e12  # magnitudes, and their inverses, whose squares float32 holds
@@ -114,8 +114,9 @@ def solve_newton(
 
     Notes
     -----
-    Memory: X^T and about eight arrays (n_samples, n_out) in float64, and for each thread two
-    (|W|, n_samples), W the inputs near their bound.
+    Memory: ADMM's ten arrays (n_samples, n_out) in float32, of which Newton's multiplier in float64
+    takes the place, X in float64, and for each thread some sixteen arrays (n_samples, 32) and the
+    inputs of the ceilings in play; a quarter of a GiB of Gram matrices at most.
 
     References
     ----------
@@ -216,7 +217,8 @@ class _Finish:
         weight = np.zeros(n_in)
         weight[program.penalised] = 1.0
         ridge = program.penalty.ridge if isinstance(program.penalty, ElasticNet) else 0.0
-        shared = Shared(inputs, weight, ridge * weight, np.linalg.norm(inputs, axis=0))
+        lengths = np.sqrt(np.einsum("ji,ji->i", inputs, inputs))
+        shared = Shared(inputs, weight, ridge * weight, lengths)
         rho = np.broadcast_to(to_numpy(near.rho).astype(np.float64), (n_out,))
         tau = rho * metric(program, factor)
         u = np.ascontiguousarray(to_numpy(near.w).T, dtype=np.float64)
@@ -248,7 +250,7 @@ class _Finish:
 
         chosen = np.arange(len(self.points.u)) if units is None else units
         # Blocks whatever the number of threads: products over other units round differently.
-        blocks = np.array_split(chosen, math.ceil(len(chosen) / min(_BLOCK, -(-len(chosen) // 4))))
+        blocks = np.array_split(chosen, math.ceil(len(chosen) / min(BLOCK, -(-len(chosen) // 4))))
         found = map_units(solve, range(len(blocks)), self.threads)
         for block, (points, _) in zip(blocks, found, strict=True):
             self.points.put(block, points)

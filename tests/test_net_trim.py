@@ -229,7 +229,7 @@ def test_only_the_named_layers_change_and_the_first_of_them_is_a_first_layer():
 def test_memory_samples_rows_by_seed_and_says_so():
     stream = make(samples=400)
     spec = stream.layers[0]
-    memory = 8 * (3 * 9 + 14 * 12) * 100
+    memory = 8 * (3 * 9 + 16 * 12) * 100
     assert rows_within(spec, memory, 8) == 100
     reports = [
         run(make(samples=400), relative_epsilon=0.1, memory=memory, seed=s) for s in (0, 0, 1)

@@ -107,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             solver=options.solver,
             tolerance=WANTED_GAP,
             threads=options.threads,
+            memory=WANTED_MEMORY,
             on_layer=tell,
         )
     wall, used = time.perf_counter() - started, time.process_time() - used

@@ -40,9 +40,10 @@ from threadpoolctl import threadpool_limits
 from retrain.chain import activate
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods.layers import chosen, commit
-from retrain.methods.net_trim_options import NetTrimOptions
+from retrain.methods.net_trim_options import NetTrimOptions, Solver
 from retrain.stream import Array, LayerSpec, LayerStream, changed, collect, sample_rows
 from solvers import SolveResult, Status, solve_admm, solve_count, solve_newton, trim_program
+from solvers.newton import BLOCK
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram, like, to_numpy
 from solvers.result import judge
 
@@ -141,13 +142,20 @@ def _link_scales(stream: LayerStream) -> dict[str, float]:
     return scales
 
 
-def rows_within(spec: LayerSpec, memory: float, itemsize: int) -> int:
+def rows_within(spec: LayerSpec, memory: float, itemsize: int, solver: Solver = "admm") -> int:
     """How many rows of a layer a solve can hold in `memory` bytes.
 
-    A row takes its inputs three times (current, dense, one float64 slab) and some fourteen arrays
-    of the responses' size in the solver.
+    A row takes its inputs three times (current, dense, one float64 slab) and, by ADMM, some sixteen
+    arrays of the responses' size, twice that where it goes on from float32 in float64. Newton takes
+    twelve, the inputs in float64, and for each block of units at work sixteen arrays and the inputs
+    of the ceilings in play. Two blocks are counted, one a thread, so that the rows and with them
+    the results do not depend on the number of threads.
     """
-    per_row = itemsize * (3 * (spec.shape[0] + 1) + 14 * spec.shape[1])
+    n_in, n_out = spec.shape[0] + 1, spec.shape[1]
+    per_row = itemsize * (3 * n_in + 16 * n_out)
+    if solver == "newton":
+        block = 8 * (16 * min(BLOCK, n_out) + n_in)
+        per_row = itemsize * (3 * n_in + 12 * n_out) + 8 * n_in + 2 * block
     return max(1, int(memory / per_row))
 
 
@@ -163,7 +171,9 @@ def _task(
     started = time.perf_counter()
     total = stream.count(spec.name)
     itemsize = to_numpy(stream.weight(spec.name)[:1, :1]).itemsize
-    rows = sample_rows(total, rows_within(spec, options.memory, itemsize), options.seed)
+    rows = sample_rows(
+        total, rows_within(spec, options.memory, itemsize, options.solver), options.seed
+    )
     programs, epsilons = [], []
     for group in range(spec.groups):
         epsilon, program = _program(stream, spec, group, rows, options, scales, upstream=upstream)
