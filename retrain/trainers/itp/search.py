@@ -43,15 +43,15 @@ class Outcome:
 
 
 Train = Callable[[Sequence[float]], list[Outcome]]
-Propose = Callable[[Sequence[Outcome], list[float]], list[float]]
+Propose = Callable[[Sequence[Outcome]], list[float]]
+"""Proposes new weights, given all outcomes so far."""
 
 
 def nondominated(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Return the outcomes that no other dominates, by rising complexity.
 
-    Diverged ones are left out. Of equal ones (collapsed networks are) it is that of the smallest
-    weight, so that halving goes on between it and the first network that did not collapse. Along
-    the result the loss falls strictly.
+    Diverged ones are left out; of equal ones it is that of the smallest weight. Along the result
+    the loss falls strictly.
     """
     finite = [
         outcome
@@ -172,20 +172,18 @@ def _by_levels(
         raise ValueError(f"levels: 1 or more were wanted, not {levels}")
     if budget < 2:
         raise ValueError(f"budget: 2 trainings or more were wanted, not {budget}")
-    tried = [low, high]
-    outcomes = train(tried)
+    outcomes = train([low, high])
     for _ in range(levels - 1):
-        proposed = propose(nondominated(outcomes), tried)[: budget - len(tried)]
+        proposed = propose(outcomes)[: budget - len(outcomes)]
         if not proposed:
             break
-        tried = tried + proposed
         outcomes = outcomes + train(proposed)
     return outcomes
 
 
-def _new_slopes(front: Sequence[Outcome], tried: list[float]) -> list[float]:
-    proposed: list[float] = []
-    for first, second in pairwise(front):
+def _new_slopes(outcomes: Sequence[Outcome]) -> list[float]:
+    tried, proposed = _weights(outcomes), list[float]()
+    for first, second in pairwise(nondominated(outcomes)):
         weight = equal_slope(first, second)
         if not _near(weight, [*tried, *proposed], _SAME):
             proposed.append(weight)
@@ -193,16 +191,15 @@ def _new_slopes(front: Sequence[Outcome], tried: list[float]) -> list[float]:
 
 
 def _slopes_or_draws(
-    front: Sequence[Outcome],
-    tried: list[float],
+    outcomes: Sequence[Outcome],
     *,
     interval: tuple[float, float],
     rng: np.random.Generator,
     closeness: float,
 ) -> list[float]:
     """Lines 9 to 15 of algorithm 3."""
-    proposed: list[float] = []
-    for first, second in pairwise(front):
+    tried, proposed = _weights(outcomes), list[float]()
+    for first, second in pairwise(nondominated(outcomes)):
         weight = equal_slope(first, second)
         near = _near(weight, [*tried, *proposed], closeness)
         if near:
@@ -216,11 +213,16 @@ def _slopes_or_draws(
     return proposed
 
 
-def _midpoints(front: Sequence[Outcome], tried: list[float]) -> list[float]:
+def _midpoints(outcomes: Sequence[Outcome]) -> list[float]:
+    # Collapsed networks are all the same but for their biases: the smallest weight that collapses
+    # stands for them, so that halving goes on between it and the networks that did not.
+    collapsed = [outcome for outcome in outcomes if outcome.status == "collapsed"]
+    bound = min(collapsed, key=lambda outcome: outcome.weight, default=None)
+    front = nondominated([one for one in outcomes if one not in collapsed or one is bound])
     if len(front) < 2:
         return []
     boxes = np.abs(np.diff(normalised(front), axis=0)).prod(axis=1)
-    proposed: list[float] = []
+    tried, proposed = _weights(outcomes), list[float]()
     for index in np.argsort(-boxes, kind="stable"):
         low, high = sorted((front[index].weight, front[index + 1].weight))
         # Weights between the two were tried when what they gave is dominated; each part is halved.
@@ -230,6 +232,10 @@ def _midpoints(front: Sequence[Outcome], tried: list[float]) -> list[float]:
             if not _near(weight, [*tried, *proposed], _SAME):
                 proposed.append(weight)
     return proposed
+
+
+def _weights(outcomes: Sequence[Outcome]) -> list[float]:
+    return [outcome.weight for outcome in outcomes]
 
 
 def _near(weight: float, known: Sequence[float], closeness: float) -> list[float]:
