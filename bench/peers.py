@@ -227,7 +227,7 @@ def by_proxqp(form: Form, accuracy: float) -> Solution:
 
 
 _INTERIOR = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
-_FIRST_ORDER = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 1e-7, 1e-8)
+_FIRST_ORDER = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
 # The first form of each is its fastest on 784 inputs and 2000 samples (--forms).
 PEERS = {
     "clarabel": Peer(
