@@ -6,11 +6,11 @@ DIR holds regression/oes97.npz, gas-drift/*.npz and mnist/ (idx files). Rows are
 measured again; pictures are written beside them.
 
 Figure 1 sets three fits against each other, each with the same number of gradients over all
-samples: group sparsity (6) by accelerated proximal gradients (it is convex: its minimum, where it
-converges), ShrinkNet (7) by majorising its penalty, and ShrinkNet trained as it is meant, by
-switches, Adam and the removal of dead inputs. Figure 2 trains in small batches with several
-inertias gamma, many times over, and without removal. The draft gives neither lambda_2 nor its
-training settings; ours are printed.
+samples: group sparsity (6) by accelerated proximal gradients, ShrinkNet (7) by majorising its
+penalty, and ShrinkNet trained as it is meant, by switches, Adam and the removal of dead inputs.
+Group sparsity is convex; its minimum, which takes more gradients, is shown too. Figure 2 trains in
+small batches with several inertias gamma, many times over, and without removal. The draft gives
+neither lambda_2 nor its training settings; ours are printed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from bench.papers.shrinknets_runs import (
 )
 
 GROUP, PROXIMAL, TRAINED = "group sparsity", "ShrinkNet, proximal", "ShrinkNet, trained"
-METHODS = (GROUP, PROXIMAL, TRAINED)
+CONVERGED = "group, converged"
+METHODS = (GROUP, CONVERGED, PROXIMAL, TRAINED)
 GRADIENTS = {"oes97": 2000, "gas-drift": 1000}
 STRENGTHS = {
     ("oes97", GROUP): np.geomspace(0.003, 8, 24),
@@ -46,6 +47,9 @@ STRENGTHS = {
     ("gas-drift", PROXIMAL): np.geomspace(0.003, 0.4, 16),
     ("gas-drift", TRAINED): np.array([2e-4, 6e-4, 1.5e-3, *np.geomspace(0.003, 0.4, 12)[:10]]),
 }
+STRENGTHS |= {(name, CONVERGED): STRENGTHS[name, GROUP] for name in GRADIENTS}
+PATIENCE = 6000
+"""Gradients for group sparsity to converge with, on no other method's budget."""
 LEVELS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 SECOND = 0.1
 """lambda_2 over lambda. Of the two only one product matters (`regularised_penalty`)."""
@@ -83,7 +87,7 @@ def tradeoff(rows: Rows, folder: Path, name: str, splits: int) -> list[Row]:
                     "method": method,
                     "strength": round(float(strength), 6),
                     "weight_strength": round(float(SECOND * strength), 7),
-                    "gradients": GRADIENTS[name],
+                    "gradients": PATIENCE if method == CONVERGED else GRADIENTS[name],
                     "seed": seed,
                 }
                 if method == TRAINED:
@@ -116,12 +120,11 @@ def print_tradeoff(name: str, points: list[Row]) -> None:
         method: sum(p["cpu_seconds"] for p in points if p["plan"]["method"] == method)
         for method in METHODS
     }
-    solved = [p for p in points if p["plan"]["method"] == GROUP]
-    converged = sum(p["converged"] for p in solved)
-    print(
-        f"\n{name}: {GRADIENTS[name]} gradients a fit, lambda_2 = {SECOND:g} lambda; "
-        f"{converged} of {len(solved)} fits by {GROUP} converged to 1e-6"
-    )
+    print(f"\n{name}: {GRADIENTS[name]} gradients a fit, lambda_2 = {SECOND:g} lambda")
+    for method, budget in ((GROUP, GRADIENTS[name]), (CONVERGED, PATIENCE)):
+        solved = [p for p in points if p["plan"]["method"] == method]
+        converged = sum(p["converged"] for p in solved)
+        print(f"{method}: within {budget} gradients {converged} of {len(solved)} fits to 1e-6")
     for column, title in (("loss", "on the samples fitted"), ("held_out", "on those held out")):
         print(f"\nloss {title}, of the best fit that is as sparse: mean over the splits\n")
         print("| sparsity |" + "".join(f" {method:>19} |" for method in METHODS) + " least  |")

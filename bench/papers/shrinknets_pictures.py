@@ -14,8 +14,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 Row = dict[str, Any]
-COLOURS = ("tab:orange", "tab:blue", "tab:green")
-MARKERS = ("s", "o", "^")
+COLOURS = ("tab:orange", "tab:red", "tab:blue", "tab:green")
+MARKERS = ("s", "D", "o", "^")
 
 
 def draw_tradeoff(found: dict[str, list[Row]], methods: Sequence[str], path: Path) -> None:

@@ -160,7 +160,7 @@ def figures(data: Task, A: np.ndarray) -> Row:
 def solved_regression(data: Task, plan: Row) -> Row:
     """Fit a regression by the proximal method of the plan, within its gradients."""
     options = {"gradients": plan["gradients"], "tolerance": 1e-6}
-    if plan["method"] == "group sparsity":
+    if plan["method"].startswith("group"):
         found = solve_group(data.fitted, plan["strength"], **options)
     else:
         found = solve_shrink(data.fitted, plan["strength"], plan["weight_strength"], **options)
