@@ -1,4 +1,4 @@
-"""Section 6.1: multi-target linear and multi-class logistic regression: losses, penalties, what they come to.
+"""Section 6.1: multi-target linear and multi-class logistic regression, losses and penalties.
 
 With a loss l, the mean over the samples of ``|y - A x|_2^2`` or of the cross entropy of ``A x``:
 
