@@ -213,13 +213,17 @@ def losses(rows: Sequence[Row]) -> list[str]:
 
 
 def profile(rows: Sequence[Row], path: Path) -> bool:
-    """Draw the performance profile (Dolan and More); False where there is nothing to compare."""
+    """Draw the performance profile (Dolan and More) on the problems that all have tried.
+
+    False where there is nothing to compare.
+    """
     found = scores(rows)
     certified = {
         (row["solver"], row["problem"], row["tolerance"]) for row in rows if row["certified"]
     }
     names = list(dict.fromkeys(row["solver"] for row in rows))
-    cases = list(dict.fromkeys((row["problem"], row["tolerance"]) for row in rows))
+    every = dict.fromkeys((row["problem"], row["tolerance"]) for row in rows)
+    cases = [case for case in every if all((name, *case) in found for name in names)]
     best = {
         case: min((found[n, *case] for n in names if (n, *case) in certified), default=math.inf)
         for case in cases

@@ -220,6 +220,15 @@ def test_losses_and_means():
     assert "60.00000 s a unit,   0% of 1 certified" in text
 
 
+def test_the_profile_is_of_problems_that_all_have_tried(tmp_path):
+    picture = tmp_path / "profile.png"
+    rows = [row("newton", 0.5), row("piqp", 0.1), row("newton", 0.1, name="relu2")]
+    assert solver_tables.profile(rows, picture)
+    assert picture.stat().st_size > 10_000
+    assert not solver_tables.profile(rows[1:], picture)
+    assert not solver_tables.profile(rows[:1], picture)
+
+
 @given(st.lists(st.floats(1e-4, 100), min_size=1, max_size=8))
 def test_the_shifted_mean_lies_between(values):
     mean = solver_tables.shifted_mean(values)
