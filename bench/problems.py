@@ -151,7 +151,8 @@ def lenet(data: Path, number: int, n_samples: int, *, ball: bool) -> Instance:
     """
     import torch
 
-    state = torch.load(data / "models/lobs_LeNet300100_pretrain.pth", weights_only=True)
+    path = data / "models/lobs_LeNet300100_pretrain.pth"
+    state = torch.load(path, map_location="cpu", weights_only=True)
     with gzip.open(data / "mnist/train-images-idx3-ubyte.gz") as file:
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 784)[:n_samples]
     x = (pixels.astype(np.float32) / 255 - np.float32(0.1307)) / np.float32(0.3081)

@@ -58,6 +58,7 @@ from solvers.program import Program
 
 ROOT = Path(__file__).resolve().parents[1]
 _PAIRS = 5
+LARGEST_BALL = 20_000
 
 
 @dataclass(frozen=True)
@@ -175,11 +176,16 @@ def solver(name: str) -> Callable[[Program, float, int], Answer]:
 
 
 def can_state(name: str, program: Program) -> bool:
-    """Tell whether a solver takes this form: the ball is no quadratic program."""
+    """Tell whether a solver takes this form: the ball is no quadratic program, and ties all units.
+
+    A layer of more than `LARGEST_BALL` responses is beyond the general solvers.
+    """
     kind, _, form = name.partition(":")
-    if kind not in peers.PEERS or isinstance(program, RegularisedProgram):
+    if kind in ("newton", "admm") or isinstance(program, RegularisedProgram):
         return True
-    return peers.PEERS[kind].ball and form in ("", "lifted")
+    if program.level.size > LARGEST_BALL:
+        return False
+    return kind == "cvxpy" or (peers.PEERS[kind].ball and form in ("", "lifted"))
 
 
 # Rows.

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,20 @@ def test_sizes_that_a_family_does_not_have():
         problem("known-10x100x60").make()
     with pytest.raises(ValueError, match="digits: has 64 inputs and a bias, 65, got 64"):
         problem("digits-64x100x8").make()
+
+
+def test_the_layers_of_lenet():
+    data = Path(__file__).parents[1].parent / "shared" / "data"
+    if not (data / "models/lobs_LeNet300100_pretrain.pth").exists():
+        pytest.skip("no LeNet-300-100 and MNIST here")
+    program = problem("lenet-fc3-200-ball", data).make().program
+    assert program.shape == (200, 101, 10)
+    assert program.active.all()
+    assert problem("lenet-fc1-50", data).make().program.shape == (50, 785, 300)
+    # The old weights fit exactly, so the program is feasible and the layer is the network's own.
+    assert program.certificate(program.old_weight, 0 * program.level).violation < 1e-5
+    assert solvers.can_state("clarabel", program)
+    assert not solvers.can_state("clarabel", problem("iid-4x5000x5-ball").make().program)
 
 
 def test_typical_units_are_of_all_sizes():
