@@ -23,7 +23,7 @@ from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.run import RunDirectory, open_run, read_record, versions
 from retrain.stream import LayerSpec, LayerStream
 from retrain.subject import Subject, has_classes, reopen, subject_of
-from solvers.program import to_numpy
+from solvers.arrays import to_numpy
 
 if TYPE_CHECKING:
     from retrain.epsilon_search import OnTrial

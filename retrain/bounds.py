@@ -38,7 +38,7 @@ from array_api_compat import array_namespace
 from retrain.chain import Chain, activate
 from retrain.layer_report import LayerReport
 from retrain.stream import LayerStream, Norm, changed, layer
-from solvers.program import to_numpy
+from solvers.arrays import to_numpy
 
 
 @dataclass(frozen=True)

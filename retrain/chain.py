@@ -18,7 +18,7 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from retrain.stream import Array, Follows, Gain, LayerBatch, LayerSpec, Norm, layer
-from solvers.program import like, to_numpy
+from solvers.arrays import like, to_numpy
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from array_api_compat import array_namespace
 from retrain.bounds import deviation
 from retrain.chain import activate
 from retrain.stream import LayerSpec, LayerStream, Norm
-from solvers.program import to_numpy
+from solvers.arrays import to_numpy
 
 # Theorem 5.1 is computed in float64: a product of norms, rounded.
 _ROUNDING = 1 + 1e-9

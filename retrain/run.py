@@ -32,7 +32,7 @@ from safetensors.numpy import save
 from retrain.files import plain, write_json, write_whole
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.stream import LayerSpec, LayerStream
-from solvers.program import to_numpy
+from solvers.arrays import to_numpy
 
 RUN_FILE = "run.json"
 MODEL_FILE = "model.safetensors"

@@ -21,7 +21,7 @@ from retrain.data import Data
 from retrain.files import write_whole
 from retrain.run import MODEL_FILE
 from retrain.stream import LayerStream
-from solvers.program import to_numpy
+from solvers.arrays import to_numpy
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +166,7 @@ class _ChainSubject:
         inputs: Any = data.flat
         like = self.chain.weights[0]
         if not isinstance(like, np.ndarray):
-            from solvers.program import like as as_like
+            from solvers.arrays import like as as_like
 
             inputs = as_like(inputs, like)
         return ChainStream(self.chain, inputs)

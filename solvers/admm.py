@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
+from solvers.arrays import like
 from solvers.program import (
     LayerProgram,
     Program,
     RegularisedProgram,
-    like,
 )
 from solvers.result import Certificate, SolveResult, judge
 from solvers.splitting import Factor, Progress, Splitting, State, advance, prepare, start

@@ -22,6 +22,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from solvers.admm import Factor, prepare
+from solvers.arrays import like, to_numpy
 from solvers.newton import solve_newton
 from solvers.path import PathPoint, Solve, norm_on_omega, point_of
 from solvers.program import (
@@ -29,8 +30,6 @@ from solvers.program import (
     LayerProgram,
     Program,
     RegularisedProgram,
-    like,
-    to_numpy,
 )
 from solvers.result import SolveResult, Status, judge
 from solvers.root import next_place

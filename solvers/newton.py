@@ -28,10 +28,11 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from solvers.admm import check_factor, check_limits
+from solvers.arrays import like, to_numpy
 from solvers.newton_block import Points, Shared, Units, Work, solve_block
 from solvers.obs.problem import map_units
 from solvers.penalties import L1, ElasticNet
-from solvers.program import ConstrainedProgram, Program, RegularisedProgram, like, to_numpy
+from solvers.program import ConstrainedProgram, Program, RegularisedProgram
 from solvers.result import Certificate, SolveResult, judge
 from solvers.splitting import (
     Factor,

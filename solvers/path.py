@@ -15,8 +15,9 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from solvers.admm import prepare
+from solvers.arrays import to_numpy
 from solvers.newton import solve_newton
-from solvers.program import ConstrainedProgram, Program, to_numpy
+from solvers.program import ConstrainedProgram, Program
 from solvers.result import SolveResult
 
 Array = Any

@@ -34,8 +34,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_torch_array
+from array_api_compat import array_namespace, device
 
+from solvers.arrays import like, to_numpy
 from solvers.free_row import orthogonalise
 from solvers.penalties import L1, Penalty
 from solvers.result import Certificate
@@ -45,18 +46,6 @@ Array = Any
 _BLOCK_ENTRIES = 4_000_000  # entries of a float64 (samples x units) block: 32 MB
 _ROWS = 8192  # samples whose inputs are cast to float64 at a time
 _SMALLEST, _LARGEST = 1e-150, 1e150  # magnitudes whose squares, summed, float64 can hold
-
-
-def to_numpy(array: Array) -> np.ndarray:
-    """Return `array` as a numpy array, sharing memory where it can."""
-    if is_torch_array(array):
-        return array.detach().cpu().numpy()
-    return np.asarray(array)
-
-
-def like(values: np.ndarray, reference: Array) -> Array:
-    """Return the numpy array `values` in the namespace, on the device, of `reference`."""
-    return array_namespace(reference).asarray(values, device=device(reference))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from solvers.arrays import like, to_numpy
 from solvers.penalties import ElasticNet
-from solvers.program import Program, RegularisedProgram, like, to_numpy
+from solvers.program import Program, RegularisedProgram
 from solvers.result import SolveResult, judge
 
 Array = Any

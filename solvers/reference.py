@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from solvers.arrays import like, to_numpy
 from solvers.penalties import L1, ElasticNet, Group
-from solvers.program import Program, RegularisedProgram, like, to_numpy
+from solvers.program import Program, RegularisedProgram
 from solvers.result import SolveResult, judge
 
 Array = Any

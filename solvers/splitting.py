@@ -49,7 +49,8 @@ import numpy as np
 from array_api_compat import array_namespace, device, is_numpy_array
 from numba import njit
 
-from solvers.program import ConstrainedProgram, LayerProgram, Program, like
+from solvers.arrays import like
+from solvers.program import ConstrainedProgram, LayerProgram, Program
 from solvers.result import SolveResult
 
 Array = Any

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from retrain.stream import LayerStream
+from solvers.arrays import to_numpy
 from solvers.obs import (
     hessian_of,
     layer_problem,
@@ -29,7 +30,6 @@ from solvers.obs import (
     prune_one_shot,
     sensitivities,
 )
-from solvers.program import to_numpy
 
 DAMPINGS = (1e-8, 1e-7, 1e-6, 1e-4)
 KEPT = (50, 20, 10, 5)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from retrain.stream import LayerStream
+from solvers.arrays import to_numpy
 from solvers.obs import (
     LayerProblem,
     RemovalPath,
@@ -28,7 +29,6 @@ from solvers.obs import (
     removal_path,
     sensitivities,
 )
-from solvers.program import to_numpy
 
 RATIOS = (
     *(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85),

@@ -224,8 +224,9 @@ def _dry_run(stream: Any, names: list[str], settings: Any) -> int:
         spec = layer(stream, name)
         total = stream.count(name)
         itemsize = stream.weight(name).itemsize
-        rows = min(total, rows_within(spec, settings.memory, itemsize))
-        size = rows * settings.memory / rows_within(spec, settings.memory, itemsize)
+        most = rows_within(spec, settings.memory, itemsize, settings.solver)
+        rows = min(total, most)
+        size = rows * settings.memory / most
         print(
             f"{name}: {spec.shape[0]} x {spec.shape[1]}, {rows:,} of {total:,} rows, about "
             f"{size / 2**30:.2f} GiB, then {spec.follows}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retrain.stream import Array, LayerSpec, LayerStream, layer
-from solvers.program import like, to_numpy
+from solvers.arrays import like, to_numpy
 
 
 def chosen(stream: LayerStream, layers: Sequence[str] | None) -> list[LayerSpec]:

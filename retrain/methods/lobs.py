@@ -41,6 +41,7 @@ from retrain.methods.lobs_options import TO_TOLERANCE, LobsOptions, bytes_needed
 from retrain.methods.lobs_problem import Group, Task, patterns_of, state_layer
 from retrain.methods.moments import RowErrors, row_errors
 from retrain.stream import Array, LayerSpec, LayerStream
+from solvers.arrays import like, to_numpy
 from solvers.obs import (
     LayerProblem,
     Pattern,
@@ -57,7 +58,6 @@ from solvers.obs import (
     prune_sweep,
     removal_path,
 )
-from solvers.program import like, to_numpy
 from solvers.result import Status
 
 _AGREEMENT = 1e-9

@@ -13,6 +13,7 @@ from array_api_compat import array_namespace, device
 from retrain.methods.lobs_options import LobsOptions
 from retrain.methods.moments import Moments, best_dense, stream_moments
 from retrain.stream import Array, LayerSpec, LayerStream
+from solvers.arrays import on_host, to_numpy
 from solvers.obs import (
     LayerProblem,
     Pattern,
@@ -24,7 +25,6 @@ from solvers.obs import (
     sensitivities,
 )
 from solvers.obs.greedy import PATH_DAMPING
-from solvers.program import to_numpy
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 SMALL_SENSITIVITY = 1e-3
@@ -79,9 +79,9 @@ def _state_group(
     try:
         allowed = _allowed(spec, old[:rows, :], options)
         problem = layer_problem(
-            _host(best_dense(old[:rows, :], part, damping)),
-            _host(part.hessian),
-            allowed=_host(allowed),
+            on_host(best_dense(old[:rows, :], part, damping)),
+            on_host(part.hessian),
+            allowed=on_host(allowed),
             free_rows=range(spec.shape[0], rows),
         )
         summary = _sensitivities(problem, damping)
@@ -130,8 +130,3 @@ def patterns_of(spec: LayerSpec, options: LobsOptions) -> list[Pattern | None]:
     count = per_layer(sparsity).removed(spec.size)
     edges = [count * group // spec.groups for group in range(spec.groups + 1)]
     return [per_layer_count(stop - start) for start, stop in pairwise(edges)]
-
-
-def _host(array: Array) -> Array:
-    """Take arrays on the CPU as numpy: workers need no torch, and memory is shared, not copied."""
-    return to_numpy(array) if str(device(array)) == "cpu" else array

@@ -28,8 +28,8 @@ from array_api_compat import array_namespace
 
 from retrain.chain import activate
 from retrain.stream import Array, LayerBatch, LayerSpec, LayerStream
+from solvers.arrays import like, to_numpy
 from solvers.obs import HessianSum, add_rows, decoupled, inverse_cholesky, mean_hessian
-from solvers.program import like, to_numpy
 
 Calibration = Literal["dense", "sequential", "corrected"]
 

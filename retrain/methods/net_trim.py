@@ -34,7 +34,7 @@ from typing import Any
 
 import joblib
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 from threadpoolctl import threadpool_limits
 
 from retrain.chain import activate
@@ -43,8 +43,9 @@ from retrain.methods.layers import chosen, commit
 from retrain.methods.net_trim_options import NetTrimOptions, Solver
 from retrain.stream import Array, LayerSpec, LayerStream, changed, collect, sample_rows
 from solvers import SolveResult, Status, solve_admm, solve_count, solve_newton, trim_program
+from solvers.arrays import like, on_host, to_numpy
 from solvers.newton import BLOCK
-from solvers.program import ConstrainedProgram, Program, RegularisedProgram, like, to_numpy
+from solvers.program import ConstrainedProgram, Program, RegularisedProgram
 from solvers.result import judge
 
 
@@ -195,9 +196,9 @@ def _program(
 ) -> tuple[float, Program]:
     """One group's TRIM(X, Y, V, epsilon), with its epsilon."""
     batch = collect(stream, spec.name, group, rows=rows)
-    inputs = _host(batch.inputs if upstream else batch.dense_inputs)
-    targets = _host(activate(spec.follows, batch.responses))
-    old_weight = _host(stream.weight(spec.name, group, dense=True))
+    inputs = on_host(batch.inputs if upstream else batch.dense_inputs)
+    targets = on_host(activate(spec.follows, batch.responses))
+    old_weight = on_host(stream.weight(spec.name, group, dense=True))
     ceilings = None
     if upstream:
         response = inputs @ old_weight
@@ -263,11 +264,6 @@ def _norm_on(targets: Array, values: Array, spec: LayerSpec) -> float:
     xp = array_namespace(values)
     fitted = values if spec.follows == "linear" else xp.where(targets > 0, values, 0 * values)
     return float(xp.sqrt(xp.sum(fitted * fitted, dtype=xp.float64)))
-
-
-def _host(array: Array) -> Array:
-    """Take arrays on the CPU as numpy: workers need no torch, and memory is shared, not copied."""
-    return to_numpy(array) if str(device(array)) == "cpu" else array
 
 
 def _solve(task: _Task, options: NetTrimOptions) -> _Answer:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from solvers.arrays import to_numpy
 from solvers.obs.greedy import pattern_support, prune_greedy, removal_path
 from solvers.obs.large import admm_support, prune_large
 from solvers.obs.one_shot import prune_one_shot
 from solvers.obs.pattern import Kind, Pattern, require
-from solvers.obs.problem import LayerProblem, Pruned, finish, to_numpy
+from solvers.obs.problem import LayerProblem, Pruned, finish
 from solvers.obs.structured import prune_inputs
 from solvers.obs.swaps import improve
 from solvers.obs.sweep import prune_sweep

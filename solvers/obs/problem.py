@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from array_api_compat import array_namespace, to_device
+from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 from threadpoolctl import threadpool_limits
+
+from solvers.arrays import to_numpy
 
 Array = Any
 T = TypeVar("T")
@@ -198,13 +200,6 @@ def finish(
     relative = error / energy if energy > 0 else (0.0 if error == 0 else float("inf"))
     removed = int((~to_numpy(support))[problem.prunable].sum())
     return Pruned(new, support, error, relative, removed, method, damping, status, history or {})
-
-
-def to_numpy(array: Array) -> np.ndarray:
-    """Copy an array of any namespace and device to numpy."""
-    if isinstance(array, np.ndarray):
-        return array
-    return np.asarray(to_device(array, "cpu"))
 
 
 def map_units(function: Callable[[int], T], units: Iterable[int], threads: int) -> list[T]:

@@ -18,8 +18,9 @@ import numpy as np
 import scipy.linalg
 from array_api_compat import array_namespace
 
+from solvers.arrays import to_numpy
 from solvers.obs.hessian import cholesky, decoupled
-from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy, map_units, to_numpy
+from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy, map_units
 
 Array = Any
 

@@ -19,9 +19,10 @@ import numpy as np
 from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 
+from solvers.arrays import to_numpy
 from solvers.obs.hessian import cholesky, dead_inputs, decoupled, inverse_cholesky
 from solvers.obs.pattern import Pattern, kept_by, require, row_groups
-from solvers.obs.problem import LayerProblem, Pruned, finish, to_numpy
+from solvers.obs.problem import LayerProblem, Pruned, finish
 
 Array = Any
 
