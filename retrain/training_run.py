@@ -295,8 +295,8 @@ class _Run:
         """Make the network plain, evaluate and save it."""
         begun, dense = self.begun, self.begun.dense
         part_batch_norms(self.training.model)
-        said = self.training.describe()
         network = self.method.finish(self.training).eval()
+        said = self.training.describe()  # of what is left after the last pruning
         final = cost(network, begun.sample)
         sets = {"train": begun.data, "test": begun.test}
         figures = {name: _figures(network, pair, self.training) for name, pair in sets.items()}
