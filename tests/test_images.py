@@ -10,6 +10,7 @@ from training_cases import assert_resumes, tables
 import retrain
 from retrain.trainers.augment import flip_crop
 from retrain.trainers.images import ImageFolder
+from retrain.trainers.recipe import read_recipe
 
 
 @pytest.fixture
@@ -60,6 +61,48 @@ def test_a_folder_is_read_as_it_is_there(folder):
     shifted = ImageFolder(folder / "train", 7, normalise="0.5,0.25,0,1,2,4")[:]
     mean, std = torch.tensor([[0.5, 0.25, 0.0], [1.0, 2.0, 4.0]]).reshape(2, 3, 1, 1)
     torch.testing.assert_close(shifted, (images[:] - mean) / std)
+
+
+def save(path, colour, size=(40, 20)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def test_classes_are_folders_and_pixels_are_normalised(tmp_path):
+    save(tmp_path / "b" / "1.png", (255, 0, 0))
+    save(tmp_path / "a" / "2.PNG", (0, 0, 255), (9, 50))
+    save(tmp_path / "a" / "1.png", (0, 255, 0))
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    (tmp_path / "c").mkdir()
+    normalise = read_recipe("gates-imagenet-resnet50").data.normalise
+    images = ImageFolder(tmp_path, 14, normalise=normalise)
+    x, y = images[:].numpy(), images.labels
+    assert x.shape == (3, 3, 14, 14) and x.dtype == np.float32
+    assert y.tolist() == [0, 0, 1] and y.dtype == torch.int64
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    for image, bright in zip(x, (1, 2, 0), strict=True):
+        for channel in range(3):
+            wanted = ((channel == bright) - mean[channel]) / std[channel]
+            np.testing.assert_allclose(image[channel], wanted, rtol=1e-5)
+
+
+def test_the_middle_is_taken(tmp_path):
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, 8:24] = 255
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "a" / "1.png")
+    assert ImageFolder(tmp_path, 14)[:].min() == 1
+
+
+def test_what_is_no_image_folder_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        ImageFolder(tmp_path / "none", 14)
+    with pytest.raises(ValueError, match="has no images, wanted DIR/CLASS/IMAGE"):
+        ImageFolder(tmp_path, 14)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(b"not a png")
+    with pytest.raises(ValueError, match=r"1\.png' is not a readable image"):
+        ImageFolder(tmp_path, 14)[:]
 
 
 def test_the_middle_is_taken_without_stretching(tmp_path):

@@ -21,7 +21,7 @@ from torch import Tensor
 from retrain.data import parse_normalise
 from retrain.trainers.batches import Rows
 
-KINDS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+KINDS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _AHEAD = 2  # batches read while one is trained on
 
 
