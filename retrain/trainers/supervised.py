@@ -234,12 +234,11 @@ def _propagate(
     """
     outputs = computation.forward(step.model, step.inputs)
     fitted = loss(outputs, step.targets)
-    _check_finite("loss", fitted, step)
+    loss_value = _finite("loss", fitted, step)
     term = None if penalty is None else penalty(step.model)
-    if term is not None:
-        _check_finite("penalty", term, step)
+    penalty_value = 0.0 if term is None else _finite("penalty", term, step)
     computation.backward(fitted, term, step.share)
-    return outputs.detach(), fitted.item(), 0.0 if term is None else term.item()
+    return outputs.detach(), loss_value, penalty_value
 
 
 @dataclass
@@ -273,12 +272,14 @@ class _Tally:
         return Epoch(epoch, mean, penalty, accuracy, seconds, steps)
 
 
-def _check_finite(what: str, scalar: Tensor, step: Step) -> None:
+def _finite(what: str, scalar: Tensor, step: Step) -> float:
+    """Return a scalar's value; on a GPU each look at one waits for it."""
     if not math.isfinite(value := scalar.item()):
         raise FloatingPointError(
             f"the {what} is {value} at step {step.number} (epoch {step.epoch}): lower the learning "
             f"rate, or look for NaN and huge values in the data"
         )
+    return value
 
 
 def _check_parameters(model: nn.Module, epoch: int) -> None:
