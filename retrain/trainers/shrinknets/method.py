@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from retrain.trainers.callbacks import Callbacks, Step
+from retrain.trainers.options import check_not_negative
 from retrain.trainers.shrinknets.cost import Costs, input_neurons
 from retrain.trainers.shrinknets.cutting import cut_neurons
 from retrain.trainers.shrinknets.fold import fold
@@ -96,7 +96,7 @@ class ShrinkNets:
 
     def __post_init__(self) -> None:
         _check_common(self.strength, self.at)
-        _check_number("weight_strength", self.weight_strength)
+        check_not_negative(weight_strength=self.weight_strength)
         if self.power not in POWERS:
             raise ValueError(f"power: 1 or 2 was wanted, not {self.power!r}")
         if self.removal not in get_args(Removal):
@@ -256,14 +256,9 @@ class GroupSparsity:
 
 
 def _check_common(strength: float, at: str) -> None:
-    _check_number("strength", strength)
+    check_not_negative(strength=strength)
     if at not in get_args(Side):
         raise ValueError(f"at: one of {', '.join(get_args(Side))} was wanted, not {at!r}")
-
-
-def _check_number(name: str, value: float) -> None:
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: a finite number of at least 0 was wanted, not {value!r}")
 
 
 def _names(layers: Any) -> tuple[str, ...] | None:

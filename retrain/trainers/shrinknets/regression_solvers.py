@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retrain.trainers.options import check_not_negative
 from retrain.trainers.shrinknets.regression import (
     Regression,
     equivalent_penalty,
@@ -89,7 +90,7 @@ def solve_group(
     The draft's (6); Beck and Teboulle, FISTA (2009); O'Donoghue and Candes,
     adaptive restart (2015).
     """
-    _check(strength=strength)
+    check_not_negative(strength=strength)
     A, count, moved = _descend(
         problem,
         _start(problem, start),
@@ -143,7 +144,7 @@ def solve_shrink(
     The draft's (7) and (8). Majorising a concave penalty by its tangents: Zou and Li (2008);
     reweighted l1, Candes, Wakin and Boyd (2008).
     """
-    _check(strength=strength, weight_strength=weight_strength)
+    check_not_negative(strength=strength, weight_strength=weight_strength)
     if strength == 0 or weight_strength == 0:
         raise ValueError(
             f"strength, weight_strength: above 0 were wanted, not {strength} and "
@@ -268,9 +269,3 @@ def _start(problem: Regression, start: np.ndarray | None) -> np.ndarray:
 
 def _moved(before: np.ndarray, after: np.ndarray) -> float:
     return float(np.linalg.norm(after - before) / max(1.0, float(np.linalg.norm(after))))
-
-
-def _check(**values: float) -> None:
-    for name, value in values.items():
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name}: a finite number of at least 0 was wanted, not {value!r}")
