@@ -1,14 +1,13 @@
 """Several processes under torchrun take the steps of one; batch norm over all is torch's."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from joint_runs import recipes, run_all
 from torch import nn
+from torchrun import torchrun
 from training_cases import same_runs, save_data, toml
 
 import retrain
@@ -30,24 +29,10 @@ def folder(tmp_path_factory):
         run_all(here / "alone")
     finally:
         os.chdir(before)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, str(HERE / "joint_runs.py"), "together"],
-        cwd=here,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    command = [*launch, "-m", "retrain", "train", "r.toml", "--out", "by command", "--threads", "1"]
+    torchrun(HERE / "joint_runs.py", "together", folder=here)
     (here / "r.toml").write_text(toml(recipes()["plain"]))
-    done = subprocess.run(
-        command, cwd=here, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["-m", "retrain", "train", "r.toml", "--out", "by command", "--threads", "1"]
+    done = torchrun(*command, folder=here)
     assert done.stdout.count("written to by command") == 1
     return here
 

@@ -1,6 +1,5 @@
 """Gates in training runs: recipes, resuming, loading without the trainer, two processes."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import gated_joint
 import pytest
 import torch
 from gated_cases import same, weights
+from torchrun import torchrun
 
 import retrain
 from retrain.trainers.gates.network import gates_of
@@ -65,19 +65,8 @@ def test_a_run_prunes_resumes_to_the_same_and_loads_plainly(name, tmp_path):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
     joint = tmp_path / "joint"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, str(HERE / "gated_joint.py"), str(joint)],
-        env=environment,
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun(HERE / "gated_joint.py", joint, folder=HERE, seconds=200)
     for name, tables in gated_joint.RECIPES.items():
         alone = retrain.train(tables)
         together = retrain.load(joint / name)

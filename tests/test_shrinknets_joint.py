@@ -1,13 +1,11 @@
 """Two processes that cut neurons while they train: both cut the same, and as one would."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import shrinknets_joint
 import torch
+from torchrun import torchrun
 
 import retrain
 
@@ -15,18 +13,7 @@ HERE = Path(__file__).parent
 
 
 def test_two_processes_train_as_one(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launch, str(HERE / "shrinknets_joint.py"), str(tmp_path / "joint")],
-        env=environment,
-        cwd=HERE,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun(HERE / "shrinknets_joint.py", tmp_path / "joint", folder=HERE, seconds=200)
     alone = retrain.train(shrinknets_joint.RECIPE)
     together = retrain.load(tmp_path / "joint")
     # Sums in another order: the last bits differ, and what comes of them grows.
