@@ -20,7 +20,8 @@ def samples(count=48, shape=(6,), classes=3, seed=0, dtype=torch.float32):
 def wbaw(width=6, hidden=8, *, skip=None, norm=False, activation=nn.Tanh):
     """W-(B)-a-W with a skip."""
     middle = [nn.BatchNorm1d(hidden)] if norm else []
-    block = nn.Sequential(nn.Linear(width, hidden), *middle, activation(), nn.Linear(hidden, width))
+    first = nn.Linear(width, hidden, bias=not norm)  # one before batch norm does nothing
+    block = nn.Sequential(first, *middle, activation(), nn.Linear(hidden, width))
     return Gated(block, skip)
 
 

@@ -48,7 +48,7 @@ RECIPES = {
     "shrinknets, inputs too": recipe({**SHRINK, "layers": ["1", "3", "5"]}),
     "group sparsity": recipe({"name": "group-sparsity", "strength": 0.002}, None, 8, 0.5, "sgd"),
     "gates": gated_joint.recipe(epochs=4),
-    "gates, linear skips": gated_joint.recipe(epochs=4, linear_skips=True, norm=True),
+    "gates, linear skips": gated_joint.recipe(linear_skips=True, norm=True),
 }
 OWN = (Sum, PadChannels, StackChannels)  # the package's own containers of plain layers
 

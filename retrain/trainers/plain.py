@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from retrain.trainers.gates.network import ungate
 from retrain.trainers.training import Setting, Training
 
 
@@ -23,5 +24,5 @@ class Plain:
         """Leave the training as it is: nothing is ever removed."""
 
     def finish(self, training: Training) -> nn.Module:
-        """Return the model."""
-        return training.model
+        """Return the model; gated blocks, which are residual ones where nothing prunes, as such."""
+        return ungate(training.model)
