@@ -272,6 +272,14 @@ def test_the_large_networks_have_the_papers_sizes():
     assert len(gates_of(dense_network(10))) == 9 and len(gates_of(deep_lenet(10))) == 8
 
 
+def test_many_dense_blocks_do_not_drown_what_comes_into_them():
+    x = torch.rand(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with seeded(0, CPU), torch.no_grad():
+        network = dense_network(50)
+        first, last = network[:3](x), network[:-1](x)
+    assert 0.8 < last.norm() / first.norm() < 2  # 800 with torch's own weights
+
+
 def test_architectures_refuse_impossible_sizes():
     with pytest.raises(ValueError, match="layers: 2 or more"):
         dense_network(1)

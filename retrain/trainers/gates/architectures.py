@@ -1,7 +1,7 @@
 """The paper's networks (section 6), their blocks gated; untouched, a gated network is a dense one.
 
 Weights are drawn from torch's default generator: by He's rule for the residual networks, by torch's
-own elsewhere.
+own elsewhere; those of the dense networks' blocks are then made smaller, see `dense_network`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 
+import torch
 from torch import nn
 
 from retrain.trainers.gates.block import Gated, padded, pointwise, stacked
@@ -21,6 +22,11 @@ def dense_network(
     """Make section 6.1's fully connected network: relu(xi (W z + b) + z) from the second layer on.
 
     `layers` hidden ones: 170 410 parameters with 10 of them, 271 410 with 20, 574 410 with 50.
+
+    The blocks start with torch's weights over the square root of their number. The paper does not
+    say how they start. As torch makes them, each adds about a seventh to what passes through it,
+    49 of them a thousandfold: the first steps then throw a third of the first layer's units to
+    where no image ever activates them again.
 
     Raises
     ------
@@ -35,7 +41,11 @@ def dense_network(
         ("relu1", nn.ReLU()),
     ]
     for number in range(2, layers + 1):
-        modules.append((f"layer{number}", Gated(nn.Linear(width, width), after=nn.ReLU())))
+        block = nn.Linear(width, width)
+        with torch.no_grad():
+            for parameter in block.parameters():
+                parameter.div_((layers - 1) ** 0.5)
+        modules.append((f"layer{number}", Gated(block, after=nn.ReLU())))
     return nn.Sequential(OrderedDict([*modules, ("output", nn.Linear(width, classes))]))
 
 
@@ -43,7 +53,8 @@ def deep_lenet(layers: int = 10) -> nn.Module:
     """Make section 6.1's convolutional network for 28 x 28 images, a deeper LeNet-5.
 
     Half of its `layers` convolutions, all 5 x 5, have 6 filters, the other half 16; those that keep
-    the number are gated, with identity skips. 183 544 parameters with 40 of them.
+    the number are gated, with identity skips. 183 544 parameters with 40 of them. Channels come
+    last in memory: a step on a CPU takes two thirds of the time.
 
     Raises
     ------
@@ -69,7 +80,12 @@ def deep_lenet(layers: int = 10) -> nn.Module:
         ("relu_fc2", nn.ReLU()),
         ("output", nn.Linear(84, 10)),
     ]
-    return nn.Sequential(OrderedDict(modules))
+    network = nn.Sequential(OrderedDict(modules))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            # Not `contiguous`: it leaves the first one, of a single channel, in the other order.
+            module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
+    return network
 
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
