@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench.papers import itp, itp_table
+from bench.papers import itp, itp_rows, itp_table
 from bench.papers.itp_table import AFTER, BATCH, EPOCH, SIZES, TABLES, TRADE_OFFS
 
 
@@ -17,15 +17,19 @@ def images():
 
 def test_all_parts_run_and_a_second_time_only_read(tmp_path, monkeypatch, capsys):
     source = f"{__name__}:images"
-    monkeypatch.setattr(itp, "TRADE_OFFS", (0.0, 3e-4))
-    monkeypatch.setattr(itp, "TABLES", {key: rows[:2] for key, rows in TABLES.items()})
+    for module in (itp, itp_rows):
+        monkeypatch.setattr(module, "TRADE_OFFS", (0.0, 3e-4))
+        monkeypatch.setattr(module, "TABLES", {key: rows[:2] for key, rows in TABLES.items()})
     options = ["--data", source, "--test", source, "--out", str(tmp_path), "--epochs", "1"]
-    options += ["--full-epochs", "2", "--descent-epochs", "2", "--budget", "3"]
+    options += ["--full-epochs", "2", "--descent-epochs", "2", "--budget", "3", "--seeds", "2"]
+    options += ["--search-epochs", "1"]
     assert itp.main(options) == 0
     told = capsys.readouterr().out
     for words in (
-        "batchwise (c), 1 epochs (the paper: 30)",
-        "batchwise, with the paper's schedule",
+        "batchwise (c), Setting(epochs=1, schedule='drop', seed=1) (the paper: 30 epochs)",
+        "2 epochs (the paper: 30), rate: drop",
+        "batchwise (c): zero ",
+        "batchwise > epochwise > after training: ",
         "batch leaves fewer weights than epoch: ",
         "MAdam, 2 epochs",
         "SMGD, 2 epochs",
@@ -48,12 +52,12 @@ def test_all_parts_run_and_a_second_time_only_read(tmp_path, monkeypatch, capsys
 
 def test_a_training_that_diverges_is_a_row(tmp_path, capsys):
     x, y = images()
-    data = itp.Data(x, y, "images")
-    bench = itp.Bench(data, data, tmp_path)
+    data = itp_rows.Data(x, y, "images")
+    bench = itp_rows.Bench(data, data, tmp_path)
     changes = {"optimizer.name": "sgd", "optimizer.lr": 1e30, "training.epochs": 1}
     row = bench.row("diverging", "itp-mnist", changes)
     assert row.status.startswith("diverged: the ") and np.isnan(row.zero)
-    itp._print_row(0.1, row)
+    itp_rows.print_row(0.1, row)
     assert "diverged: " in capsys.readouterr().out
 
 
@@ -66,3 +70,7 @@ def test_the_printed_tables_say_what_the_text_does(table, share):
     assert row.zero == pytest.approx(share, abs=0.007)
     assert sum(SIZES) == 58_920 and table[0].zero < 0.03
     assert all(n <= size for r in table for n, size in zip(r.nonzero, SIZES, strict=True))
+
+
+def test_wins_leave_out_collapsed_networks():
+    assert itp_rows._wins([(1, 2), (3, 3), (0, 5), (4, 0), (5, 4)]) == "1 of 3"
