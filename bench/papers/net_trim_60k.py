@@ -43,7 +43,7 @@ def trained(path: Path, data: Data) -> nn.Module:
         network.load_state_dict(torch.load(path, weights_only=True))
         return network
     assert data.y is not None
-    samples = (data.flat.astype(np.float32), data.y)
+    samples = (np.asarray(data.flat, dtype=np.float32), data.y)
     made = train(
         network,
         samples,
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with threadpool_limits(options.threads):
         run = retrain.net_trim(
             network,
-            data.flat.astype(np.float32),
+            np.asarray(data.flat, dtype=np.float32),
             out=options.out,
             relative_epsilon=options.relative_epsilon,
             solver=options.solver,
