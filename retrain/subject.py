@@ -119,10 +119,13 @@ def reopen(description: Mapping[str, Any], directory: Path, model: Any = None) -
         with safe_open(path, framework="numpy") as file:
             weights = [file.get_tensor(str(index)) for index in range(len(description["biases"]))]
         return Chain(tuple(weights), tuple(description["biases"]), tuple(description["follows"]))
+    from retrain.adapters.description import build_module
     from retrain.adapters.load import fill, load_model
 
     if model is None and description["dense_layers"]:
         model = _dense_chain(description["dense_layers"])
+    elif model is None and description.get("description"):  # runs of version 0.1 have none
+        model = build_module(description["description"])
     if model is not None:
         return fill(model, path, description["names"])
     if description["plain"]:
@@ -265,12 +268,15 @@ class _ModuleSubject:
         save_model(model, directory / MODEL_FILE, names=self.names)
 
     def describe(self, stream: Any) -> dict[str, Any]:
+        from retrain.adapters.description import described
+
         return {
             "kind": "module",
             "path": self.path,
             "note": self.note,
             "names": dict(self.names),
             "plain": stream.plain,
+            "description": described(self.module)[0],
             "dense_layers": [
                 {**asdict(layer), "dtype": str(layer.dtype)}
                 for layer in getattr(self.module, "dense_layers", ())

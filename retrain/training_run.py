@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from retrain.adapters.description import describe_module
+from retrain.adapters.description import described
 from retrain.adapters.export import write_export
 from retrain.adapters.save import save_model
 from retrain.files import plain, write_whole
@@ -301,7 +301,7 @@ class _Run:
         sets = {"train": begun.data, "test": begun.test}
         figures = {name: _figures(network, pair, self.training) for name, pair in sets.items()}
         network = network.cpu()
-        description, reason = _describe(network)
+        description, reason = described(network)
         record: dict[str, Any] = {
             "state": "finished",
             "kind": KIND,
@@ -372,11 +372,3 @@ def _identity(recipe: Recipe, begun: Start, device: torch.device, part: Part) ->
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-
-
-def _describe(network: nn.Module) -> tuple[dict[str, Any] | None, str]:
-    """Describe a network; or say why that cannot be done."""
-    try:
-        return describe_module(network), ""
-    except ValueError as error:
-        return None, str(error).removeprefix("model: ")

@@ -13,6 +13,7 @@ from small_case import WIDTHS, network, samples, save_case
 from torch import nn
 
 import retrain
+from retrain.adapters.blocks import Sum
 from retrain.adapters.load import load_model
 from retrain.chain import Chain
 from retrain.run import read_record
@@ -113,6 +114,27 @@ def test_load_a_plain_module(tmp_path):
     check_loaded(run, retrain.load(tmp_path / "run"))
     for loaded in (retrain.load(tmp_path / "run"), retrain.load(tmp_path / "run", network(seed=3))):
         assert torch.equal(outputs(loaded.model, x), outputs(run.model, x))
+
+
+def test_load_a_network_that_can_be_described(tmp_path):
+    """Convolutions, pooling and a residual sum: the run holds their description."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+    module = nn.Sequential(
+        nn.Conv2d(1, 3, 3),
+        nn.ReLU(),
+        Sum(body, nn.Identity()),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(27, 4),
+    )
+    x = torch.rand(40, 1, 8, 8).numpy()
+    run = retrain.net_trim(module, x, out=tmp_path / "run")
+    loaded = retrain.load(tmp_path / "run")
+    check_loaded(run, loaded)
+    assert type(loaded.model) is nn.Sequential
+    given = torch.from_numpy(x)
+    assert torch.equal(loaded.model(given), run.model(given))
 
 
 def test_load_another_module_wants_its_architecture(tmp_path):

@@ -71,7 +71,7 @@ def trim(case, *arguments, model="net.safetensors", data="data.npz", out="out"):
 
 BAD = {
     "no file": ({"model": "no.pth"}, (), "there is no file 'no.pth'"),
-    "a folder": ({"model": "full"}, (), "is not a file"),
+    "a folder": ({"model": "full"}, (), "'full' holds no run.json"),
     "other suffix": ({"model": "file"}, (), "of no known kind"),
     "truncated safetensors": ({"model": "cut.safetensors"}, (), "not a whole safetensors"),
     "empty safetensors": ({"model": "empty.safetensors"}, (), "not a whole safetensors"),

@@ -117,3 +117,30 @@ with contextlib.suppress(SystemExit):
 assert not {{"torch", "numba", "sklearn"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_finished_run_is_a_model_of_the_other_commands(folder):
+    recipe = tables(data={"normalise": "0.1,2"}, model={"dropout": 0.0}, training={"epochs": 2})
+    (folder / "r.toml").write_text(toml(recipe))
+    assert run(folder, "r.toml", "--out", "run").code == 0
+    trim = ("trim", "run", "--data", "train.npz", "--out", "trimmed", "--threads", "1")
+    answer = command(folder, *trim)
+    assert answer.code == 0
+    assert "read from the run run, which trained with --normalise 0.1,2" in answer.out
+    other = ("trim", "trimmed", "--data", "train.npz", "--out", "again", "--normalise", "0.1,2")
+    answer = command(folder, *other, "--threads", "1")
+    assert answer.code == 0
+    assert "read from the run trimmed\n" in answer.out
+    record = json.loads((folder / "again" / "run.json").read_text())
+    before = json.loads((folder / "trimmed" / "run.json").read_text())
+    assert record["layers"][0]["zeros_before"] == before["layers"][0]["zeros"] > 0
+    assert command(folder, "layers", "run").out.startswith("read from the run run")
+
+
+def test_a_run_that_is_not_finished_is_no_model(folder):
+    (folder / "run").mkdir()
+    record = {"format": 1, "state": "unfinished", "kind": "training"}
+    (folder / "run" / "run.json").write_text(json.dumps(record))
+    answer = command(folder, "trim", "run", "--data", "train.npz", "--out", "out")
+    assert (answer.code, answer.out) == (2, "")
+    assert "'run' is not finished" in answer.err

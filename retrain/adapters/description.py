@@ -89,6 +89,14 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
     return _describe(module, "", seen)
 
 
+def described(module: nn.Module) -> tuple[dict[str, Any] | None, str]:
+    """Return a module's description, or None and the reason why there is none."""
+    try:
+        return describe_module(module), ""
+    except ValueError as error:
+        return None, str(error).removeprefix("model: ")
+
+
 def build_module(description: Mapping[str, Any]) -> nn.Module:
     """Build the module of a description; its tensors are on torch's meta device, without memory.
 

@@ -10,9 +10,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from retrain.adapters.load import LoadedModel
     from retrain.api import Run
     from retrain.epsilon_search import Goal, Trial
     from retrain.layer_report import LayerReport
@@ -25,7 +27,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help=".safetensors, a .pt or .pth state dict, or (with --trust) a .pt2 exported program",
+        help=".safetensors, a .pt or .pth state dict, the directory of a finished run, or (with "
+        "--trust) a .pt2 exported program",
     )
     parser.add_argument(
         "--arch",
@@ -111,8 +114,31 @@ def load(options: argparse.Namespace) -> Any:
     """Load the network that the options name."""
     from retrain.adapters.load import load_model
 
+    if Path(options.model).is_dir():
+        return _load_run(options)
     return load_model(
         options.model, arch=options.arch, activation=options.activation, trust=options.trust
+    )
+
+
+def _load_run(options: argparse.Namespace) -> LoadedModel:
+    """Load the network of a finished run; what was trained on normalised data says so."""
+    from torch import nn
+
+    from retrain.adapters.load import LoadedModel
+    from retrain.data import import_factory
+    from retrain.loading import load as load_run
+
+    path = Path(options.model)
+    run = load_run(path, None if options.arch == "auto" else import_factory(options.arch, "arch")())
+    if not isinstance(run.model, nn.Module):
+        raise ValueError(f"model: {options.model!r} is a run on a chain of arrays, wanted a module")
+    note = f"read from the run {options.model}"
+    normalise = run.record.get("recipe", {}).get("data", {}).get("normalise")
+    if normalise and not vars(options).get("normalise"):
+        note += f", which trained with --normalise {normalise}"
+    return LoadedModel(
+        run.model.eval(), {name: name for name in run.model.state_dict()}, path, note
     )
 
 
