@@ -29,7 +29,7 @@ def test_all_parts_run_and_a_second_time_only_read(tmp_path, monkeypatch, capsys
         "batchwise (c), Setting(epochs=1, schedule='drop', seed=1) (the paper: 30 epochs)",
         "2 epochs (the paper: 30), rate: drop",
         "batchwise (c): zero ",
-        "batchwise > epochwise > after training: ",
+        "batch prunes more than epoch: by ",
         "batch leaves fewer weights than epoch: ",
         "MAdam, 2 epochs",
         "SMGD, 2 epochs",
