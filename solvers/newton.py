@@ -29,6 +29,7 @@ from array_api_compat import array_namespace
 
 from solvers.admm import check_factor, check_limits
 from solvers.arrays import like, to_numpy
+from solvers.half_products import half_walk
 from solvers.newton_block import Points, Shared, Units, Work, solve_block
 from solvers.obs.problem import map_units
 from solvers.penalties import L1, ElasticNet
@@ -49,7 +50,7 @@ Array = Any
 
 # Steps of ADMM, in float32: from scratch, where one rho serves the whole layer and where each unit
 # has its own and may be done by then, and from a warm start.
-BALL_STEPS, UNIT_STEPS, WARM_STEPS = 80, 150, 10
+BALL_STEPS, UNIT_STEPS, WARM_STEPS = 80, 200, 10
 _OWN_SHARE = 0.3  # a unit's own estimates are asked for this part of the tolerances
 _TIGHTER, _FINEST_SHARE = 0.1, 1e-5
 _REFINEMENTS = 5
@@ -183,7 +184,9 @@ def _near(
     splitting = Splitting.build(program, factor, xp.float32 if within else program.inputs.dtype)
     first = BALL_STEPS if isinstance(program, ConstrainedProgram) else UNIT_STEPS
     steps = min(max_iterations, first if warm_start is None else WARM_STEPS)
-    progress = advance(splitting, Progress(start(splitting, factor, warm_start)), steps)
+    progress = Progress(start(splitting, factor, warm_start))
+    progress = advance(splitting, progress, steps - 1, half_walk(splitting))
+    progress = advance(splitting, progress, steps)  # a full step, so that q belongs to z
     return progress.state if progress.finite else start(splitting, factor, warm_start)
 
 
@@ -282,10 +285,12 @@ class _Finish:
 
     def rounded(self) -> bool:
         """Tell whether float32 alone keeps points from their certificate: finer ones are vain."""
-        xp = array_namespace(self.program.inputs)
-        tolerance, violation = self.limits
-        own = np.all((self.points.gap <= tolerance) & (self.points.violation <= violation))
-        return bool(own) and self.program.inputs.dtype == xp.float32
+        inputs = self.program.inputs
+        if inputs.dtype != array_namespace(inputs).float32:
+            return False
+        exact = like(np.ascontiguousarray(self.points.u.T), inputs)
+        certificate = self.program.certificate(exact, self.judged()[1])
+        return bool(certificate.within(*self.limits).all())
 
     def judged(self) -> tuple[Array, Array, Certificate]:
         """Weights in the data's dtype, multipliers and the program's certificate of the two."""

@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +55,7 @@ from solvers.program import ConstrainedProgram, LayerProgram, Program
 from solvers.result import SolveResult
 
 Array = Any
+Walk = Callable[["Splitting", "State", int], "State"]
 
 RELAXATION = 1.6
 _FIRST_ADAPTATION = 20
@@ -61,6 +63,8 @@ _WIDEN = 1.5
 _METRIC = 5.0
 _LARGEST_FACTOR = 10.0
 _DEADBAND = 1.3
+_ROUNDING = 16
+_SMALL = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,18 +223,21 @@ class Progress:
     finite: bool = True
 
 
-def advance(splitting: Splitting, progress: Progress, target: int) -> Progress:
+def advance(
+    splitting: Splitting, progress: Progress, target: int, walk: Walk | None = None
+) -> Progress:
     """Iterate up to the iteration `target`, changing rho on the way where it is due.
 
     The arrays of the state are overwritten. Ends early, with `finite` False, where the residuals
     are not finite.
     """
+    walk = _walk if walk is None else walk
     while progress.iteration < target:
         state, at = progress.state, progress.change_at
         if at > target:
-            state = _walk(splitting, state, target - progress.iteration)
+            state = walk(splitting, state, target - progress.iteration)
             return replace(progress, state=state, iteration=target)
-        state = _walk(splitting, state, at - 1 - progress.iteration)
+        state = walk(splitting, state, at - 1 - progress.iteration)
         u, z = state.u, state.z
         state, v = step(splitting, state)
         primal, dual = residuals(splitting, (u, z), state, v)
@@ -260,17 +267,22 @@ def _walk(splitting: Splitting, state: State, count: int) -> State:
             state, _ = step(splitting, state)
         return state
     u, z, p, q, w, rho = state.u, state.z, state.p, state.q, state.w, state.rho
-    alpha, rest = z.dtype.type(RELAXATION), z.dtype.type(1 - RELAXATION)
     for _ in range(count):
         w = splitting.prox_penalty(u - p, rho)
-        shrinkage = np.broadcast_to(splitting.shrinkage(z, q, rho), (z.shape[1],))
-        _relax(z, q, splitting.level, splitting.program.active, shrinkage, alpha, rest)
+        relax(splitting, z, q, rho)
         a = RELAXATION * w + (1 - RELAXATION) * u + p
         u = splitting.inverse @ (a + splitting.tau * (inputs.T @ q))
         np.matmul(inputs, u, out=z)
         q -= z
         p = a - u
     return State(u, z, p, q, w, rho)
+
+
+def relax(splitting: Splitting, z: np.ndarray, q: np.ndarray, rho: np.ndarray) -> None:
+    """Overwrite q by c = alpha v + (1 - alpha) z + q, on numpy arrays in one pass."""
+    alpha, rest = z.dtype.type(RELAXATION), z.dtype.type(1 - RELAXATION)
+    shrinkage = np.broadcast_to(splitting.shrinkage(z, q, rho), (z.shape[1],))
+    _relax(z, q, splitting.level, splitting.program.active, shrinkage, alpha, rest)
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
@@ -286,7 +298,7 @@ def _residual_square(z, q, level, active):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _relax(z, q, level, active, shrinkage, alpha, rest):  # type: ignore[no-untyped-def]
-    """Overwrite q by c = alpha v + (1 - alpha) z + q; `rest` is 1 - alpha."""
+    """Do what `relax` says; `rest` is 1 - alpha."""
     for j in range(z.shape[0]):
         for m in range(z.shape[1]):
             y = level[j, m]
@@ -356,16 +368,25 @@ def residuals(
     def relative(residual: Array, scale: Array) -> Array:
         return residual / xp.where(scale > 0, scale, xp.ones_like(scale))
 
-    primal = relative(size(state.w - state.u, v - state.z), size(state.w, v))
+    # Units whose solution is zero, or all but, have no size of their own to be measured by.
+    small = _SMALL * math.sqrt(splitting.tau / state.z.shape[-1]) * norm(splitting.level)
+    iterates = size(state.w, v)
+    primal = relative(
+        size(state.w - state.u, v - state.z), xp.maximum(iterates, small * xp.ones_like(iterates))
+    )
     u, z = previous
     dual = relative(size(state.u - u, state.z - z), size(state.p, state.q))
     return primal, dual
 
 
 def balance(state: State, primal: Array, dual: Array) -> State:
-    """Change rho so that the two relative residuals shrink together."""
+    """Change rho so that the two relative residuals shrink together.
+
+    Residuals that are rounding tell nothing: a unit that is done keeps its rho.
+    """
     xp = array_namespace(primal)
-    measurable = (primal > 0) & (dual > 0)
+    rounding = _ROUNDING * xp.finfo(state.rho.dtype).eps
+    measurable = (primal > rounding) & (dual > rounding)
     ratio = xp.where(measurable, primal, xp.ones_like(primal)) / xp.where(
         measurable, dual, xp.ones_like(dual)
     )
