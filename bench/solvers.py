@@ -54,6 +54,7 @@ from solvers import (
     solve_cvxpy,
     solve_newton,
 )
+from solvers.half_products import has_products
 from solvers.program import Program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -401,6 +402,7 @@ def _end_line(file: IO[str]) -> None:
 
 def warm_up(names: list[str]) -> None:
     """Load every library, and compile, before anything is timed."""
+    has_products()  # loads torch, as a layer of some size would
     for small in ("iid-8x30x2", "iid-8x30x2-ball"):
         program = problem(small).make().program
         for name in names:

@@ -30,7 +30,8 @@ from array_api_compat import array_namespace
 from solvers.admm import check_factor, check_limits
 from solvers.arrays import like, to_numpy
 from solvers.half_products import half_walk
-from solvers.newton_block import Points, Shared, Units, Work, solve_block
+from solvers.newton_block import solve_block
+from solvers.newton_work import Points, Shared, Units, Work
 from solvers.obs.problem import map_units
 from solvers.penalties import L1, ElasticNet
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram

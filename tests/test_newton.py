@@ -21,8 +21,9 @@ from solvers import (
     solve_newton,
     trim_program,
 )
-from solvers.newton_block import Points, Shared, Units, solve_block
+from solvers.newton_block import solve_block
 from solvers.newton_unit import _ceiling_slope, _exact_step
+from solvers.newton_work import Points, Shared, Units
 
 FORMS = ("constrained", "regularised")
 ORACLE = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}

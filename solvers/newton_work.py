@@ -1,0 +1,295 @@
+"""What Newton's method keeps of the units of a layer: their data, where they stand, working sets.
+
+A unit's own problem is over the inputs W near their bound and the ceilings K near to being met
+(`newton_unit`); `newton_block` looks at all inputs and all samples, and tells which others belong
+in. The Gram matrix of the fitted samples depends on W alone: it is kept and grows with W.
+
+**Precision.** That matrix is only what F's quadratic part on Omega is predicted by from a round's
+first point on; the gradient there is a product of its own, in float64, each round. With a matrix
+off by E a round's solution is off by H^-1 D E (x - x0), so that rounds correct it as they correct
+everything else, the faster the smaller E against G: 1e-7 in float32, which takes half the time to
+make. Where that is not enough (a round that gains nothing, or tolerances near what it could leave
+for good) the matrix is made again in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from solvers.newton_unit import Gram, Inner, minimise
+
+_MARGIN = 0.15  # inputs with |c| above weight (1 - margin) join W
+_NEAR = 0.1  # ceilings closer than this part of the unit's rms distance to its ceilings join K
+_CHUNK = 8192  # samples whose inputs are gathered at a time
+_FINE = 1e-9  # optimality conditions that ask for matrices in float64 from the start
+_SINGLE = 1e12  # magnitudes, and their inverses, whose squares float32 holds
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all units of a layer share, in float64.
+
+    Attributes
+    ----------
+    inputs : array, shape (n_samples, n_in)
+        X.
+    weight, ridge : array, shape (n_in,)
+        The penalty of each input; both zero for a free one.
+    lengths : array, shape (n_in,)
+        Norm of each input over the samples.
+    """
+
+    inputs: np.ndarray
+    weight: np.ndarray
+    ridge: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The data of some units, each a row.
+
+    Attributes
+    ----------
+    level, active : array, shape (units, n_samples)
+        What to fit on Omega, the ceiling off it; Omega.
+    allowed : bool array, shape (units, n_in)
+        Inputs that may be nonzero.
+    floor : array, shape (units,)
+        A gap is relative to the objective or to this, whichever is larger.
+    scale : array, shape (units,)
+        What violations are relative to.
+    """
+
+    level: np.ndarray
+    active: np.ndarray
+    allowed: np.ndarray
+    floor: np.ndarray
+    scale: np.ndarray
+
+
+@dataclass(eq=False)
+class Points:
+    """Where some units stand, each a row.
+
+    Attributes
+    ----------
+    u, nu : array, shape (units, n_in), (units, n_samples)
+        Weights, exactly zero off their support, and multipliers.
+    sigma, tau : array, shape (units,)
+        Proximal parameters to begin with.
+    steps : int array, shape (units,)
+        Newton steps so far.
+    gap, violation, residual : array, shape (units,)
+        By the units' own estimates; |(Xu - y)_Omega|.
+    """
+
+    u: np.ndarray
+    nu: np.ndarray
+    sigma: np.ndarray
+    tau: np.ndarray
+    steps: np.ndarray
+    gap: np.ndarray
+    violation: np.ndarray
+    residual: np.ndarray
+
+    @staticmethod
+    def at(u: np.ndarray, nu: np.ndarray, sigma: np.ndarray, tau: np.ndarray) -> Points:
+        """Points nothing is known of yet."""
+        count, unknown = len(u), np.full(len(u), math.inf)
+        steps = np.zeros(count, dtype=int)
+        return Points(u, nu, sigma, tau, steps, unknown, unknown.copy(), unknown.copy())
+
+    def take(self, rows: slice | np.ndarray) -> Points:
+        """Copy some of them."""
+        return Points(*(np.array(getattr(self, name)[rows]) for name in self.__annotations__))
+
+    def put(self, rows: slice | np.ndarray, others: Points) -> None:
+        """Write others over some of them; the first sigma and tau stay."""
+        for name in ("u", "nu", "steps", "gap", "violation", "residual"):
+            getattr(self, name)[rows] = getattr(others, name)
+
+
+@dataclass(eq=False)
+class Work:
+    """A unit's working sets and Gram matrices.
+
+    Attributes
+    ----------
+    inputs : int array, shape (|W|,)
+    fitted : array, shape (|W|, |W|)
+        X_W^T X_W over Omega.
+    over : Gram
+        The same over the ceilings in play.
+    extra : bool array, shape (n_samples,)
+        Ceilings that turned out to belong in K.
+    seen, responses : array, shape (|K|,)
+        The K of the last run, and its responses after it.
+    precision : type
+        What `fitted` is made in, float32 or float64.
+    """
+
+    inputs: np.ndarray
+    fitted: np.ndarray
+    over: Gram
+    extra: np.ndarray
+    seen: np.ndarray
+    responses: np.ndarray
+    precision: Any
+
+    @property
+    def size(self) -> int:
+        """Bytes it takes."""
+        return 16 * len(self.inputs) ** 2 + 2 * len(self.extra)
+
+    @staticmethod
+    def build(
+        shared: Shared, units: Units, b: int, u: np.ndarray, c: np.ndarray, precision: Any
+    ) -> Work:
+        """Begin with the inputs that are nonzero or near their bound."""
+        near = (u != 0) | (shared.weight == 0) | (np.abs(c) > shared.weight * (1 - _MARGIN))
+        inputs = np.flatnonzero(near & units.allowed[b])
+        nothing = np.zeros(len(shared.inputs), dtype=bool)
+        square = np.zeros((len(inputs), len(inputs)))
+        samples, none = np.flatnonzero(units.active[b]), np.zeros(0, dtype=int)
+        fitted = _gram(shared.inputs, samples, inputs, inputs, precision)
+        over, extra = Gram(square, nothing), nothing.copy()
+        return Work(inputs, fitted, over, extra, none, np.zeros(0), precision)
+
+    def refine(self, shared: Shared, units: Units, b: int) -> bool:
+        """Make the fitted samples' matrix in float64; tell if it was not."""
+        if self.precision is np.float64:
+            return False
+        samples = np.flatnonzero(units.active[b])
+        self.precision = np.float64
+        self.fitted = _gram(shared.inputs, samples, self.inputs, self.inputs, np.float64)
+        return True
+
+    def run(
+        self,
+        shared: Shared,
+        units: Units,
+        now: Points,
+        b: int,
+        z: np.ndarray,
+        gradient: np.ndarray,
+        centre_u: np.ndarray,
+        centre_nu: np.ndarray,
+        slack: float,
+        accuracy: float,
+        max_steps: int,
+    ) -> None:
+        """Minimise the unit's F over W and K, and write the weights and the steps to `now`."""
+        level, tau, sigma = units.level[b], float(now.tau[b]), float(now.sigma[b])
+        distance = np.where(units.active[b], 0.0, z - level)
+        width = _NEAR * math.sqrt(float(distance @ distance) / max(1, len(z)))
+        near = (distance > -width) | (centre_nu + tau * distance > 0) | self.extra
+        samples = np.flatnonzero((near & ~units.active[b]) | self.over.included)
+        inner = Inner(
+            samples,
+            _gather(shared.inputs, samples, self.inputs),
+            level[samples],
+            centre_nu[samples],
+            shared.weight[self.inputs],
+            shared.ridge[self.inputs],
+            centre_u[self.inputs],
+            self.fitted,
+            0.0 if math.isinf(slack) else tau / (1 + tau * slack),
+            sigma,
+            tau,
+            float(units.floor[b]),
+        )
+        left = max_steps - int(now.steps[b])
+        x, self.responses, steps = minimise(
+            inner,
+            self.over,
+            now.u[b, self.inputs],
+            z[samples],
+            gradient[self.inputs],
+            accuracy,
+            left,
+        )
+        now.u[b, self.inputs] = x
+        now.steps[b] += steps
+        self.seen = samples
+
+    def enlarge(
+        self,
+        shared: Shared,
+        units: Units,
+        b: int,
+        nu: np.ndarray,
+        c: np.ndarray,
+        accuracy: float,
+    ) -> bool:
+        """Take in the inputs and the ceilings that the last solution wants; tell if there are."""
+        pushed = ~units.active[b] & (nu > 0)
+        pushed[self.seen] = False
+        self.extra |= pushed
+        size = np.abs(c)
+        outside = units.allowed[b] & (size > shared.weight + accuracy)
+        outside[self.inputs] = False
+        if outside.any():
+            near = units.allowed[b] & (size > shared.weight * (1 - _MARGIN))
+            near[self.inputs] = False
+            self._add(shared, np.flatnonzero(near), np.flatnonzero(units.active[b]))
+        return bool(pushed.any() or outside.any())
+
+    def _add(self, shared: Shared, new: np.ndarray, fitted: np.ndarray) -> None:
+        """Let inputs join W: their rows of the Gram matrices beside the ones there are."""
+        everything = np.concatenate([self.inputs, new])
+        size = len(self.inputs)
+
+        def widen(old: np.ndarray, samples: np.ndarray, precision: Any) -> np.ndarray:
+            wider = np.zeros((len(everything), len(everything)))
+            wider[:size, :size] = old
+            wider[size:] = _gram(shared.inputs, samples, new, everything, precision)
+            wider[:size, size:] = wider[size:, :size].T
+            return wider
+
+        over = np.flatnonzero(self.over.included)
+        self.fitted = widen(self.fitted, fitted, self.precision)
+        self.over.matrix = widen(self.over.matrix, over, np.float64)
+        self.inputs = everything
+
+
+def precision_for(shared: Shared, slack: float, accuracy: float) -> Any:
+    """What to make the fitted samples' matrices in."""
+    largest = float(np.max(shared.lengths, initial=0.0))
+    within = largest == 0 or 1 / _SINGLE <= largest <= _SINGLE
+    return np.float32 if within and slack > 0 and accuracy >= _FINE else np.float64
+
+
+@njit(cache=True, nogil=True)
+def _copy(inputs, samples, columns, out):  # type: ignore[no-untyped-def]
+    for j in range(len(samples)):
+        row = inputs[samples[j]]
+        for i in range(len(columns)):
+            out[j, i] = row[columns[i]]
+
+
+def _gather(
+    inputs: np.ndarray, samples: np.ndarray, columns: np.ndarray, dtype: Any = np.float64
+) -> np.ndarray:
+    """inputs[samples][:, columns], without the copy between."""
+    out = np.empty((len(samples), len(columns)), dtype=dtype)
+    _copy(inputs, samples, columns, out)
+    return out
+
+
+def _gram(
+    inputs: np.ndarray, samples: np.ndarray, left: np.ndarray, right: np.ndarray, precision: Any
+) -> np.ndarray:
+    """X_left^T X_right over some samples, a chunk of them at a time, summed in float64."""
+    total = np.zeros((len(left), len(right)))
+    for start in range(0, len(samples), _CHUNK):
+        chunk = samples[start : start + _CHUNK]
+        first = _gather(inputs, chunk, left, precision)
+        second = first if left is right else _gather(inputs, chunk, right, precision)
+        total += first.T @ second
+    return total
