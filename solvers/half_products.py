@@ -30,7 +30,7 @@ import numpy as np
 from array_api_compat import is_numpy_array
 from numba import njit
 
-from solvers.splitting import RELAXATION, Splitting, State, relax
+from solvers.splitting import Splitting, State, relax
 
 _LEAST_FLOPS = 5e8  # of a step; below, importing torch takes longer than all steps do
 _SPLIT = np.float32(2**16 + 1)
@@ -54,11 +54,11 @@ def half_walk(splitting: Splitting) -> Callable[[Splitting, State, int], State] 
         if count == 0:
             return state
         u, z, p, q, w, rho = state.u, state.z, state.p, state.q, state.w, state.rho
-        tau, keep = np.float32(splitting.tau), np.float32(1 - RELAXATION)
+        tau, alpha = np.float32(splitting.tau), splitting.relaxation
         for number in range(count):
             w = splitting.prox_penalty(u - p, rho)
             relax(splitting, z, q, rho)  # q is c now
-            p += RELAXATION * w + keep * u  # and p is a
+            p += alpha * w + (1 - alpha) * u  # and p is a
             if number == 0:
                 dual = _Product(adjoint, q.copy(), inputs.T @ q)
                 u = splitting.inverse @ (p + tau * dual.value)

@@ -51,7 +51,8 @@ Array = Any
 
 # Steps of ADMM, in float32: from scratch, where one rho serves the whole layer and where each unit
 # has its own and may be done by then, and from a warm start.
-BALL_STEPS, UNIT_STEPS, WARM_STEPS = 80, 200, 10
+BALL_STEPS, UNIT_STEPS, WARM_STEPS = 80, 170, 10
+_METRIC, _RELAXATION = 4.0, 1.8  # as they serve best from a distance
 _OWN_SHARE = 0.3  # a unit's own estimates are asked for this part of the tolerances
 _TIGHTER, _FINEST_SHARE = 0.1, 1e-5
 _REFINEMENTS = 5
@@ -118,8 +119,8 @@ def solve_newton(
     Notes
     -----
     Memory: ADMM's ten arrays (n_samples, n_out) in float32, of which Newton's multiplier in float64
-    takes the place, X in float64, and for each thread some sixteen arrays (n_samples, 32) and the
-    inputs of the ceilings in play; a quarter of a GiB of Gram matrices at most.
+    takes the place, X and X^T X in float64, and for each thread some sixteen arrays (n_samples, 32)
+    and the inputs of the ceilings in play; a quarter of a GiB of Gram matrices at most.
 
     References
     ----------
@@ -182,7 +183,9 @@ def _near(
     xp = array_namespace(program.inputs)
     sizes = [float(xp.max(xp.abs(array))) for array in (program.inputs, program.level)]
     within = all(size == 0 or 1 / _SINGLE <= size <= _SINGLE for size in sizes)
-    splitting = Splitting.build(program, factor, xp.float32 if within else program.inputs.dtype)
+    dtype = xp.float32 if within else program.inputs.dtype
+    tau = metric(program, factor, _METRIC)
+    splitting = Splitting.build(program, factor, dtype, tau, _RELAXATION)
     first = BALL_STEPS if isinstance(program, ConstrainedProgram) else UNIT_STEPS
     steps = min(max_iterations, first if warm_start is None else WARM_STEPS)
     progress = Progress(start(splitting, factor, warm_start))
@@ -223,9 +226,10 @@ class _Finish:
         weight[program.penalised] = 1.0
         ridge = program.penalty.ridge if isinstance(program.penalty, ElasticNet) else 0.0
         lengths = np.sqrt(np.einsum("ji,ji->i", inputs, inputs))
-        shared = Shared(inputs, weight, ridge * weight, lengths)
+        gram = inputs.T @ inputs if len(inputs) >= n_in else None
+        shared = Shared(inputs, weight, ridge * weight, lengths, gram)
         rho = np.broadcast_to(to_numpy(near.rho).astype(np.float64), (n_out,))
-        tau = rho * metric(program, factor)
+        tau = rho * metric(program, factor, _METRIC)
         u = np.ascontiguousarray(to_numpy(near.w).T, dtype=np.float64)
         nu = np.ascontiguousarray(to_numpy(near.q).T, dtype=np.float64)
         nu *= -tau[:, None]
@@ -315,10 +319,11 @@ class _Finish:
 
 def _solve_units(program: RegularisedProgram, finish: _Finish) -> None:
     """Solve the units that are not certified, more tightly each time, until all are."""
-    share = _OWN_SHARE
+    share, least = _OWN_SHARE, 0.5 * _TIGHTER * _OWN_SHARE
     for _ in range(_REFINEMENTS):
         certified = finish.judged()[2].within(*finish.limits)
-        if certified.all() or finish.rounded():
+        # What rounding to float32 adds may still fit beside a smaller error of the unit's own.
+        if certified.all() or (share < least and finish.rounded()):
             break
         finish.run(1 / (2 * program.fit_weight), share, np.flatnonzero(~certified))
         share *= _TIGHTER

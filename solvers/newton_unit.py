@@ -200,15 +200,16 @@ def _direction(
     damping: float,
 ) -> np.ndarray:
     """Newton's direction over W, zero outside S; S loses the zeros that it moves the wrong way."""
-    hessian = inner.slope * inner.fitted + inner.tau * over
-    diagonal = np.einsum("ii->i", hessian)
+    diagonal = inner.slope * np.diagonal(inner.fitted) + inner.tau * np.diagonal(over)
     mean = float(diagonal[moving].mean())
-    diagonal += inner.ridge + max(1 / inner.sigma, (_CONDITION + damping) * mean)
+    extra = inner.ridge + max(1 / inner.sigma, (_CONDITION + damping) * mean)
     direction = np.zeros(len(force))
     # The zeros that may leave come last: what is eliminated before them serves any subset of them.
     first, last = np.flatnonzero(free), np.flatnonzero(moving & ~free)
     order = np.concatenate([first, last])
-    factor = _factorise(hessian[order[:, None], order])
+    hessian = np.empty((len(order), len(order)))
+    _fill_upper(inner.slope, inner.fitted, inner.tau, over, extra, order, hessian)
+    factor = _factorise(hessian)
     n = len(first)
     top, across, corner = factor[:n, :n], factor[n:, :n], factor[n:, n:]
     half = dtrtrs(top, -force[first], lower=1)[0] if n else np.zeros(0)
@@ -228,12 +229,26 @@ def _direction(
         return direction
     # Everything that is nonzero is stationary: one violator alone moves the right way.
     worst = int(np.argmax(np.abs(force)))
-    direction[worst] = -force[worst] / hessian[worst, worst]
+    direction[worst] = -force[worst] / (diagonal[worst] + extra[worst])
     return direction
 
 
+@njit(cache=True, nogil=True)
+def _fill_upper(slope, fitted, tau, over, extra, order, out):  # type: ignore[no-untyped-def]
+    """The Hessian over some inputs, in their order: its upper triangle."""
+    for k in range(len(order)):
+        i = order[k]
+        for m in range(k, len(order)):
+            j = order[m]
+            out[k, m] = slope * fitted[i, j] + tau * over[i, j]
+        out[k, k] += extra[i]
+
+
 def _factorise(matrix: np.ndarray) -> np.ndarray:
-    """Lower Cholesky factor; where rounding spoils it, with a larger diagonal. NaN gives NaN."""
+    """Lower Cholesky factor, from the upper triangle; NaN gives NaN.
+
+    Where rounding spoils it, that of the matrix with a larger diagonal.
+    """
     shift = 0.0
     mean = float(np.trace(matrix)) / max(1, len(matrix))
     if not math.isfinite(mean):

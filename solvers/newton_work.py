@@ -23,7 +23,7 @@ from numba import njit
 
 from solvers.newton_unit import Gram, Inner, minimise
 
-_MARGIN = 0.15  # inputs with |c| above weight (1 - margin) join W
+_MARGIN = 0.1  # inputs with |c| above weight (1 - margin) join W
 _NEAR = 0.1  # ceilings closer than this part of the unit's rms distance to its ceilings join K
 _CHUNK = 8192  # samples whose inputs are gathered at a time
 _FINE = 1e-9  # optimality conditions that ask for matrices in float64 from the start
@@ -42,12 +42,15 @@ class Shared:
         The penalty of each input; both zero for a free one.
     lengths : array, shape (n_in,)
         Norm of each input over the samples.
+    gram : array, shape (n_in, n_in), or None
+        X^T X, if it is worth its size: a unit that fits most samples subtracts the others' from it.
     """
 
     inputs: np.ndarray
     weight: np.ndarray
     ridge: np.ndarray
     lengths: np.ndarray
+    gram: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,8 +159,8 @@ class Work:
         inputs = np.flatnonzero(near & units.allowed[b])
         nothing = np.zeros(len(shared.inputs), dtype=bool)
         square = np.zeros((len(inputs), len(inputs)))
-        samples, none = np.flatnonzero(units.active[b]), np.zeros(0, dtype=int)
-        fitted = _gram(shared.inputs, samples, inputs, inputs, precision)
+        none = np.zeros(0, dtype=int)
+        fitted = _fitted(shared, units.active[b], inputs, inputs, precision)
         over, extra = Gram(square, nothing), nothing.copy()
         return Work(inputs, fitted, over, extra, none, np.zeros(0), precision)
 
@@ -165,9 +168,8 @@ class Work:
         """Make the fitted samples' matrix in float64; tell if it was not."""
         if self.precision is np.float64:
             return False
-        samples = np.flatnonzero(units.active[b])
         self.precision = np.float64
-        self.fitted = _gram(shared.inputs, samples, self.inputs, self.inputs, np.float64)
+        self.fitted = _fitted(shared, units.active[b], self.inputs, self.inputs, np.float64)
         return True
 
     def run(
@@ -237,24 +239,26 @@ class Work:
         if outside.any():
             near = units.allowed[b] & (size > shared.weight * (1 - _MARGIN))
             near[self.inputs] = False
-            self._add(shared, np.flatnonzero(near), np.flatnonzero(units.active[b]))
+            self._add(shared, np.flatnonzero(near), units.active[b])
         return bool(pushed.any() or outside.any())
 
-    def _add(self, shared: Shared, new: np.ndarray, fitted: np.ndarray) -> None:
+    def _add(self, shared: Shared, new: np.ndarray, active: np.ndarray) -> None:
         """Let inputs join W: their rows of the Gram matrices beside the ones there are."""
         everything = np.concatenate([self.inputs, new])
         size = len(self.inputs)
 
-        def widen(old: np.ndarray, samples: np.ndarray, precision: Any) -> np.ndarray:
-            wider = np.zeros((len(everything), len(everything)))
+        def widen(old: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            wider = np.empty((len(everything), len(everything)))
             wider[:size, :size] = old
-            wider[size:] = _gram(shared.inputs, samples, new, everything, precision)
+            wider[size:] = rows
             wider[:size, size:] = wider[size:, :size].T
             return wider
 
         over = np.flatnonzero(self.over.included)
-        self.fitted = widen(self.fitted, fitted, self.precision)
-        self.over.matrix = widen(self.over.matrix, over, np.float64)
+        fitted = _fitted(shared, active, new, everything, self.precision)
+        self.fitted = widen(self.fitted, fitted)
+        pushed = _gram(shared.inputs, over, new, everything, np.float64)
+        self.over.matrix = widen(self.over.matrix, pushed)
         self.inputs = everything
 
 
@@ -280,6 +284,18 @@ def _gather(
     out = np.empty((len(samples), len(columns)), dtype=dtype)
     _copy(inputs, samples, columns, out)
     return out
+
+
+def _fitted(
+    shared: Shared, active: np.ndarray, left: np.ndarray, right: np.ndarray, precision: Any
+) -> np.ndarray:
+    """X_left^T X_right over Omega: the sum over it, or all but the sum over the rest."""
+    on, off = np.flatnonzero(active), np.flatnonzero(~active)
+    if shared.gram is None or len(on) <= len(off):
+        return _gram(shared.inputs, on, left, right, precision)
+    total = _gather(shared.gram, left, right)
+    total -= _gram(shared.inputs, off, left, right, precision)
+    return total
 
 
 def _gram(

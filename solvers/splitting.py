@@ -57,14 +57,13 @@ from solvers.result import SolveResult
 Array = Any
 Walk = Callable[["Splitting", "State", int], "State"]
 
-RELAXATION = 1.6
+RELAXATION, METRIC = 1.6, 5.0
 _FIRST_ADAPTATION = 20
 _WIDEN = 1.5
-_METRIC = 5.0
 _LARGEST_FACTOR = 10.0
 _DEADBAND = 1.3
 _ROUNDING = 16
-_SMALL = 1e-2
+_SMALL = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +111,10 @@ def prepare(inputs: Array) -> Factor:
     return Factor(vectors, values, float(xp.sum(values)), time.perf_counter() - started)
 
 
-def metric(program: LayerProgram, factor: Factor) -> float:
-    """The tau of |u|^2 + tau |z|^2: the weight of responses beside weights."""
+def metric(program: LayerProgram, factor: Factor, size: float = METRIC) -> float:
+    """The tau of |u|^2 + tau |z|^2, `size` N / |X|_F^2: the weight of responses beside weights."""
     squared_norm = factor.squared_norm if factor.squared_norm > 0 else 1.0
-    return _METRIC * program.shape[1] / squared_norm
+    return size * program.shape[1] / squared_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,12 +127,19 @@ class Splitting:
     tau: float
     inverse: Array
     penalised: Array | None
+    relaxation: float
 
     @staticmethod
-    def build(program: Program, factor: Factor, dtype: Any) -> Splitting:
+    def build(
+        program: Program,
+        factor: Factor,
+        dtype: Any,
+        tau: float | None = None,
+        relaxation: float = RELAXATION,
+    ) -> Splitting:
         """Cast a program to the dtype to iterate in."""
         xp = array_namespace(program.inputs)
-        tau = metric(program, factor)
+        tau = metric(program, factor) if tau is None else tau
         inverse = (factor.vectors / (1 + tau * factor.values)) @ factor.vectors.T
         penalised = None
         if program.free_rows:
@@ -147,6 +153,7 @@ class Splitting:
             tau,
             xp.astype(inverse, dtype, copy=False),
             penalised,
+            relaxation,
         )
 
     def project(self, a: Array, c: Array) -> tuple[Array, Array]:
@@ -251,10 +258,11 @@ def advance(
 
 def step(splitting: Splitting, state: State) -> tuple[State, Array]:
     """One iteration, as in the module's docstring; also returns v."""
+    alpha = splitting.relaxation
     w = splitting.prox_penalty(state.u - state.p, state.rho)
     v = splitting.prox_response(state.z, state.q, state.rho)
-    a = RELAXATION * w + (1 - RELAXATION) * state.u + state.p
-    c = RELAXATION * v + (1 - RELAXATION) * state.z + state.q
+    a = alpha * w + (1 - alpha) * state.u + state.p
+    c = alpha * v + (1 - alpha) * state.z + state.q
     u, z = splitting.project(a, c)
     return State(u, z, a - u, c - z, w, state.rho), v
 
@@ -267,10 +275,11 @@ def _walk(splitting: Splitting, state: State, count: int) -> State:
             state, _ = step(splitting, state)
         return state
     u, z, p, q, w, rho = state.u, state.z, state.p, state.q, state.w, state.rho
+    alpha = splitting.relaxation
     for _ in range(count):
         w = splitting.prox_penalty(u - p, rho)
         relax(splitting, z, q, rho)
-        a = RELAXATION * w + (1 - RELAXATION) * u + p
+        a = alpha * w + (1 - alpha) * u + p
         u = splitting.inverse @ (a + splitting.tau * (inputs.T @ q))
         np.matmul(inputs, u, out=z)
         q -= z
@@ -280,7 +289,7 @@ def _walk(splitting: Splitting, state: State, count: int) -> State:
 
 def relax(splitting: Splitting, z: np.ndarray, q: np.ndarray, rho: np.ndarray) -> None:
     """Overwrite q by c = alpha v + (1 - alpha) z + q, on numpy arrays in one pass."""
-    alpha, rest = z.dtype.type(RELAXATION), z.dtype.type(1 - RELAXATION)
+    alpha, rest = z.dtype.type(splitting.relaxation), z.dtype.type(1 - splitting.relaxation)
     shrinkage = np.broadcast_to(splitting.shrinkage(z, q, rho), (z.shape[1],))
     _relax(z, q, splitting.level, splitting.program.active, shrinkage, alpha, rest)
 
