@@ -148,10 +148,10 @@ def check_limits(tolerance: float, violation_tolerance: float, max_iterations: i
 def check_factor(program: Program, factor: Factor | None) -> None:
     """Raise ValueError for a factor of other inputs, as far as its order tells."""
     order = min(program.inputs.shape)
-    if factor is not None and factor.values.shape[0] != order:
+    if factor is not None and factor.gram.shape[0] != order:
         raise ValueError(
             f"factor: want that of inputs {tuple(program.inputs.shape)}, of order {order}, "
-            f"got one of order {factor.values.shape[0]}"
+            f"got one of order {factor.gram.shape[0]}"
         )
 
 

@@ -54,18 +54,20 @@ def half_walk(splitting: Splitting) -> Callable[[Splitting, State, int], State] 
         if count == 0:
             return state
         u, z, p, q, w, rho = state.u, state.z, state.p, state.q, state.w, state.rho
-        tau, alpha = np.float32(splitting.tau), splitting.relaxation
+        tau, alpha = np.float32(splitting.tau), np.float32(splitting.relaxation)
+        b = np.empty_like(u)
         for number in range(count):
             w = splitting.prox_penalty(u - p, rho)
             relax(splitting, z, q, rho)  # q is c now
-            p += alpha * w + (1 - alpha) * u  # and p is a
             if number == 0:
-                dual = _Product(adjoint, q.copy(), inputs.T @ q)
-                u = splitting.inverse @ (p + tau * dual.value)
-                response = _Product(forward, u.copy(), inputs @ u)
+                dual = _Product.at(adjoint, q, inputs.T @ q)
             else:
                 dual.follow(q)
-                u = splitting.inverse @ (p + tau * dual.value)
+            _combine(w, u, p, dual.value, alpha, tau, b)  # p is a now
+            u = splitting.inverse @ b
+            if number == 0:
+                response = _Product.at(forward, u, inputs @ u)
+            else:
                 response.follow(u)
             z = response.value
             q -= z
@@ -94,17 +96,32 @@ class _Product:
         A.
     total, value : float32 arrays
         x^ and y.
+    change, rounded, moved
+        Room for d, for it in bfloat16, and for A d.
     """
 
     matrix: Any
     total: np.ndarray
     value: np.ndarray
+    change: np.ndarray
+    rounded: Any
+    moved: Any
+
+    @staticmethod
+    def at(matrix: Any, x: np.ndarray, value: np.ndarray) -> _Product:
+        """Begin where A x is known."""
+        change = np.empty_like(x)
+        moved = matrix.new_empty(value.shape)
+        return _Product(matrix, x.copy(), value, change, matrix.new_empty(x.shape), moved)
 
     def follow(self, x: np.ndarray) -> None:
         """Let x^ and y go along with an iterate."""
-        change = np.empty_like(x)
-        _lead(x, self.total, change)
-        self.value += (self.matrix @ _rounded(change)).float().numpy()
+        import torch
+
+        _lead(x, self.total, self.change)
+        self.rounded.copy_(torch.from_numpy(self.change))
+        torch.mm(self.matrix, self.rounded, out=self.moved)
+        torch.from_numpy(self.value).add_(self.moved)
 
 
 def _rounded(array: np.ndarray) -> Any:
@@ -124,3 +141,14 @@ def _lead(x, total, change):  # type: ignore[no-untyped-def]
             leading = scaled - (scaled - difference)
             total[i, m] += leading
             change[i, m] = leading
+
+
+@njit(cache=True, nogil=True)
+def _combine(w, u, p, dual, alpha, tau, b):  # type: ignore[no-untyped-def]
+    """Overwrite p by a = alpha w + (1 - alpha) u + p, and b by a + tau X^T c."""
+    rest = np.float32(1) - alpha
+    for i in range(w.shape[0]):
+        for m in range(w.shape[1]):
+            a = p[i, m] + alpha * w[i, m] + rest * u[i, m]
+            p[i, m] = a
+            b[i, m] = a + tau * dual[i, m]

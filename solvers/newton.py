@@ -226,7 +226,7 @@ class _Finish:
         weight[program.penalised] = 1.0
         ridge = program.penalty.ridge if isinstance(program.penalty, ElasticNet) else 0.0
         lengths = np.sqrt(np.einsum("ji,ji->i", inputs, inputs))
-        gram = inputs.T @ inputs if len(inputs) >= n_in else None
+        gram = to_numpy(factor.gram) if len(inputs) >= n_in else None
         shared = Shared(inputs, weight, ridge * weight, lengths, gram)
         rho = np.broadcast_to(to_numpy(near.rho).astype(np.float64), (n_out,))
         tau = rho * metric(program, factor, _METRIC)

@@ -344,7 +344,7 @@ def test_a_shared_factor_gives_the_same_bytes(kind):
         assert own.setup_seconds > 0
         assert shared.setup_seconds == 0
         assert factor.squared_norm == pytest.approx(np.sum(program.inputs**2))
-        assert factor.vectors.shape == (min(program.inputs.shape),) * 2
+        assert factor.gram.shape == (min(program.inputs.shape),) * 2
 
 
 @pytest.mark.parametrize("form", FORMS)

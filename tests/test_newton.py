@@ -23,7 +23,7 @@ from solvers import (
 )
 from solvers.newton_block import solve_block
 from solvers.newton_unit import _ceiling_slope, _exact_step
-from solvers.newton_work import Points, Shared, Units
+from solvers.newton_work import Points, Shared, Units, _fitted, precision_for
 
 FORMS = ("constrained", "regularised")
 ORACLE = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}
@@ -248,6 +248,57 @@ def test_one_unit_by_itself():
     assert first.steps[0] == 0
     optimum = solve_cvxpy(program, options=ORACLE)
     np.testing.assert_allclose(found.u[0], optimum.weight[:, 0], atol=1e-6)
+
+
+def block(seed, n_samples=60, n_in=12, share=0.7):
+    """Three units of a layer, most of whose samples are fitted, and where they start."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.standard_normal((n_samples, n_in))
+    level = rng.standard_normal((3, n_samples))
+    active = rng.random((3, n_samples)) < share
+    lengths = np.linalg.norm(inputs, axis=0)
+    shared = Shared(inputs, np.ones(n_in), np.zeros(n_in), lengths, inputs.T @ inputs)
+    level = np.where(active, level, np.abs(level))
+    units = Units(level, active, np.ones((3, n_in), bool), np.zeros(3), np.ones(3))
+    zeros = np.zeros((3, n_in)), np.zeros((3, n_samples))
+    return shared, units, Points.at(*zeros, np.ones(3), np.ones(3))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.8, 1.0])
+def test_the_matrix_over_omega_is_its_own_or_the_rest_s(share):
+    shared, units, _ = block(1, share=share)
+    some = np.array([0, 3, 4, 9])
+    for active in units.active:
+        want = shared.inputs[active].T @ shared.inputs[active]
+        for precision, error in ((np.float32, 1e-5), (np.float64, 1e-13)):
+            for each in (shared, replace(shared, gram=None)):
+                found = _fitted(each, active, some, np.arange(12), precision)
+                assert np.abs(found - want[some]).max() <= error * np.abs(want).max()
+
+
+def test_matrices_in_float32_do_for_what_float32_can_resolve():
+    shared, units, points = block(2)
+    limits = 1e-6, 1e-6, 200
+    found, works = solve_block(shared, units, points, 0.25, *limits)
+    assert [work.precision for work in works] == [np.float32] * 3
+    assert max(found.gap.max(), found.violation.max()) <= 1e-6
+    finer, works = solve_block(shared, units, found, 0.25, 1e-11, 1e-11, 200, works)
+    assert [work.precision for work in works] == [np.float64] * 3
+    assert max(finer.gap.max(), finer.violation.max()) <= 1e-11
+    for b, work in enumerate(works):
+        x = shared.inputs[np.ix_(units.active[b], work.inputs)]
+        np.testing.assert_allclose(work.fitted, x.T @ x, atol=1e-12 * np.abs(work.fitted).max())
+
+
+def test_data_beyond_float32_get_matrices_in_float64():
+    shared, *_ = block(3)
+    assert precision_for(shared, 0.25, 1e-6) is np.float32
+    assert precision_for(shared, 0.0, 1e-6) is np.float64
+    assert precision_for(shared, 0.25, 1e-12) is np.float64
+    for factor in (1e-100, 1e100):
+        assert precision_for(replace(shared, lengths=factor * shared.lengths), 1.0, 1e-6) is (
+            np.float64
+        )
 
 
 @settings(max_examples=60, deadline=None)
