@@ -9,7 +9,9 @@ XU and the duals X^T nu, is a product for the whole block, three of them a round
                                      belongs in (then they join, and the round is repeated for the
                                      same centre), and otherwise measure gap and violation.
 
-A unit within its tolerances leaves the block.
+A unit within its tolerances leaves the block. A round that takes many Newton steps has met ceilings
+too stiff for the point it began at: each step is cut short by the next of them. It is begun again
+for the same centre, from where it came to, with a smaller tau.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ _GROWTH = 5.0  # of sigma and tau after an outer step
 _STIFFEST = 1e11  # largest tau relative to where it started
 _FINEST = 1e-11  # of the optimality conditions in u, whose scale is 1
 _STALLED = 8  # rounds
+_PATIENCE = 40  # Newton steps in one round
 
 
 def solve_block(
@@ -72,16 +75,18 @@ def solve_block(
             work.refine(shared, units, b)
         works.append(work)
     last_steps, stalled = now.steps.copy(), np.zeros(len(z), dtype=int)
-    within = np.zeros(len(z), dtype=bool)
+    within, zigzag = np.zeros((2, len(z)), dtype=bool)
     open_ = np.flatnonzero(now.steps < max_steps)
     while len(open_):
         nu = _multipliers(z, centre_nu, units, now.tau, slack, open_)
         fitted = np.where(units.active[open_], nu, 0.0) @ shared.inputs
         for b, gradient in zip(open_.tolist(), fitted, strict=True):
+            before = now.steps[b]
             works[b].run(
                 shared, units, now, b, z[b], gradient, centre_u[b], centre_nu[b], slack, accuracy,
-                max_steps,
+                min(max_steps, before + _PATIENCE),
             )  # fmt: skip
+            zigzag[b] = now.steps[b] == before + _PATIENCE < max_steps
         z[open_] = now.u[open_] @ shared.inputs.T
         for b in open_.tolist():
             z[b, works[b].seen] = works[b].responses
@@ -106,7 +111,9 @@ def solve_block(
             if not within[b] and not better and works[b].refine(shared, units, b):
                 stalled[b] = 0
             last_steps[b] = now.steps[b]
-            if not within[b]:
+            if zigzag[b]:
+                now.tau[b] /= _GROWTH**2
+            elif not within[b]:
                 centre_u[b], centre_nu[b] = now.u[b], now.nu[b]
                 now.sigma[b] *= _GROWTH
                 now.tau[b] = min(now.tau[b] * _GROWTH, stiffest[b])

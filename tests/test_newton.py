@@ -201,6 +201,16 @@ def test_torch_arrays_and_warm_starts(form):
     np.testing.assert_allclose(warm.certificate.objective, cold.certificate.objective, rtol=1e-7)
 
 
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+def test_a_warm_start_with_a_penalty_far_off_is_survived(factor):
+    program = of_a_layer(3, "regularised", kind="correlated", bias=True)
+    first = solve_newton(replace(program, fit_weight=0.5), tolerance=1e-7)
+    far = replace(first, penalty_parameter=factor * first.penalty_parameter)
+    result = solve_newton(replace(program, fit_weight=1.0), tolerance=1e-7, warm_start=far)
+    assert result.status is Status.SOLVED
+    assert result.iterations < 500
+
+
 def test_it_certifies_where_admm_stops_short():
     program = of_a_layer(15, "constrained", kind="correlated", bias=True)
     admm = solve_admm(program, tolerance=1e-9, max_iterations=1000)
