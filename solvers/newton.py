@@ -32,7 +32,6 @@ from solvers.arrays import like, to_numpy
 from solvers.half_products import half_walk
 from solvers.newton_block import solve_block
 from solvers.newton_work import Points, Shared, Units, Work
-from solvers.obs.problem import map_units
 from solvers.penalties import L1, ElasticNet
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram
 from solvers.result import Certificate, SolveResult, judge
@@ -46,6 +45,7 @@ from solvers.splitting import (
     prepare,
     start,
 )
+from solvers.units import map_units
 
 Array = Any
 

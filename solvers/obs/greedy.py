@@ -19,8 +19,9 @@ from numba import njit
 
 from solvers.obs.hessian import decoupled, inverse_cholesky
 from solvers.obs.pattern import Pattern, layer_count, require, row_groups
-from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy, map_units
+from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy
 from solvers.obs.refit import REFIT_DAMPING, refit_weight
+from solvers.units import map_units
 
 PATH_DAMPING = 1e-4
 """Fraction of the mean diagonal; the choice of weights gains from more than rounding needs."""

@@ -12,20 +12,17 @@ are coupled by the pattern only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
 from array_api_compat import device as device_of
-from threadpoolctl import threadpool_limits
 
 from solvers.arrays import to_numpy
 
 Array = Any
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -200,23 +197,3 @@ def finish(
     relative = error / energy if energy > 0 else (0.0 if error == 0 else float("inf"))
     removed = int((~to_numpy(support))[problem.prunable].sum())
     return Pruned(new, support, error, relative, removed, method, damping, status, history or {})
-
-
-def map_units(function: Callable[[int], T], units: Iterable[int], threads: int) -> list[T]:
-    """Apply a function to every unit, on several threads, each with one BLAS thread.
-
-    The order of the results, and every bit of them, is independent of the number of threads.
-
-    Raises
-    ------
-    ValueError
-        If `threads` is not positive.
-    """
-    if threads < 1:
-        raise ValueError(f"threads: wanted at least 1, got {threads}")
-    # two BLAS threads under many small factorisations are slower than one, by far
-    with threadpool_limits(1, user_api="blas"):
-        if threads == 1:
-            return [function(unit) for unit in units]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(function, units))

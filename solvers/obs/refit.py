@@ -20,7 +20,8 @@ from array_api_compat import array_namespace
 
 from solvers.arrays import to_numpy
 from solvers.obs.hessian import cholesky, decoupled
-from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy, map_units
+from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy
+from solvers.units import map_units
 
 Array = Any
 

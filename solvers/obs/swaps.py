@@ -27,8 +27,9 @@ from numba import njit
 
 from solvers.obs.hessian import cholesky, decoupled
 from solvers.obs.pattern import Pattern, kept_by, require
-from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy, map_units
+from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy
 from solvers.obs.refit import REFIT_DAMPING, check_support, refit_weight
+from solvers.units import map_units
 
 Array = Any
 
