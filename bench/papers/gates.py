@@ -177,6 +177,18 @@ def _spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f} ± {spread:.2f}"
 
 
+def add_set(parser: argparse.ArgumentParser, recipe: str) -> None:
+    """Add --set, which replaces entries of a recipe."""
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        type=_setting,
+        default=[],
+        metavar="TABLE.KEY=JSON",
+        help=f"entries of {recipe} to replace: training.device='\"cuda\"'",
+    )
+
+
 def _setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     return name, json.loads(value)
@@ -191,14 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="initialisations; default 3")
     parser.add_argument("--epochs", type=int, default=50, help="that prune; 10 more fine-tune")
     parser.add_argument("--out", type=Path, required=True, help="where the run directories go")
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        type=_setting,
-        default=[],
-        metavar="TABLE.KEY=JSON",
-        help="entries of the recipe to replace: training.device='\"cuda\"'",
-    )
+    add_set(parser, "the recipe")
     options = parser.parse_args(arguments)
     for row in options.rows:
         results = [train_row(row, seed, options.epochs, options) for seed in range(options.seeds)]

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from bench.papers.gates import add_set
 from retrain.trained import TrainedRun
 from retrain.trainers.accuracy import evaluate
 from retrain.training_run import train
@@ -63,14 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--test", type=int, default=10_000, help="images to test the finished on")
     parser.add_argument("--watch", type=int, default=2000, help="of those, to test on every epoch")
     parser.add_argument("--seeds", type=int, default=1, help="initialisations")
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        type=_setting,
-        default=[],
-        metavar="TABLE.KEY=JSON",
-        help="entries of the gated recipe to replace",
-    )
+    add_set(parser, "the gated recipe")
     options = parser.parse_args(arguments)
     data = images(options.images, "train", options.train)
     test = images(options.images, "test", options.test)
@@ -112,11 +104,6 @@ def _row(name: str, seed: int, network: Network) -> str:
         f"| {100 * last['parameters_pruned']:6.2f} | {100 * last['operations_pruned']:6.2f} "
         f"| {last['dense_load'] / last['load']:18.2f} | {first:.1f} {final:.1f} |"
     )
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    return name, json.loads(value)
 
 
 if __name__ == "__main__":
