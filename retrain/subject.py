@@ -124,7 +124,7 @@ def reopen(description: Mapping[str, Any], directory: Path, model: Any = None) -
 
     if model is None and description["dense_layers"]:
         model = _dense_chain(description["dense_layers"])
-    elif model is None and description.get("description"):  # runs of version 0.1 have none
+    elif model is None and description.get("description"):  # older runs have no entry
         model = build_module(description["description"])
     if model is not None:
         return fill(model, path, description["names"])

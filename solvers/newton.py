@@ -31,7 +31,7 @@ from solvers.admm import check_factor, check_limits
 from solvers.arrays import like, to_numpy
 from solvers.half_products import half_walk
 from solvers.newton_block import solve_block
-from solvers.newton_work import Points, Shared, Units, Work
+from solvers.newton_work import Points, Shared, Units, Work, holds_single
 from solvers.penalties import L1, ElasticNet
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram
 from solvers.result import Certificate, SolveResult, judge
@@ -65,7 +65,6 @@ _FAR = 15.0  # a slack e^15 times the first looks like one without end
 BLOCK = 32  # units whose products are taken together
 _KEPT = 2**28  # bytes of the units' Gram matrices that stay from one slack to the next
 _PROXIMAL = 10.0  # first sigma and tau, relative to what ADMM balanced
-_SINGLE = 1e12  # magnitudes, and their inverses, whose squares float32 holds
 
 
 def solve_newton(
@@ -182,8 +181,7 @@ def _near(
     """
     xp = array_namespace(program.inputs)
     sizes = [float(xp.max(xp.abs(array))) for array in (program.inputs, program.level)]
-    within = all(size == 0 or 1 / _SINGLE <= size <= _SINGLE for size in sizes)
-    dtype = xp.float32 if within else program.inputs.dtype
+    dtype = xp.float32 if all(map(holds_single, sizes)) else program.inputs.dtype
     tau = metric(program, factor, _METRIC)
     splitting = Splitting.build(program, factor, dtype, tau, _RELAXATION)
     first = BALL_STEPS if isinstance(program, ConstrainedProgram) else UNIT_STEPS

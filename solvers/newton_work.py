@@ -27,7 +27,7 @@ _MARGIN = 0.1  # inputs with |c| above weight (1 - margin) join W
 _NEAR = 0.1  # ceilings closer than this part of the unit's rms distance to its ceilings join K
 _CHUNK = 8192  # samples whose inputs are gathered at a time
 _FINE = 1e-9  # optimality conditions that ask for matrices in float64 from the start
-_SINGLE = 1e12  # magnitudes, and their inverses, whose squares float32 holds
+_SINGLE = 1e12  # largest magnitude, and its inverse the smallest, whose squares float32 holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,8 +265,12 @@ class Work:
 def precision_for(shared: Shared, slack: float, accuracy: float) -> Any:
     """What to make the fitted samples' matrices in."""
     largest = float(np.max(shared.lengths, initial=0.0))
-    within = largest == 0 or 1 / _SINGLE <= largest <= _SINGLE
-    return np.float32 if within and slack > 0 and accuracy >= _FINE else np.float64
+    return np.float32 if holds_single(largest) and slack > 0 and accuracy >= _FINE else np.float64
+
+
+def holds_single(size: float) -> bool:
+    """Tell whether float32 holds the squares of numbers of this magnitude."""
+    return size == 0 or 1 / _SINGLE <= size <= _SINGLE
 
 
 @njit(cache=True, nogil=True)

@@ -56,7 +56,7 @@ from retrain.trainers.recipe import read_recipe
 
 PARTS = ("critical", "table", "smgd", "search", "knee")
 INTERVAL = (1e-5, 0.01)
-"""Of weights. Figure 9(a) goes to 0.1, but from 0.005 on every network collapses."""
+"""Of weights. Figure 9(a) goes to 0.1, but from seed 0 networks collapse before the upper end."""
 FINE = 1e-5
 """A closeness of the critical weight's own size; the paper's 0.001 is three times that weight."""
 
