@@ -13,7 +13,7 @@ A killed run loses at most the epoch in hand, and the same command goes on to th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def run_training(
     with ExitStack() as stack:
         part, device = stack.enter_context(processes(torch.device(recipe.training.device)))
         stack.enter_context(seeded(recipe.training.seed, device))
-        replicas = Replicas() if part.processes > 1 else None
+        replicas = stack.enter_context(closing(Replicas())) if part.processes > 1 else None
         how = computation(recipe.training.precision, device, replicas=replicas, part=part)
         begun = start(recipe, device, data, test)
         identity = _identity(recipe, begun, device, part)

@@ -3,10 +3,12 @@
 import sys
 from pathlib import Path
 
+import torch
 from gated_cases import small
-from torch import distributed, nn
+from torch import nn
 
 import retrain
+from retrain.trainers.distributed import processes
 
 STEEP = {"name": "gates", "log_gamma": -250.0, "theta": 0.6, "theta_rate": 0.01}
 
@@ -42,10 +44,9 @@ RECIPES = {
 
 def main(folder):
     """Train every recipe; the processes are joined once, which several trainings want."""
-    distributed.init_process_group("gloo")
-    for name, tables in RECIPES.items():
-        retrain.train(tables, out=Path(folder) / name)
-    distributed.destroy_process_group()
+    with processes(torch.device("cpu")):
+        for name, tables in RECIPES.items():
+            retrain.train(tables, out=Path(folder) / name)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Run by torchrun in test_distributed: trainings that processes share, written to a folder."""
 
 import sys
+import time
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -8,14 +10,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from training_cases import Stopped, tables
 
 import retrain
 from retrain.adapters.blocks import Sum
 from retrain.trainers import recipe
 from retrain.trainers.callbacks import Callbacks
-from retrain.trainers.distributed import joint_mean
+from retrain.trainers.distributed import joint_mean, processes
 from retrain.trainers.plain import Plain
 from retrain.trainers.training import GeneratorState
 
@@ -116,24 +118,45 @@ def recipes():
     }  # fmt: skip
 
 
+def let_go_late(said):
+    """Have a thread of the group let go of a tensor late, as under load, and say so then."""
+    tensor = torch.ones(1)
+
+    def late():
+        time.sleep(1)
+        said("let go")
+
+    weakref.finalize(tensor, late).atexit = False
+    time.sleep(0.2 * distributed.get_rank())  # so that here the first process's threads are last
+    distributed.all_reduce(tensor, async_op=True)
+
+
 def run_all(folder: Path):
     """Train every case."""
     for name, entry in recipes().items():
         retrain.train(entry, out=folder / name)
 
 
-if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    run_all(Path(sys.argv[1]))
+def main(folder):
+    """Train every case, one in parts, and one that is refused."""
+    run_all(folder)
     for Shrink.stop in (2, 4, -1):
         with suppress(Stopped):
-            retrain.train(recipes()["shrinking"], out=Path(sys.argv[1]) / "resumed")
+            retrain.train(recipes()["shrinking"], out=folder / "resumed")
     try:
         bad = {**recipes()["batch norm"], "training": {"epochs": 1, "batch_size": 17}}
-        retrain.train(bad, out=Path(sys.argv[1]) / "bad")
+        retrain.train(bad, out=folder / "bad")
     except ValueError as error:
         if "leaves a last batch of 1, which 2 processes cannot share" not in str(error):
             raise
     else:
         raise SystemExit("a last batch of one sample was shared under batch norm")
-    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    said = []
+    with processes(torch.device("cpu")):
+        main(Path(sys.argv[1]))
+        let_go_late(said.append)
+    if said != ["let go"]:
+        raise SystemExit("a thread of the group outlived it")

@@ -3,9 +3,11 @@
 import sys
 from pathlib import Path
 
-from torch import distributed, nn
+import torch
+from torch import nn
 
 import retrain
+from retrain.trainers.distributed import processes
 
 
 def network():
@@ -26,9 +28,8 @@ RECIPE = {
 
 def main(folder):
     """Train in two processes, joined beforehand."""
-    distributed.init_process_group("gloo")
-    retrain.train(RECIPE, out=Path(folder))
-    distributed.destroy_process_group()
+    with processes(torch.device("cpu")):
+        retrain.train(RECIPE, out=Path(folder))
 
 
 if __name__ == "__main__":

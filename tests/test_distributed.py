@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import ends_badly
 import pytest
 import torch
 from joint_runs import recipes, run_all
@@ -73,6 +74,20 @@ def test_what_left_the_network_left_it_in_both(folder):
     run = retrain.load(folder / "together" / "shrinking")
     assert [line["method"]["blocks"] for line in run.history] == [3, 3, 2, 2, 2, 2]
     assert len(list(run.model.parameters())) == 8
+
+
+@pytest.mark.parametrize("how, code", [("command", 2), ("uncaught", 1)])
+def test_a_training_that_ends_badly_ends_with_its_own_error(folder, how, code):
+    (folder / "bad.toml").write_text(toml(ends_badly.RECIPE))
+    command = ["-m", "retrain", "train", "bad.toml", "--threads", "1", "--out"]
+    start = {"command": command, "uncaught": [HERE / "ends_badly.py"]}[how]
+    done = torchrun(*start, f"bad by {how}", folder=folder, code=1, seconds=100)
+    # The first process to end is seen whole; torchrun then ends the other, done or not.
+    assert "no number came out" in done.stderr
+    assert f"(exitcode: {code})" in done.stderr
+    assert "let go" in done.stdout
+    for sign in ("terminate called", "Fatal Python error", "SIGABRT"):
+        assert sign not in done.stderr
 
 
 def test_only_the_first_process_writes(folder):

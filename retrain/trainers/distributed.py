@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,13 +23,24 @@ from torch.nn.parallel import DistributedDataParallel
 from retrain.trainers.batches import WHOLE, Part
 from retrain.trainers.callbacks import Step
 
+if distributed.is_available():
+    # DistributedDataParallel imports it. Imported after a group is joined, it keeps that group for
+    # good, as the default of its functions' arguments.
+    import torch.distributed.nn
+
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[tuple[Part, torch.device]]:
     """Join the processes that ``torchrun`` started, if it did; leave them at the end.
 
-    A program that trains more than once joins them itself first (``init_process_group``), for
-    torch's default group cannot be left and joined again; that group is used, and kept.
+    A program that trains more than once does so inside this context, for torch's default group
+    cannot be left and joined again. A group that is there already is used, and kept.
+
+    The group's threads, which each want the interpreter's lock to let go of a tensor, have to end
+    before the interpreter does (one of them would abort the process), and they end with the last
+    reference to the group. That must be the one that is given up here: DistributedDataParallel
+    gives up its own under that lock, and so may wait for ever. Hence its wrappers go first
+    (`Replicas.close`), and an error's frames lose their local variables, which hold it too.
 
     Yields
     ------
@@ -62,13 +74,23 @@ def processes(device: torch.device) -> Iterator[tuple[Part, torch.device]]:
     try:
         yield Part(distributed.get_rank(), distributed.get_world_size()), device
         distributed.barrier()  # the first process writes at the end; the others wait
+    except BaseException as error:
+        _clear_frames(error)
+        raise
     finally:
         if ours:
             distributed.destroy_process_group()
 
 
+def _clear_frames(error: BaseException | None) -> None:
+    """Take the local variables out of an error's frames, and of the errors' that led to it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 class Replicas:
-    """A model's copies in all processes, by DistributedDataParallel.
+    """A model's copies in all processes, by DistributedDataParallel; closed when they are done.
 
     A model that is pruned while it trains loses parameters; DistributedDataParallel, which takes
     note of them once, is then made anew.
@@ -93,6 +115,10 @@ class Replicas:
             )
             self._parameters = parameters
         return self._wrapped
+
+    def close(self) -> None:
+        """Let go of the wrapped model, and with it of the group of processes."""
+        self._wrapped = None
 
 
 def joint_mean(mean: Tensor, step: Step) -> Tensor:
