@@ -8,11 +8,20 @@ iterates x_1, x_2, ... keep the sum x^ of what has gone into the product, and y 
     d = the leading 8 bits of x_k - x^,      x^ += d,      y += A d.
 
 Then |x_k - x^| <= 2^-8 |x_k - last x^|, which vanishes as the iterates settle. The entries of A are
-rounded too, which does not vanish, but acts only on the changes since y was last exact: after the
-first step of each walk, which is full, as are those between walks, where rho changes.
+rounded too, which does not vanish, but acts only on the changes since y was last exact: where a
+walk begins. There z = Xu and p = -tau X^T q are what they should be, since a full step goes before
+each walk, so that y is known for both products, X u and X^T (c - z), without one.
 
-The products with X are made so, not that with (I + tau X^T X)^-1: along the large eigenvectors of
-X^T X what goes into it is tau lambda times larger than what comes out, and so would its error be.
+Nor need u = (I + tau X^T X)^-1 (a + tau X^T c) be computed from nothing. As (I + tau X^T X) u is
+u + tau X^T z, the next u is
+
+    u + (I + tau X^T X)^-1 r,      r = a - u + tau X^T (c - z),
+
+and r vanishes at the solution: (a, c) - (u, z) = alpha (w - u, v - z) + (p, q). Rounding r and the
+inverse makes the step wrong by a part of itself, and what is missing of it is in the next r, which
+is made of the X u that was, not of the one that was meant. Along the large eigenvectors of X^T X
+that part grows with r, tau lambda times the step; it is still small beside the step's |X du|.
+
 With s = 2^16 + 1, fl(s x) - (fl(s x) - x) is x rounded to 24 - 16 bits (Veltkamp), which bfloat16
 holds exactly.
 
@@ -30,7 +39,7 @@ import numpy as np
 from array_api_compat import is_numpy_array
 from numba import njit
 
-from solvers.splitting import Splitting, State, relax
+from solvers.splitting import Splitting, State
 
 _LEAST_FLOPS = 5e8  # of a step; below, importing torch takes longer than all steps do
 _SPLIT = np.float32(2**16 + 1)
@@ -48,30 +57,22 @@ def half_walk(splitting: Splitting) -> Callable[[Splitting, State, int], State] 
         return None
     if 4.0 * n_samples * n_in * n_out < _LEAST_FLOPS or not has_products():
         return None
-    forward, adjoint = _rounded(inputs), _rounded(inputs.T)
+    forward, adjoint, inverse = map(_rounded, (inputs, inputs.T, splitting.inverse))
 
     def walk(splitting: Splitting, state: State, count: int) -> State:
-        if count == 0:
-            return state
         u, z, p, q, w, rho = state.u, state.z, state.p, state.q, state.w, state.rho
         tau, alpha = np.float32(splitting.tau), np.float32(splitting.relaxation)
-        b = np.empty_like(u)
-        for number in range(count):
+        response, dual = _Product.at(forward, u, z), _Product.at(adjoint, q, -p / tau)
+        for _ in range(count):
             w = splitting.prox_penalty(u - p, rho)
-            relax(splitting, z, q, rho)  # q is c now
-            if number == 0:
-                dual = _Product.at(adjoint, q, inputs.T @ q)
-            else:
-                dual.follow(q)
-            _combine(w, u, p, dual.value, alpha, tau, b)  # p is a now
-            u = splitting.inverse @ b
-            if number == 0:
-                response = _Product.at(forward, u, inputs @ u)
-            else:
-                response.follow(u)
-            z = response.value
-            q -= z
-            p -= u
+            shrinkage = np.broadcast_to(splitting.shrinkage(z, q, rho), (z.shape[1],))
+            _relax(z, q, splitting.level, splitting.program.active, shrinkage, alpha)  # q: c - z
+            dual.follow(q)
+            p += alpha * (w - u)  # a - u
+            step = _multiply(inverse, p + tau * dual.value)
+            u = u + step
+            p -= step
+            _subtract(q, response.follow(u))
         return State(u, z, p, q, w, rho)
 
     return walk
@@ -114,14 +115,15 @@ class _Product:
         moved = matrix.new_empty(value.shape)
         return _Product(matrix, x.copy(), value, change, matrix.new_empty(x.shape), moved)
 
-    def follow(self, x: np.ndarray) -> None:
-        """Let x^ and y go along with an iterate."""
+    def follow(self, x: np.ndarray) -> Any:
+        """Let x^ and y go along with an iterate; return the change of y."""
         import torch
 
         _lead(x, self.total, self.change)
         self.rounded.copy_(torch.from_numpy(self.change))
         torch.mm(self.matrix, self.rounded, out=self.moved)
         torch.from_numpy(self.value).add_(self.moved)
+        return self.moved
 
 
 def _rounded(array: np.ndarray) -> Any:
@@ -129,6 +131,19 @@ def _rounded(array: np.ndarray) -> Any:
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(array)).bfloat16()
+
+
+def _multiply(matrix: Any, x: np.ndarray) -> np.ndarray:
+    """A matrix in bfloat16 times x rounded to it."""
+    product: np.ndarray = (matrix @ _rounded(x)).float().numpy()
+    return product
+
+
+def _subtract(x: np.ndarray, change: Any) -> None:
+    """Overwrite x by x - change, a torch tensor."""
+    import torch
+
+    torch.from_numpy(x).sub_(change)
 
 
 @njit(cache=True, nogil=True)
@@ -144,11 +159,11 @@ def _lead(x, total, change):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _combine(w, u, p, dual, alpha, tau, b):  # type: ignore[no-untyped-def]
-    """Overwrite p by a = alpha w + (1 - alpha) u + p, and b by a + tau X^T c."""
-    rest = np.float32(1) - alpha
-    for i in range(w.shape[0]):
-        for m in range(w.shape[1]):
-            a = p[i, m] + alpha * w[i, m] + rest * u[i, m]
-            p[i, m] = a
-            b[i, m] = a + tau * dual[i, m]
+def _relax(z, q, level, active, shrinkage, alpha):  # type: ignore[no-untyped-def]
+    """Overwrite q by alpha (v - z) + q, which is c - z."""
+    for j in range(z.shape[0]):
+        for m in range(z.shape[1]):
+            y = level[j, m]
+            t = z[j, m] - q[j, m]
+            v = y + shrinkage[m] * (t - y) if active[j, m] else min(t, y)
+            q[j, m] += alpha * (v - z[j, m])

@@ -118,8 +118,9 @@ def solve_newton(
     Notes
     -----
     Memory: ADMM's ten arrays (n_samples, n_out) in float32, of which Newton's multiplier in float64
-    takes the place, X and X^T X in float64, and for each thread some sixteen arrays (n_samples, 32)
-    and the inputs of the ceilings in play; a quarter of a GiB of Gram matrices at most.
+    takes the place, X in float32 and float64, X^T X, and for each thread some sixteen arrays
+    (n_samples, 32) and the inputs of the ceilings in play; a quarter of a GiB of Gram matrices at
+    most.
 
     References
     ----------
@@ -180,8 +181,7 @@ def _near(
     an iterate is not finite, the start is where ADMM began.
     """
     xp = array_namespace(program.inputs)
-    sizes = [float(xp.max(xp.abs(array))) for array in (program.inputs, program.level)]
-    dtype = xp.float32 if all(map(holds_single, sizes)) else program.inputs.dtype
+    dtype = xp.float32 if _holds_single(program) else program.inputs.dtype
     tau = metric(program, factor, _METRIC)
     splitting = Splitting.build(program, factor, dtype, tau, _RELAXATION)
     first = BALL_STEPS if isinstance(program, ConstrainedProgram) else UNIT_STEPS
@@ -190,6 +190,12 @@ def _near(
     progress = advance(splitting, progress, steps - 1, half_walk(splitting))
     progress = advance(splitting, progress, steps)  # a full step, so that q belongs to z
     return progress.state if progress.finite else start(splitting, factor, warm_start)
+
+
+def _holds_single(program: Program) -> bool:
+    """Tell whether float32 holds the squares of the data."""
+    xp = array_namespace(program.inputs)
+    return all(holds_single(float(xp.max(xp.abs(a)))) for a in (program.inputs, program.level))
 
 
 @dataclass(eq=False)
@@ -219,13 +225,12 @@ class _Finish:
     ) -> _Finish:
         """State what the units share in float64, and the points they start from."""
         _, n_in, n_out = program.shape
-        inputs = np.ascontiguousarray(to_numpy(program.inputs), dtype=np.float64)
+        inputs = to_numpy(program.inputs)
         weight = np.zeros(n_in)
         weight[program.penalised] = 1.0
         ridge = program.penalty.ridge if isinstance(program.penalty, ElasticNet) else 0.0
-        lengths = np.sqrt(np.einsum("ji,ji->i", inputs, inputs))
         gram = to_numpy(factor.gram) if len(inputs) >= n_in else None
-        shared = Shared(inputs, weight, ridge * weight, lengths, gram)
+        shared = Shared.of(inputs, weight, ridge * weight, gram, single=_holds_single(program))
         rho = np.broadcast_to(to_numpy(near.rho).astype(np.float64), (n_out,))
         tau = rho * metric(program, factor, _METRIC)
         u = np.ascontiguousarray(to_numpy(near.w).T, dtype=np.float64)

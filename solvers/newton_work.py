@@ -5,7 +5,7 @@ A unit's own problem is over the inputs W near their bound and the ceilings K ne
 in. The Gram matrix of the fitted samples depends on W alone: it is kept and grows with W.
 
 **Precision.** That matrix is only what F's quadratic part on Omega is predicted by from a round's
-first point on; the gradient there is a product of its own, in float64, each round. With a matrix
+first point on; the gradient there is a product of its own, each round. With a matrix
 off by E a round's solution is off by H^-1 D E (x - x0), so that rounds correct it as they correct
 everything else, the faster the smaller E against G: 1e-7 in float32, which takes half the time to
 make. Where that is not enough (a round that gains nothing, or tolerances near what it could leave
@@ -32,16 +32,20 @@ _SINGLE = 1e12  # largest magnitude, and its inverse the smallest, whose squares
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What all units of a layer share, in float64.
+    """What all units of a layer share.
 
     Attributes
     ----------
     inputs : array, shape (n_samples, n_in)
-        X.
+        X in float64.
     weight, ridge : array, shape (n_in,)
         The penalty of each input; both zero for a free one.
     lengths : array, shape (n_in,)
         Norm of each input over the samples.
+    exact : array, shape (n_samples, n_in)
+        X in the data's dtype, to gather from.
+    single : array, shape (n_samples, n_in), or None
+        X in float32, where its range allows.
     gram : array, shape (n_in, n_in), or None
         X^T X, if it is worth its size: a unit that fits most samples subtracts the others' from it.
     """
@@ -50,7 +54,24 @@ class Shared:
     weight: np.ndarray
     ridge: np.ndarray
     lengths: np.ndarray
-    gram: np.ndarray | None = None
+    exact: np.ndarray
+    single: np.ndarray | None
+    gram: np.ndarray | None
+
+    @staticmethod
+    def of(
+        exact: np.ndarray,
+        weight: np.ndarray,
+        ridge: np.ndarray,
+        gram: np.ndarray | None = None,
+        *,
+        single: bool = True,
+    ) -> Shared:
+        """Make the copies of X, that in float32 if it is wanted."""
+        inputs = np.ascontiguousarray(exact, dtype=np.float64)
+        lengths = np.sqrt(np.einsum("ji,ji->i", inputs, inputs))
+        rough = exact.astype(np.float32, copy=False) if single else None
+        return Shared(inputs, weight, ridge, lengths, exact, rough, gram)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +215,7 @@ class Work:
         samples = np.flatnonzero((near & ~units.active[b]) | self.over.included)
         inner = Inner(
             samples,
-            _gather(shared.inputs, samples, self.inputs),
+            _gather(shared.exact, samples, self.inputs),
             level[samples],
             centre_nu[samples],
             shared.weight[self.inputs],
@@ -257,15 +278,15 @@ class Work:
         over = np.flatnonzero(self.over.included)
         fitted = _fitted(shared, active, new, everything, self.precision)
         self.fitted = widen(self.fitted, fitted)
-        pushed = _gram(shared.inputs, over, new, everything, np.float64)
+        pushed = _gram(shared.exact, over, new, everything, np.float64)
         self.over.matrix = widen(self.over.matrix, pushed)
         self.inputs = everything
 
 
 def precision_for(shared: Shared, slack: float, accuracy: float) -> Any:
     """What to make the fitted samples' matrices in."""
-    largest = float(np.max(shared.lengths, initial=0.0))
-    return np.float32 if holds_single(largest) and slack > 0 and accuracy >= _FINE else np.float64
+    rough = shared.single is not None and slack > 0 and accuracy >= _FINE
+    return np.float32 if rough else np.float64
 
 
 def holds_single(size: float) -> bool:
@@ -296,9 +317,9 @@ def _fitted(
     """X_left^T X_right over Omega: the sum over it, or all but the sum over the rest."""
     on, off = np.flatnonzero(active), np.flatnonzero(~active)
     if shared.gram is None or len(on) <= len(off):
-        return _gram(shared.inputs, on, left, right, precision)
+        return _gram(shared.exact, on, left, right, precision)
     total = _gather(shared.gram, left, right)
-    total -= _gram(shared.inputs, off, left, right, precision)
+    total -= _gram(shared.exact, off, left, right, precision)
     return total
 
 

@@ -21,6 +21,7 @@ from solvers import (
     solve_newton,
     trim_program,
 )
+from solvers.newton import _holds_single
 from solvers.newton_block import solve_block
 from solvers.newton_unit import _ceiling_slope, _exact_step
 from solvers.newton_work import Points, Shared, Units, _fitted, precision_for
@@ -249,7 +250,7 @@ def test_one_unit_by_itself():
     inputs = rng.standard_normal((30, 8))
     targets = rng.standard_normal((30, 1))
     program = trim_program(inputs, targets, fit_weight=2.0, activation="linear")
-    shared = Shared(inputs, np.ones(8), np.zeros(8), np.linalg.norm(inputs, axis=0))
+    shared = Shared.of(inputs, np.ones(8), np.zeros(8))
     everything = np.ones((1, 30), bool), np.ones((1, 8), bool)
     units = Units(targets.T.copy(), *everything, np.zeros(1), np.ones(1))
     first = Points.at(np.zeros((1, 8)), np.zeros((1, 30)), np.ones(1), np.ones(1))
@@ -266,8 +267,7 @@ def block(seed, n_samples=60, n_in=12, share=0.7):
     inputs = rng.standard_normal((n_samples, n_in))
     level = rng.standard_normal((3, n_samples))
     active = rng.random((3, n_samples)) < share
-    lengths = np.linalg.norm(inputs, axis=0)
-    shared = Shared(inputs, np.ones(n_in), np.zeros(n_in), lengths, inputs.T @ inputs)
+    shared = Shared.of(inputs, np.ones(n_in), np.zeros(n_in), inputs.T @ inputs)
     level = np.where(active, level, np.abs(level))
     units = Units(level, active, np.ones((3, n_in), bool), np.zeros(3), np.ones(3))
     zeros = np.zeros((3, n_in)), np.zeros((3, n_samples))
@@ -300,15 +300,33 @@ def test_matrices_in_float32_do_for_what_float32_can_resolve():
         np.testing.assert_allclose(work.fitted, x.T @ x, atol=1e-12 * np.abs(work.fitted).max())
 
 
-def test_data_beyond_float32_get_matrices_in_float64():
+def test_float32_is_for_what_it_can_resolve():
     shared, *_ = block(3)
     assert precision_for(shared, 0.25, 1e-6) is np.float32
     assert precision_for(shared, 0.0, 1e-6) is np.float64
     assert precision_for(shared, 0.25, 1e-12) is np.float64
-    for factor in (1e-100, 1e100):
-        assert precision_for(replace(shared, lengths=factor * shared.lengths), 1.0, 1e-6) is (
-            np.float64
-        )
+    assert precision_for(replace(shared, single=None), 0.25, 1e-6) is np.float64
+
+
+@pytest.mark.parametrize("factor", [1e-100, 1e100])
+def test_data_beyond_float32_are_left_in_float64(factor):
+    program = of_a_layer(3, "regularised")
+    assert _holds_single(program)
+    for name in ("inputs", "level"):
+        assert not _holds_single(replace(program, **{name: factor * getattr(program, name)}))
+
+
+def test_rounded_products_do_not_decide_a_fine_solution():
+    """Products far worse than float32's serve as long as they tell; then those in float64 do."""
+    shared, units, points = block(4)
+    noise = 1e-5 * np.random.default_rng(5).standard_normal(shared.inputs.shape)
+    noisy = replace(shared, single=(shared.inputs + noise).astype(np.float32))
+    want, _ = solve_block(shared, units, points, 0.25, 1e-9, 1e-9, 200)
+    found, _ = solve_block(noisy, units, points, 0.25, 1e-7, 1e-7, 200)
+    assert max(found.gap.max(), found.violation.max()) <= 1e-7
+    np.testing.assert_allclose(found.u, want.u, atol=1e-5)
+    rough, _ = solve_block(noisy, units, points, 0.25, 1e-3, 1e-3, 200)
+    assert 1e-9 < np.abs(rough.u - want.u).max() < 1e-2
 
 
 @settings(max_examples=60, deadline=None)
