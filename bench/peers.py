@@ -22,6 +22,7 @@ from bench.forms import FORMS, Form, multiplier
 from solvers import Certificate, RegularisedProgram
 from solvers.program import Program
 
+Limits = tuple[float, float]  # what a gap and a violation must be within
 TIME_LIMIT = 60.0
 """Seconds for one run, which a failure is counted as."""
 
@@ -242,9 +243,9 @@ PEERS = {
 
 
 def attempts(
-    peer: Peer, form: Form, program: Program, tolerance: float, first: float | None = None
+    peer: Peer, form: Form, program: Program, limits: Limits, first: float | None = None
 ) -> Iterator[Attempt]:
-    """Run a solver at one accuracy after another until the certificate holds.
+    """Run a solver at one accuracy after another until the certificate is within the limits.
 
     `first` is where to begin: the accuracy that was enough before. A run that takes the time limit
     is the last.
@@ -255,7 +256,7 @@ def attempts(
         started, used = time.perf_counter(), time.process_time()
         solution = peer.solve(form, accuracy)
         seconds, cpu = time.perf_counter() - started, time.process_time() - used
-        yield judged(program, form, solution, accuracy, tolerance, (seconds, cpu))
+        yield judged(program, form, solution, accuracy, limits, (seconds, cpu))
         if cpu >= TIME_LIMIT:
             return
 
@@ -265,7 +266,7 @@ def judged(
     form: Form,
     solution: Solution,
     accuracy: float,
-    tolerance: float,
+    limits: Limits,
     times: tuple[float, float],
 ) -> Attempt:
     """The certificate of what a solver gave, from the program's data."""
@@ -275,7 +276,7 @@ def judged(
     nu = multiplier(program, weight, solution.below[:off], linked)
     finite = bool(np.isfinite(weight).all() and np.isfinite(nu).all())
     certificate = program.certificate(weight, nu)
-    certified = finite and bool(np.all(certificate.within(tolerance, tolerance)))
+    certified = finite and bool(np.all(certificate.within(*limits)))
     return Attempt(
         accuracy,
         weight,
@@ -288,12 +289,12 @@ def judged(
 
 
 def solve_unit(
-    name: str, program: Program, tolerance: float, form: str, first: float | None = None
+    name: str, program: Program, limits: Limits, form: str, first: float | None = None
 ) -> Attempt:
     """The first attempt of a peer that is certified, or its last."""
     stated = FORMS[form](program)
     last: Attempt | None = None
-    for attempt in attempts(PEERS[name], stated, program, tolerance, first):
+    for attempt in attempts(PEERS[name], stated, program, limits, first):
         last = attempt
         if attempt.certified:
             break

@@ -26,169 +26,24 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from bench import peers
-from bench.problems import (
-    SETS,
-    Instance,
-    Problem,
-    in_single_precision,
-    problem,
-    some_units,
-    typical_units,
-)
+from bench.answers import can_state, solver
+from bench.peers import Limits
+from bench.problems import SETS, Instance, Problem, problem
 from bench.solver_tables import OURS, Row, report
-from solvers import (
-    Certificate,
-    RegularisedProgram,
-    SolveResult,
-    solve_admm,
-    solve_cvxpy,
-    solve_newton,
-)
+from solvers import RegularisedProgram
 from solvers.program import Program
 
 ROOT = Path(__file__).resolve().parents[1]
 _PAIRS = 5
-LARGEST_BALL = 20_000
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a solver gave: the program it solved (a few units or all), its settings and times."""
-
-    program: Program
-    units: int
-    certificate: Certificate
-    zeros: float
-    iterations: int
-    status: str
-    setup_seconds: float
-    seconds: float
-    cpu_seconds: float
-    settings: dict[str, Any]
-    dtype: str = "float64"
-
-
-def run_ours(
-    solve: Callable[..., SolveResult], single: bool, program: Program, tolerance: float, units: int
-) -> Answer:
-    """All units at once, judged on the data as it is, whatever dtype was solved in."""
-    given = in_single_precision(program) if single else program
-    started, used = time.perf_counter(), time.process_time()
-    result = solve(given, tolerance=tolerance)
-    seconds, cpu = time.perf_counter() - started, time.process_time() - used
-    return Answer(
-        program,
-        program.shape[2],
-        program.certificate(
-            np.asarray(result.weight, program.inputs.dtype), np.asarray(result.multiplier, float)
-        ),
-        float(np.mean(result.weight == 0)),
-        result.iterations,
-        result.status.value,
-        result.setup_seconds,
-        seconds,
-        cpu,
-        {},
-        str(given.inputs.dtype),
-    )
-
-
-def run_cvxpy(program: Program, tolerance: float, units: int) -> Answer:
-    """Clarabel through cvxpy; typical units, or all where a ball ties them."""
-    few = _few(program, units)
-    used = time.process_time()
-    result = solve_cvxpy(few, tolerance=tolerance)
-    return Answer(
-        few,
-        few.shape[2],
-        result.certificate,
-        _nearly_zero(result.weight),
-        result.iterations,
-        result.status.value,
-        result.setup_seconds,
-        result.setup_seconds + result.solve_seconds,
-        time.process_time() - used,
-        {},
-    )
-
-
-_ENOUGH: dict[tuple[str, int, float], float] = {}
-"""What a peer's own accuracy had to be for a unit, so that later rounds begin there."""
-
-
-def run_peer(name: str, form: str, program: Program, tolerance: float, units: int) -> Answer:
-    """A general solver on typical units, one by one, or on the layer where a ball ties them."""
-    regularised = isinstance(program, RegularisedProgram)
-    form = form if regularised else "lifted"
-    chosen = typical_units(program, units) if regularised else [-1]
-    parts, found = [], []
-    for unit in chosen:
-        part = some_units(program, [unit]) if regularised else program
-        key = (f"{name}:{form}:{id(program)}", unit, tolerance)
-        attempt = peers.solve_unit(name, part, tolerance, form, _ENOUGH.get(key))
-        if attempt.certified:
-            _ENOUGH[key] = attempt.accuracy
-        parts.append(part)
-        found.append(attempt)
-    together = _few(program, units)
-    fields = Certificate.__dataclass_fields__
-    certificate = found[0].certificate
-    if regularised:
-        certificate = Certificate(
-            **{n: np.hstack([getattr(each.certificate, n) for each in found]) for n in fields}
-        )
-    return Answer(
-        together,
-        together.shape[2],
-        certificate,
-        _nearly_zero(np.hstack([each.weight for each in found])),
-        max(each.iterations for each in found),
-        ", ".join(sorted({each.status for each in found})),
-        0.0,
-        sum(each.seconds for each in found),
-        sum(each.cpu_seconds for each in found),
-        {"form": form, "accuracies": [each.accuracy for each in found]},
-    )
-
-
-def solver(name: str) -> Callable[[Program, float, int], Answer]:
-    """Look a solver up: ours, cvxpy, a peer, or PEER:FORM."""
-    ours = {"newton": solve_newton, "admm": solve_admm}
-    kind, _, detail = name.partition(":")
-    if kind in ours and detail in ("", "float32"):
-        return partial(run_ours, ours[kind], detail == "float32")
-    if name == "cvxpy":
-        return run_cvxpy
-    if kind in peers.PEERS and (not detail or detail in peers.PEERS[kind].forms):
-        return partial(run_peer, kind, detail or peers.PEERS[kind].forms[0])
-    known = (*OURS, "cvxpy", *peers.PEERS)
-    raise ValueError(f"solver: want one of {', '.join(known)}, or PEER:FORM; got {name!r}")
-
-
-def can_state(name: str, program: Program) -> bool:
-    """Tell whether a solver takes this form: the ball is no quadratic program, and ties all units.
-
-    A layer of more than `LARGEST_BALL` responses is beyond the general solvers.
-    """
-    kind, _, form = name.partition(":")
-    if kind in ("newton", "admm") or isinstance(program, RegularisedProgram):
-        return True
-    if program.level.size > LARGEST_BALL:
-        return False
-    return kind == "cvxpy" or (peers.PEERS[kind].ball and form in ("", "lifted"))
-
-
-# Rows.
 
 
 @cache
@@ -196,7 +51,7 @@ def environment(kind: str) -> Row:
     """What, besides the plan, makes a row: hash of the code that is measured, and versions."""
     ours = kind in ("newton", "admm")
     files = sorted((ROOT / "solvers").glob("*.py")) if ours else [ROOT / "bench/peers.py"]
-    files += [ROOT / "bench" / name for name in ("problems.py", "forms.py")]
+    files += [ROOT / "bench" / name for name in ("answers.py", "problems.py", "forms.py")]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
     packages = ["numpy", "scipy"]
     if ours:
@@ -216,15 +71,15 @@ def environment(kind: str) -> Row:
 
 def key_of(row: Row) -> str:
     """What makes a row the same measurement."""
-    names = ("problem", "solver", "round", "tolerance", "threads", "units", "code", "versions")
-    return json.dumps([row[name] for name in names], sort_keys=True)
+    names = ("problem", "solver", "round", "tolerance", "violation_tolerance", "threads", "units")
+    return json.dumps([row[name] for name in (*names, "code", "versions")], sort_keys=True)
 
 
 def measure(instance: Instance, plan: Row) -> Row:
     """Run one solver once and judge its answer."""
-    program, tolerance = instance.program, plan["tolerance"]
+    program, limits = instance.program, (plan["tolerance"], plan["violation_tolerance"])
     with threadpool_limits(plan["threads"]):
-        answer = solver(plan["solver"])(program, tolerance, plan["units"])
+        answer = solver(plan["solver"])(program, limits, plan["units"])
         pair = pair_seconds(program)
     certificate, units = answer.certificate, answer.units
     objective = float(np.sum(certificate.objective))
@@ -239,7 +94,7 @@ def measure(instance: Instance, plan: Row) -> Row:
         "solved_units": units,
         "form": "regularised" if isinstance(program, RegularisedProgram) else "constrained",
         "status": answer.status,
-        "certified": bool(np.all(certificate.within(tolerance, tolerance))),
+        "certified": bool(np.all(certificate.within(*limits))),
         "gap": _finite(np.max(certificate.gap)),
         "violation": _finite(np.max(certificate.violation)),
         "objective": _finite(objective),
@@ -283,18 +138,6 @@ def read_rows(path: Path) -> dict[str, Row]:
     return rows
 
 
-def _few(program: Program, units: int) -> Program:
-    """Typical units of a regularised program; the whole constrained one."""
-    if isinstance(program, RegularisedProgram):
-        return some_units(program, typical_units(program, units))
-    return program
-
-
-def _nearly_zero(weight: np.ndarray) -> float:
-    """Share of weights that a solver without exact zeros means to be zero."""
-    return float(np.mean(np.abs(weight) <= 1e-6 * np.abs(weight).max()))
-
-
 def _finite(value: float) -> float | None:
     """A number that JSON can hold."""
     return float(value) if np.isfinite(value) else None
@@ -317,7 +160,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--forms", action="store_true", help="every peer on every form it takes")
     parser.add_argument("--rounds", type=int, default=1, help="interleaved rounds (1)")
     parser.add_argument("--units", type=int, default=3, help="units for the peers (3)")
-    parser.add_argument("--tolerance", type=float, nargs="+", default=[1e-4], help="(1e-4)")
+    parser.add_argument(
+        "--tolerance",
+        type=_limits,
+        nargs="+",
+        default=[(1e-4, 1e-4)],
+        metavar="GAP[,VIOLATION]",
+        help="what certificates must meet; the violation the same as the gap by default (1e-4)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="BLAS threads (1)")
     parser.add_argument("--data", type=Path, help="directory with models/ and mnist/, for lenet")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/solvers.jsonl"))
@@ -339,6 +189,14 @@ def main(arguments: list[str]) -> int:
     return _run(problems, options)
 
 
+def _limits(text: str) -> Limits:
+    """Read GAP[,VIOLATION]."""
+    numbers = [float(part) for part in text.split(",")]
+    if len(numbers) > 2 or not all(0 < number < 1 for number in numbers):
+        raise argparse.ArgumentTypeError(f"want GAP[,VIOLATION] between 0 and 1, got {text!r}")
+    return numbers[0], numbers[-1]
+
+
 def _chosen(options: argparse.Namespace) -> list[str]:
     """Names of the solvers to run, without the peers that are not there."""
     names: list[str] = options.solvers or [*OURS, "cvxpy", *peers.PEERS]
@@ -351,13 +209,14 @@ def _chosen(options: argparse.Namespace) -> list[str]:
 
 def _plans(options: argparse.Namespace, names: list[str]) -> Iterator[Row]:
     """What to measure of a problem, rounds interleaved."""
-    for tolerance in options.tolerance:
+    for gap, violation in options.tolerance:
         for number in range(options.rounds):
             for name in names:
                 yield {
                     "solver": name,
                     "round": number,
-                    "tolerance": tolerance,
+                    "tolerance": gap,
+                    "violation_tolerance": violation,
                     "threads": options.threads,
                     "units": options.units,
                     **environment(name.partition(":")[0]),
@@ -405,6 +264,6 @@ def warm_up(names: list[str]) -> None:
         program = problem(small).make().program
         for name in names:
             if can_state(name, program):
-                solver(name)(program, 1e-6, 1)
+                solver(name)(program, (1e-6, 1e-6), 1)
     if "newton" in names:  # products in bfloat16, which small layers do without
-        solver("newton")(problem("iid-100x1300x1000").make().program, 1e-2, 1)
+        solver("newton")(problem("iid-100x1300x1000").make().program, (1e-2, 1e-2), 1)

@@ -1,5 +1,6 @@
 """The bench of solvers: forms, peers, problems, rows, tables."""
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import curve, peers, solver_tables, solvers
+from bench import answers, curve, peers, solver_tables, solvers
 from bench.forms import FORMS
 from bench.peers import PEERS, solve_unit
 from bench.problems import SETS, Problem, problem, some_units, typical_units
@@ -30,7 +31,7 @@ def test_every_form_of_every_peer_has_the_optimum(unit, name, form):
     if not PEERS[name].available:
         pytest.skip(f"{PEERS[name].package} is not installed")
     program, optimum = unit
-    attempt = solve_unit(name, program, 1e-6, form)
+    attempt = solve_unit(name, program, (1e-6, 1e-6), form)
     assert attempt.certified
     assert float(attempt.certificate.objective[0]) == pytest.approx(optimum, rel=2e-6)
     assert attempt.cpu_seconds > 0
@@ -39,7 +40,7 @@ def test_every_form_of_every_peer_has_the_optimum(unit, name, form):
 @pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.ball])
 def test_a_ball_is_stated_for_all_units_at_once(name):
     program = problem("known-12x80x5-ball").make()
-    attempt = solve_unit(name, program.program, 1e-5, "lifted")
+    attempt = solve_unit(name, program.program, (1e-5, 1e-5), "lifted")
     assert attempt.certified
     objective = float(attempt.certificate.objective)
     assert objective == pytest.approx(float(program.optimum), rel=1e-4)
@@ -48,7 +49,7 @@ def test_a_ball_is_stated_for_all_units_at_once(name):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_free_row_has_no_penalty_in_any_form(form):
     program = some_units(problem("digits-65x60x8").make().program, [2])
-    attempt = solve_unit("clarabel" if form != "gram" else "osqp", program, 1e-5, form)
+    attempt = solve_unit("clarabel" if form != "gram" else "osqp", program, (1e-5, 1e-5), form)
     assert attempt.certified
     best = solve_newton(program, tolerance=1e-8).certificate.objective
     assert attempt.certificate.objective == pytest.approx(best, rel=1e-4)
@@ -57,13 +58,13 @@ def test_a_free_row_has_no_penalty_in_any_form(form):
 def test_the_ladder_ends_with_the_first_accuracy_that_is_certified(unit):
     program, _ = unit
     form = FORMS["lifted"](program)
-    tried = list(peers.attempts(PEERS["scs"], form, program, 1e-9))
+    tried = list(peers.attempts(PEERS["scs"], form, program, (1e-9, 1e-9)))
     assert [attempt.accuracy for attempt in tried] == list(PEERS["scs"].ladder)
-    chosen = solve_unit("scs", program, 1e-3, "lifted")
+    chosen = solve_unit("scs", program, (1e-3, 1e-3), "lifted")
     assert chosen.certified
     first = next(attempt for attempt in tried if attempt.certificate.gap[0] <= 1e-3)
     assert chosen.accuracy <= first.accuracy
-    again = solve_unit("scs", program, 1e-3, "lifted", first=chosen.accuracy)
+    again = solve_unit("scs", program, (1e-3, 1e-3), "lifted", first=chosen.accuracy)
     assert again.accuracy == chosen.accuracy
 
 
@@ -76,7 +77,7 @@ def test_a_solver_that_lies_is_found_out(unit, monkeypatch):
         )
 
     monkeypatch.setitem(PEERS, "liar", replace(PEERS["osqp"], solve=lie))
-    attempt = solve_unit("liar", program, 1e-2, "gram")
+    attempt = solve_unit("liar", program, (1e-2, 1e-2), "gram")
     assert not attempt.certified
     assert attempt.accuracy == PEERS["osqp"].ladder[-1]
 
@@ -135,8 +136,8 @@ def test_the_layers_of_lenet():
     assert problem("lenet-fc1-50", data).make().program.shape == (50, 785, 300)
     # The old weights fit exactly, so the program is feasible and the layer is the network's own.
     assert program.certificate(program.old_weight, 0 * program.level).violation < 1e-5
-    assert solvers.can_state("clarabel", program)
-    assert not solvers.can_state("clarabel", problem("iid-4x5000x5-ball").make().program)
+    assert answers.can_state("clarabel", program)
+    assert not answers.can_state("clarabel", problem("iid-4x5000x5-ball").make().program)
 
 
 def test_typical_units_are_of_all_sizes():
@@ -201,6 +202,7 @@ def row(solver, seconds, *, name="iid", certified=True, tolerance=1e-4, **change
     return {
         "problem": name,
         "tolerance": tolerance,
+        "violation_tolerance": tolerance,
         "solver": solver,
         "cpu_seconds_a_unit": seconds,
         "certified": certified,
@@ -223,6 +225,22 @@ def test_verdicts_take_the_fastest_rival_that_is_certified():
     (line,) = solver_tables.verdicts([row("newton", 0.02), row("piqp", 1.5)])
     assert "(wanted 100: MISSED)" in line
     assert solver_tables.verdicts([row("newton", 0.02, certified=False), row("piqp", 1)]) == []
+
+
+def test_gap_and_violation_may_be_asked_for_apart():
+    assert solvers._limits("1e-3") == (1e-3, 1e-3)
+    assert solvers._limits("1e-3,1e-4") == (1e-3, 1e-4)
+    for text in ("0", "1e-3,1e-4,1e-5", "2"):
+        with pytest.raises(argparse.ArgumentTypeError, match="want GAP"):
+            solvers._limits(text)
+    both = {"name": "lenet-fc2-ball", "tolerance": 1e-3, "violation_tolerance": 1e-4}
+    taken = [
+        row("newton", 1, passes=n, certified=c, **both) for n, c in ((299, 1), (301, 1), (9, 0))
+    ]
+    taken += [row("admm", 1, passes=1, **both), row("newton", 1, passes=1)]
+    lines = solver_tables.passes(taken)
+    assert [line.rpartition(": ")[2] for line in lines] == ["met)", "MISSED)", "MISSED)"]
+    assert lines[0].startswith("lenet-fc2-ball at 0.001 (violation 0.0001): newton took 299 passes")
 
 
 def test_losses_and_means():
