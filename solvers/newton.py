@@ -53,7 +53,7 @@ Array = Any
 # has its own and may be done by then, and from a warm start.
 BALL_STEPS, UNIT_STEPS, WARM_STEPS = 80, 170, 10
 _METRIC, _RELAXATION = 4.0, 1.8  # as they serve best from a distance
-_OWN_SHARE = 0.3  # a unit's own estimates are asked for this part of the tolerances
+_OWN_SHARE = 0.5  # a unit's own estimates are asked for this part of the tolerances
 _TIGHTER, _FINEST_SHARE = 0.1, 1e-5
 _REFINEMENTS = 5
 _ROOT_STEPS = 40
@@ -64,7 +64,7 @@ _USUAL_SLOPE = 0.7  # of log r over log s, until two points tell
 _FAR = 15.0  # a slack e^15 times the first looks like one without end
 BLOCK = 32  # units whose products are taken together
 _KEPT = 2**28  # bytes of the units' Gram matrices that stay from one slack to the next
-_PROXIMAL = 10.0  # first sigma and tau, relative to what ADMM balanced
+_PROXIMAL = 30.0  # first sigma and tau, relative to what ADMM balanced
 
 
 def solve_newton(
