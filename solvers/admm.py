@@ -1,6 +1,10 @@
 """ADMM for all units of a layer at once, with one factorisation a layer.
 
-The iteration, its scale and its penalty are `solvers.splitting`'s.
+The iteration, its scale and its penalty are `solvers.splitting`'s, its steps `solvers.increments`'.
+Over-relaxation is by 1.8, and rho grows until the relative primal residual is a third of the dual
+one: a violation is the primal residual itself, the gap is quicker. Against 1.6 and equal residuals
+both certificates took a third to a half fewer iterations in either form, on independent and
+correlated inputs, on features of a layer and on LeNet's layers.
 
 **Stopping** is on the certificate of the sparse weights w, rounded to the data's dtype: gap and
 violations as the program itself computes them, in float64. Residuals only steer rho.
@@ -17,6 +21,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from solvers.arrays import like
+from solvers.increments import walk_by_increments
 from solvers.program import (
     LayerProgram,
     Program,
@@ -28,6 +33,7 @@ from solvers.splitting import Factor, Progress, Splitting, State, advance, prepa
 Array = Any
 
 _FIRST_CHECK = 50
+_TUNING = {"relaxation": 1.8, "emphasis": 3.0}
 # Of the distance from the tolerances, at most this share may be left after two checks.
 _PROGRESS = 0.8
 
@@ -97,13 +103,14 @@ def solve_admm(
     started = time.perf_counter()
 
     dtype = program.inputs.dtype
-    splitting = Splitting.build(program, factor, dtype)
+    splitting = Splitting.build(program, factor, dtype, **_TUNING)
     progress = Progress(start(splitting, factor, warm_start))
     best = _Best(program)
     history: list[dict[str, float]] = []
     check_at = _FIRST_CHECK
     while progress.iteration < max_iterations:
-        progress = advance(splitting, progress, min(check_at, max_iterations))
+        target = min(check_at, max_iterations)
+        progress = advance(splitting, progress, target, walk_by_increments)
         if not progress.finite:
             break
         certified = best.offer(splitting, progress.state, tolerance, violation_tolerance)
@@ -112,7 +119,7 @@ def solve_admm(
             break
         if dtype != xp.float64 and _stalled(history, tolerance, violation_tolerance):
             dtype = xp.float64
-            splitting = Splitting.build(program, factor, dtype)
+            splitting = Splitting.build(program, factor, dtype, **_TUNING)
             progress = replace(progress, state=progress.state.astype(dtype))
         check_at += max(25, min(progress.iteration // 4, 250))
 

@@ -29,8 +29,9 @@ is multiplied by the root of
     (|(w, v) - (u, z)| / |(w, v)|)  /  (|change of (u, z)| / |(p, q)|),
 
 clipped to [0.1, 10]: relative residuals, since the textbook's absolute ones run away on these
-programs. In the constrained form the ball ties the units and they share one rho; in the regularised
-form each has its own.
+programs. An `emphasis` above 1 multiplies the first of them: it asks for a larger rho, and so for
+smaller violations beside the gap. In the constrained form the ball ties the units and they share
+one rho; in the regularised form each has its own.
 
 References
 ----------
@@ -113,7 +114,7 @@ def metric(program: LayerProgram, factor: Factor, size: float = METRIC) -> float
 
 @dataclass(frozen=True, eq=False)
 class Splitting:
-    """A program's data in the working dtype, with the metric and its inverse."""
+    """A program's data in the working dtype, with the metric, its inverse and what steers steps."""
 
     program: Program
     inputs: Array
@@ -122,6 +123,7 @@ class Splitting:
     inverse: Array
     penalised: Array | None
     relaxation: float
+    emphasis: float = 1.0
 
     @staticmethod
     def build(
@@ -130,6 +132,7 @@ class Splitting:
         dtype: Any,
         tau: float | None = None,
         relaxation: float = RELAXATION,
+        emphasis: float = 1.0,
     ) -> Splitting:
         """Cast a program to the dtype to iterate in."""
         xp = array_namespace(program.inputs)
@@ -150,6 +153,7 @@ class Splitting:
             xp.astype(inverse, dtype, copy=False),
             penalised,
             relaxation,
+            emphasis,
         )
 
     def project(self, a: Array, c: Array) -> tuple[Array, Array]:
@@ -234,7 +238,7 @@ def advance(
     The arrays of the state are overwritten. Ends early, with `finite` False, where the residuals
     are not finite.
     """
-    walk = _walk if walk is None else walk
+    walk = plain_walk if walk is None else walk
     while progress.iteration < target:
         state, at = progress.state, progress.change_at
         if at > target:
@@ -248,7 +252,8 @@ def advance(
         if not math.isfinite(float(xp.max(primal))):
             return replace(progress, state=state, iteration=at, finite=False)
         width = progress.width * _WIDEN
-        progress = Progress(balance(state, primal, dual), at, at + int(width), width)
+        balanced = balance(state, splitting.emphasis * primal, dual)
+        progress = Progress(balanced, at, at + int(width), width)
     return progress
 
 
@@ -263,7 +268,7 @@ def step(splitting: Splitting, state: State) -> tuple[State, Array]:
     return State(u, z, a - u, c - z, w, state.rho), v
 
 
-def _walk(splitting: Splitting, state: State, count: int) -> State:
+def plain_walk(splitting: Splitting, state: State, count: int) -> State:
     """Take `count` iterations; for tall numpy arrays in place, each array passed over twice."""
     inputs = splitting.inputs
     if not is_numpy_array(inputs) or inputs.shape[0] < inputs.shape[1]:

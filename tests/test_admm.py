@@ -57,7 +57,8 @@ def test_admm_agrees_with_the_oracle(seed, instance):
     assert result.weight.dtype == program.inputs.dtype
     optimum = oracle.certificate.objective
     scale = scale_of(program, optimum)
-    assert np.all(np.abs(result.certificate.objective - optimum) <= 1e-4 * scale)
+    # An objective may lie below the optimum by what the violations are worth to the multiplier.
+    assert np.all(np.abs(result.certificate.objective - optimum) <= 2e-4 * scale)
     assert np.all(result.certificate.dual_bound <= optimum + 1e-6 * scale)
     assert np.all(oracle.certificate.dual_bound <= optimum + 1e-6 * scale)
 
@@ -313,7 +314,7 @@ def test_a_warm_start_saves_iterations(form):
     first = solve_admm(program, tolerance=1e-5, max_iterations=20_000)
     again = solve_admm(program, tolerance=1e-5, warm_start=first)
     assert again.status is Status.SOLVED
-    assert again.iterations == 50 < first.iterations
+    assert again.iterations <= 75 < first.iterations / 10
     near = (
         replace(program, epsilon=program.epsilon * 1.02)
         if form == "constrained"
