@@ -10,7 +10,8 @@ XU and the duals X^T nu, is a product for the whole block, three of them a round
                                      same centre), and otherwise measure gap and violation.
 
 They are in float32, which takes half the time, until a unit's gap and violation are as small as
-that can tell, or no longer fall; from there on in float64.
+that can tell, or no longer fall; from there on in float64. In float64 they begin where rounding XU
+alone moves the duals by more than that (`_noise`), as it does for inputs far from zero mean.
 
 A unit within its tolerances leaves the block. A round that takes many Newton steps has met ceilings
 too stiff for the point it began at: each step is cut short by the next of them. It is begun again
@@ -30,6 +31,7 @@ from solvers.newton_work import Points, Shared, Units, Work, precision_for
 _GROWTH = 5.0  # of sigma and tau after an outer step
 _STIFFEST = 1e11  # largest tau relative to where it started
 _FINEST = 1e-11  # of the optimality conditions in u, whose scale is 1
+_INNER = 0.1  # of the smaller tolerance, which the optimality conditions in u are solved to
 _COARSE = 3e-5  # of gap and violation, that products in float32 are good for
 _STALLED = 8  # rounds
 _PATIENCE = 40  # Newton steps in one round
@@ -65,14 +67,19 @@ def solve_block(
     works : list of Work
         For a call with another slack.
     """
-    accuracy = max(0.1 * min(tolerance, violation), _FINEST)
+    accuracy = max(_INNER * min(tolerance, violation), _FINEST)
+    rough = max(accuracy, _INNER * _COARSE)
     now = points.take(slice(None))
     now.u[~units.allowed] = 0.0
     stiffest = now.tau * _STIFFEST
     centre_u, centre_nu = now.u.copy(), now.nu.copy()
     precision = precision_for(shared, slack, accuracy)
     fine = np.full(len(now.u), precision is np.float64)
-    z, c = _responses(shared, now.u, fine), _duals(shared, now.nu, fine)
+    z = _responses(shared, now.u, fine)
+    if not fine.all() and _noise(shared, units, 0, now.u[0], z[0], slack) > rough:
+        fine[:] = True
+        z = _responses(shared, now.u, fine)
+    c = _duals(shared, now.nu, fine)
     works = []
     for b, work in enumerate(left or [None] * len(z)):
         if work is None:
@@ -114,7 +121,8 @@ def solve_block(
             at_limit = now.tau[b] >= stiffest[b] or now.steps[b] == last_steps[b]
             better = gap < 0.9 * before[0] or missed < 0.9 * before[1]
             stalled[b] = 0 if better or not at_limit else stalled[b] + 1
-            if not within[b] and not fine[b] and (not better or max(gap, missed) <= _COARSE):
+            vain = zigzag[b] or not better or max(gap, missed) <= _COARSE
+            if not within[b] and not fine[b] and vain:
                 fine[b], stalled[b] = True, 0
                 z[b] = shared.inputs @ now.u[b]  # what steps have moved it by began in float32
             elif not within[b] and not better and works[b].refine(shared, units, b):
@@ -141,6 +149,14 @@ def _responses(shared: Shared, u: np.ndarray, fine: np.ndarray) -> np.ndarray:
 def _duals(shared: Shared, nu: np.ndarray, fine: np.ndarray) -> np.ndarray:
     """X^T nu of some units, in float64 for the fine ones."""
     return _apart(lambda rows, inputs: rows @ inputs, shared, nu, fine)
+
+
+def _noise(
+    shared: Shared, units: Units, b: int, u: np.ndarray, z: np.ndarray, slack: float
+) -> float:
+    """How far the rounding of a unit's z moves X^T nu on Omega, where nu = (z - y) / s."""
+    rounding = np.where(units.active[b], z - shared.inputs @ u, 0.0)
+    return float(np.abs(rounding @ shared.inputs).max(initial=0.0)) / slack
 
 
 def _apart(

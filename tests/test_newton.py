@@ -15,6 +15,7 @@ from solvers import (
     ElasticNet,
     Group,
     Status,
+    newton_block,
     prepare,
     solve_admm,
     solve_cvxpy,
@@ -22,7 +23,7 @@ from solvers import (
     trim_program,
 )
 from solvers.newton import _holds_single
-from solvers.newton_block import solve_block
+from solvers.newton_block import _noise, solve_block
 from solvers.newton_unit import _ceiling_slope, _exact_step
 from solvers.newton_work import Points, Shared, Units, _fitted, precision_for
 
@@ -327,6 +328,19 @@ def test_rounded_products_do_not_decide_a_fine_solution():
     np.testing.assert_allclose(found.u, want.u, atol=1e-5)
     rough, _ = solve_block(noisy, units, points, 0.25, 1e-3, 1e-3, 200)
     assert 1e-9 < np.abs(rough.u - want.u).max() < 1e-2
+
+
+def test_products_too_rough_to_begin_with_are_not_used(monkeypatch):
+    shared, units, points = block(4)
+    u = np.random.default_rng(6).standard_normal(12)
+    z = shared.inputs @ u + np.where(np.arange(60) == 7, 0.01, 0.0)
+    want = 0.01 * np.abs(shared.inputs[7]).max() / 0.25 if units.active[0, 7] else 0.0
+    assert _noise(shared, units, 0, u, z, 0.25) == pytest.approx(want, abs=1e-12)
+    noisy = replace(shared, single=(1.1 * shared.inputs).astype(np.float32))
+    found, _ = solve_block(noisy, units, replace(points, u=points.u + u), 0.25, 1e-4, 1e-4, 200)
+    monkeypatch.setattr(newton_block, "_noise", lambda *_: np.inf)
+    fine, _ = solve_block(shared, units, replace(points, u=points.u + u), 0.25, 1e-4, 1e-4, 200)
+    assert found.u.tobytes() == fine.u.tobytes()
 
 
 @settings(max_examples=60, deadline=None)
