@@ -123,7 +123,7 @@ class Splitting:
     inverse: Array
     penalised: Array | None
     relaxation: float
-    emphasis: float = 1.0
+    emphasis: float | Array = 1.0
 
     @staticmethod
     def build(
@@ -132,7 +132,7 @@ class Splitting:
         dtype: Any,
         tau: float | None = None,
         relaxation: float = RELAXATION,
-        emphasis: float = 1.0,
+        emphasis: float | Array = 1.0,
     ) -> Splitting:
         """Cast a program to the dtype to iterate in."""
         xp = array_namespace(program.inputs)

@@ -9,6 +9,7 @@ from instances import of_a_layer
 
 from bench.problems import correlated, in_single_precision, relu2
 from solvers import Status, prepare, solve_admm
+from solvers.admm import _splitting
 from solvers.increments import step_by_increments, walk_by_increments
 from solvers.splitting import Splitting, plain_walk, start, step
 
@@ -94,7 +95,12 @@ def test_the_tuning_saves_iterations(monkeypatch):
         for ball in (False, True)
     ]
     ours = [solve_admm(program, tolerance=1e-5) for program in programs]
-    monkeypatch.setattr("solvers.admm._TUNING", {"relaxation": 1.6, "emphasis": 1.0})
+    for name, plain in {
+        "RELAXATION_BALL": 1.6,
+        "EMPHASIS_BALL": 1.0,
+        "EMPHASIS_CEILING": 1.0,
+    }.items():
+        monkeypatch.setattr(f"solvers.admm._{name}", plain)
     textbook = [solve_admm(program, tolerance=1e-5) for program in programs]
     for one, other in zip(ours, textbook, strict=True):
         assert one.status is other.status is Status.SOLVED
@@ -104,3 +110,14 @@ def test_the_tuning_saves_iterations(monkeypatch):
         )
     total = [sum(result.iterations for result in each) for each in (ours, textbook)]
     assert total[0] < 0.85 * total[1]
+
+
+def test_units_without_ceilings_keep_their_penalty_low():
+    """Nothing can be violated there, and a larger rho made such a layer miss its iterations."""
+    program = of_a_layer(3, "regularised", dtype=np.float32)
+    everywhere = replace(program, active=np.ones_like(program.active))
+    result = solve_admm(everywhere, tolerance=1e-3)
+    assert result.status is Status.SOLVED
+    splittings = [_splitting(each, prepare(each.inputs), float) for each in (program, everywhere)]
+    np.testing.assert_array_equal(splittings[0].emphasis, np.where(program.active.all(0), 1, 2))
+    np.testing.assert_array_equal(splittings[1].emphasis, np.ones(4))
