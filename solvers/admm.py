@@ -45,7 +45,7 @@ Array = Any
 _FIRST_CHECK = 50
 _RELAXATION_BALL = 1.8
 _EMPHASIS_BALL, _EMPHASIS_CEILING = 3.0, 2.0
-# Of the distance from the tolerances, at most this share may be left after two checks.
+# A new low of the gap or of the violation is at most this share of the lowest before.
 _PROGRESS = 0.8
 
 
@@ -188,11 +188,16 @@ def check_factor(program: Program, factor: Factor | None) -> None:
 def _stalled(
     history: Sequence[dict[str, float]], tolerance: float, violation_tolerance: float
 ) -> bool:
-    """Tell whether two checks in a row gained little: float32 has then given what it can."""
-    distances = [
-        max(row["gap"] / tolerance, row["violation"] / violation_tolerance) for row in history[-3:]
-    ]
-    return len(distances) == 3 and distances[2] > _PROGRESS * distances[0]
+    """Tell whether two checks in a row brought no new low: float32 has then given what it can.
+
+    Neither of the gap nor of the violation, as far as each is above its tolerance: a violation goes
+    up and down on its way, while the gap falls.
+    """
+    for name, limit in (("gap", tolerance), ("violation", violation_tolerance)):
+        values = [max(row[name], limit) for row in history]
+        if len(values) < 3 or min(values[-2:]) <= _PROGRESS * min(values[:-2]):
+            return False
+    return True
 
 
 class _Best:

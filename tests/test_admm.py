@@ -19,6 +19,7 @@ from solvers import (
     solve_cvxpy,
     trim_program,
 )
+from solvers.admm import _stalled
 from solvers.splitting import Splitting
 
 FORMS = ("constrained", "regularised")
@@ -459,3 +460,22 @@ def test_float32_data_is_certified_beyond_what_float32_iterates_reach(monkeypatc
     assert solve_admm(program, **limits).status is Status.SOLVED
     monkeypatch.setattr("solvers.admm._stalled", lambda *_: False)
     assert solve_admm(program, **limits).status is Status.ITERATION_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("gaps", "violations", "stalled"),
+    [
+        ((1.0, 0.9), (1.0, 0.9), False),  # too few
+        ((1.0, 0.9, 0.85), (1.0, 1.0, 1.0), True),
+        ((1.0, 0.9, 0.7), (1.0, 2.0, 3.0), False),  # the gap falls
+        ((1.0, 1.0, 1.0), (1.0, 3.0, 0.5), False),  # a new low of the violation
+        ((1.0, 1.0, 1.0, 1.0), (1.0, 0.5, 2.0, 0.45), True),
+        ((0.1, 0.05, 0.01), (1.0, 1.0, 1.0), True),  # the gap is within its tolerance
+    ],
+)
+def test_float32_has_given_what_it_can(gaps, violations, stalled):
+    history = [
+        {"gap": gap, "violation": violation}
+        for gap, violation in zip(gaps, violations, strict=True)
+    ]
+    assert _stalled(history, 0.2, 0.2) is stalled
