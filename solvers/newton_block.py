@@ -32,6 +32,7 @@ _GROWTH = 5.0  # of sigma and tau after an outer step
 _STIFFEST = 1e11  # largest tau relative to where it started
 _FINEST = 1e-11  # of the optimality conditions in u, whose scale is 1
 _INNER = 0.1  # of the smaller tolerance, which the optimality conditions in u are solved to
+_SOME = 1000  # samples that rounding is measured on
 _COARSE = 3e-5  # of gap and violation, that products in float32 are good for
 _STALLED = 8  # rounds
 _PATIENCE = 40  # Newton steps in one round
@@ -68,7 +69,7 @@ def solve_block(
         For a call with another slack.
     """
     accuracy = max(_INNER * min(tolerance, violation), _FINEST)
-    rough = max(accuracy, _INNER * _COARSE)
+    rough = 2 * max(accuracy, _INNER * _COARSE)
     now = points.take(slice(None))
     now.u[~units.allowed] = 0.0
     stiffest = now.tau * _STIFFEST
@@ -154,9 +155,15 @@ def _duals(shared: Shared, nu: np.ndarray, fine: np.ndarray) -> np.ndarray:
 def _noise(
     shared: Shared, units: Units, b: int, u: np.ndarray, z: np.ndarray, slack: float
 ) -> float:
-    """How far the rounding of a unit's z moves X^T nu on Omega, where nu = (z - y) / s."""
-    rounding = np.where(units.active[b], z - shared.inputs @ u, 0.0)
-    return float(np.abs(rounding @ shared.inputs).max(initial=0.0)) / slack
+    """How far the rounding of a unit's z moves X^T nu on Omega, where nu = (z - y) / s.
+
+    From some samples alone: sums of roundings grow with the root of their number.
+    """
+    part = slice(0, _SOME)
+    inputs = shared.inputs[part]
+    rounding = np.where(units.active[b, part], z[part] - inputs @ u, 0.0)
+    growth = math.sqrt(len(z) / len(inputs))
+    return growth * float(np.abs(rounding @ inputs).max(initial=0.0)) / slack
 
 
 def _apart(
