@@ -112,6 +112,8 @@ def command(folder: Path, *arguments: object, prepare=None, seconds: float = 60)
 
 def _child(folder: str, arguments: list[str], files: list[Path], prepare) -> None:
     os.setsid()
+    # A suite that runs in the background of a shell has been told to ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     for number, file in enumerate(files, start=1):
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
