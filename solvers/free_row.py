@@ -85,8 +85,10 @@ def _shift_to_root(nu: Array, x: Array, active: Array) -> Array:
 
     largest = xp.max(xp.abs(nu), axis=0)
     smallest = xp.min(xp.where(x != 0, xp.abs(x), xp.inf * xp.ones_like(x)))
-    # At t = largest/smallest phi <= 0, at the opposite end phi >= 0, since |t x| >= |nu| there.
-    high = xp.where(xp.isfinite(smallest), largest / smallest, xp.zeros_like(largest))
+    # From t = largest/smallest on phi <= 0, from the opposite on phi >= 0, since |t x| >= |nu|
+    # there. Twice that leaves a root within, where steps may land: not on an end, which has been
+    # tried, for two ends on different pieces can lead to each other for ever.
+    high = xp.where(xp.isfinite(smallest), 2 * largest / smallest, xp.zeros_like(largest))
     low = -high
     rounding = _ROUNDING * xp.sqrt(xp.sum(x * x) * xp.sum(nu * nu, axis=0))
     t = xp.zeros_like(largest)
@@ -98,7 +100,7 @@ def _shift_to_root(nu: Array, x: Array, active: Array) -> Array:
             slope < 0, value / xp.where(slope < 0, -slope, xp.ones_like(slope)), zero[0, :]
         )
         newton = t + step
-        inside = (newton >= low) & (newton <= high) & (slope < 0)
+        inside = (newton > low) & (newton < high) & (slope < 0)
         following = xp.where(inside, newton, (low + high) / 2)
         following = xp.where(xp.abs(value) <= rounding, t, following)
         if bool(xp.all(following == t)):
@@ -139,7 +141,7 @@ def _root(nu, x, active, smallest, steps):  # type: ignore[no-untyped-def]
     """The t of `_shift_to_root` for one unit, |nu|_inf = 1."""
     if not math.isfinite(smallest):
         return 0.0
-    high = 1.0 / smallest
+    high = 2.0 / smallest
     low = -high
     _, xx, nn = _moments(nu, x)
     rounding = _ROUNDING * math.sqrt(xx * nn)
@@ -153,7 +155,7 @@ def _root(nu, x, active, smallest, steps):  # type: ignore[no-untyped-def]
         else:
             high = min(high, t)
         following = t - value / slope if slope < 0 else math.inf
-        if not low <= following <= high:
+        if not low < following < high:
             following = (low + high) / 2
         if following == t:
             break

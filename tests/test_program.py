@@ -241,6 +241,15 @@ def test_both_free_row_projections_agree(seed, ones):
     assert orthogonalise(*tensors).numpy().tobytes() == loop.tobytes()
 
 
+@pytest.mark.parametrize("project", PROJECTIONS)
+def test_the_free_row_projection_leaves_no_cycle(project):
+    """Newton's steps from the two ends of this bracket lead to each other."""
+    x = np.array([[-1.94007929], [1.98850835], [-1.22867178]])
+    nu = np.array([[-0.37639185], [0.77843249], [-1.17707517]])
+    found = project(nu, x, np.zeros((3, 1), dtype=bool))
+    np.testing.assert_allclose(found[:, 0], [0.196263, 0.191483, 0], atol=1e-6)
+
+
 def test_violations_and_gap_are_as_defined():
     inputs = np.eye(3)
     active = np.array([[True, True], [False, True], [False, False]])
