@@ -39,7 +39,7 @@ import numpy as np
 from array_api_compat import is_numpy_array
 from numba import njit
 
-from solvers.splitting import Splitting, State
+from solvers.splitting import Splitting, State, relax
 
 _LEAST_FLOPS = 5e8  # of a step; below, importing torch takes longer than all steps do
 _SPLIT = np.float32(2**16 + 1)
@@ -65,8 +65,7 @@ def half_walk(splitting: Splitting) -> Callable[[Splitting, State, int], State] 
         response, dual = _Product.at(forward, u, z), _Product.at(adjoint, q, -p / tau)
         for _ in range(count):
             w = splitting.prox_penalty(u - p, rho)
-            shrinkage = np.broadcast_to(splitting.shrinkage(z, q, rho), (z.shape[1],))
-            _relax(z, q, splitting.level, splitting.program.active, shrinkage, alpha)  # q: c - z
+            relax(splitting, z, q, rho)  # q is c - z now
             dual.follow(q)
             p += alpha * (w - u)  # a - u
             step = _multiply(inverse, p + tau * dual.value)
@@ -156,14 +155,3 @@ def _lead(x, total, change):  # type: ignore[no-untyped-def]
             leading = scaled - (scaled - difference)
             total[i, m] += leading
             change[i, m] = leading
-
-
-@njit(cache=True, nogil=True)
-def _relax(z, q, level, active, shrinkage, alpha):  # type: ignore[no-untyped-def]
-    """Overwrite q by alpha (v - z) + q, which is c - z."""
-    for j in range(z.shape[0]):
-        for m in range(z.shape[1]):
-            y = level[j, m]
-            t = z[j, m] - q[j, m]
-            v = y + shrinkage[m] * (t - y) if active[j, m] else min(t, y)
-            q[j, m] += alpha * (v - z[j, m])

@@ -53,8 +53,7 @@ def walk_by_increments(splitting: Splitting, state: State, count: int) -> State:
     u, z, p, q, w, rho = state.u, state.z, state.p, state.q, state.w, state.rho
     for _ in range(count):
         w = splitting.prox_penalty(u - p, rho)
-        relax(splitting, z, q, rho)  # q is c now
-        q -= z
+        relax(splitting, z, q, rho)  # q is dc now
         da = splitting.relaxation * (w - u) + p
         du = splitting.inverse @ (da + splitting.tau * (inputs.T @ q))
         u = u + du

@@ -142,9 +142,10 @@ def solve_newton(
     reused = factor is not None
     factor = prepare(program.inputs) if factor is None else factor
     started = time.perf_counter()
-    near = _near(program, max_iterations, warm_start, factor)
+    single = _holds_single(program)
+    near = _near(program, max_iterations, warm_start, factor, single=single)
     rho = near.rho
-    finish = _Finish.build(program, near, factor, limits, max_iterations, threads)
+    finish = _Finish.build(program, near, factor, limits, max_iterations, threads, single=single)
     del near  # three arrays of the responses' size
     if isinstance(program, ConstrainedProgram):
         _solve_ball(program, finish)
@@ -174,14 +175,16 @@ def _near(
     max_iterations: int,
     warm_start: SolveResult | None,
     factor: Factor,
+    *,
+    single: bool,
 ) -> State:
     """A point near the solution, from a few steps of ADMM for all units.
 
-    In single precision where the data's range allows, which is enough for a start. Where even so
-    an iterate is not finite, the start is where ADMM began.
+    In single precision where the data's range allows (`single`), which is enough for a start. Where
+    even so an iterate is not finite, the start is where ADMM began.
     """
     xp = array_namespace(program.inputs)
-    dtype = xp.float32 if _holds_single(program) else program.inputs.dtype
+    dtype = xp.float32 if single else program.inputs.dtype
     tau = metric(program, factor, _METRIC)
     splitting = Splitting.build(program, factor, dtype, tau, _RELAXATION)
     first = BALL_STEPS if isinstance(program, ConstrainedProgram) else UNIT_STEPS
@@ -222,6 +225,8 @@ class _Finish:
         limits: tuple[float, float],
         max_steps: int,
         threads: int,
+        *,
+        single: bool,
     ) -> _Finish:
         """State what the units share in float64, and the points they start from."""
         _, n_in, n_out = program.shape
@@ -230,7 +235,7 @@ class _Finish:
         weight[program.penalised] = 1.0
         ridge = program.penalty.ridge if isinstance(program.penalty, ElasticNet) else 0.0
         gram = to_numpy(factor.gram) if len(inputs) >= n_in else None
-        shared = Shared.of(inputs, weight, ridge * weight, gram, single=_holds_single(program))
+        shared = Shared.of(inputs, weight, ridge * weight, gram, single=single)
         rho = np.broadcast_to(to_numpy(near.rho).astype(np.float64), (n_out,))
         tau = rho * metric(program, factor, _METRIC)
         u = np.ascontiguousarray(to_numpy(near.w).T, dtype=np.float64)

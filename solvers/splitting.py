@@ -280,6 +280,7 @@ def plain_walk(splitting: Splitting, state: State, count: int) -> State:
     for _ in range(count):
         w = splitting.prox_penalty(u - p, rho)
         relax(splitting, z, q, rho)
+        q += z  # q is c now
         a = alpha * w + (1 - alpha) * u + p
         u = splitting.inverse @ (a + splitting.tau * (inputs.T @ q))
         np.matmul(inputs, u, out=z)
@@ -289,10 +290,10 @@ def plain_walk(splitting: Splitting, state: State, count: int) -> State:
 
 
 def relax(splitting: Splitting, z: np.ndarray, q: np.ndarray, rho: np.ndarray) -> None:
-    """Overwrite q by c = alpha v + (1 - alpha) z + q, on numpy arrays in one pass."""
-    alpha, rest = z.dtype.type(splitting.relaxation), z.dtype.type(1 - splitting.relaxation)
+    """Overwrite q by c - z = alpha (v - z) + q, on numpy arrays in one pass."""
+    alpha = z.dtype.type(splitting.relaxation)
     shrinkage = np.broadcast_to(splitting.shrinkage(z, q, rho), (z.shape[1],))
-    _relax(z, q, splitting.level, splitting.program.active, shrinkage, alpha, rest)
+    _relax(z, q, splitting.level, splitting.program.active, shrinkage, alpha)
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
@@ -307,14 +308,14 @@ def _residual_square(z, q, level, active):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _relax(z, q, level, active, shrinkage, alpha, rest):  # type: ignore[no-untyped-def]
-    """Do what `relax` says; `rest` is 1 - alpha."""
+def _relax(z, q, level, active, shrinkage, alpha):  # type: ignore[no-untyped-def]
+    """Do what `relax` says."""
     for j in range(z.shape[0]):
         for m in range(z.shape[1]):
             y = level[j, m]
             t = z[j, m] - q[j, m]
             v = y + shrinkage[m] * (t - y) if active[j, m] else min(t, y)
-            q[j, m] = alpha * v + rest * z[j, m] + q[j, m]
+            q[j, m] += alpha * (v - z[j, m])
 
 
 def start(splitting: Splitting, factor: Factor, warm_start: SolveResult | None) -> State:
