@@ -53,13 +53,13 @@ def test_admm_agrees_with_the_oracle(seed, instance):
     )
     oracle = solve_cvxpy(program, options=ORACLE)
     assert oracle.status is Status.SOLVED
-    result = solve_admm(program, tolerance=1e-5, violation_tolerance=1e-5, max_iterations=20_000)
+    result = solve_admm(program, tolerance=1e-5, violation_tolerance=2e-6, max_iterations=20_000)
     assert result.status is Status.SOLVED
     assert result.weight.dtype == program.inputs.dtype
     optimum = oracle.certificate.objective
     scale = scale_of(program, optimum)
-    # An objective may lie below the optimum by what the violations are worth to the multiplier.
-    assert np.all(np.abs(result.certificate.objective - optimum) <= 2e-4 * scale)
+    # An objective lies below the optimum by what violations are worth, the more so the steeper nu.
+    assert np.all(np.abs(result.certificate.objective - optimum) <= 1e-4 * scale)
     assert np.all(result.certificate.dual_bound <= optimum + 1e-6 * scale)
     assert np.all(oracle.certificate.dual_bound <= optimum + 1e-6 * scale)
 
@@ -315,7 +315,7 @@ def test_a_warm_start_saves_iterations(form):
     first = solve_admm(program, tolerance=1e-5, max_iterations=20_000)
     again = solve_admm(program, tolerance=1e-5, warm_start=first)
     assert again.status is Status.SOLVED
-    assert again.iterations <= 75 < first.iterations / 10
+    assert again.iterations == {"constrained": 75, "regularised": 50}[form] < first.iterations / 10
     near = (
         replace(program, epsilon=program.epsilon * 1.02)
         if form == "constrained"
