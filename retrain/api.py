@@ -14,14 +14,14 @@ import joblib
 from safetensors import SafetensorError
 from threadpoolctl import threadpool_limits
 
-from retrain.bounds import OutputBound, cascade_bound, output_bound
+from retrain.bounds import Direct, OutputBound, cascade_bound, output_bound
 from retrain.data import Data, as_data
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import net_trim as net_trim_method
 from retrain.methods.amounts import layers_named
 from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.run import RunDirectory, open_run, read_record, versions
-from retrain.stream import LayerSpec, LayerStream
+from retrain.stream import LayerSpec, LayerStream, Passage
 from retrain.subject import Subject, has_classes, reopen, subject_of
 from solvers.arrays import to_numpy
 
@@ -71,6 +71,17 @@ class Run:
     def certified(self) -> bool:
         """Whether every layer's saved weights are certified."""
         return all(report.certified for report in self.layers)
+
+    @property
+    def defects(self) -> list[str]:
+        """Bounds below what was measured. There should be none: each is an error of this package.
+
+        Where there is one, the command line says so, prints no bound as proven, and ends with 1.
+        """
+        theorems = self.record.get("theorems", {}).values()
+        found = [bound.defect for bound in self.bounds.values()]
+        found += [entry.get("defect") for entry in theorems]
+        return [defect for defect in found if defect is not None]
 
 
 def net_trim(
@@ -196,8 +207,8 @@ def drive(
     fine_tune: int,
     out: str | Path | None,
     on_layer: OnLayer | None,
-    direct: Callable[[LayerStream, Sequence[LayerReport]], float | None],
-    theorems: Callable[[LayerStream], dict[str, Any]] | None = None,
+    direct: Callable[[LayerStream, Sequence[LayerReport]], Direct],
+    theorems: Callable[[LayerStream, Passage], dict[str, Any]] | None = None,
 ) -> Run:
     """Run a layer method over a network: resume, retrain, save, bound, evaluate, report.
 
@@ -230,15 +241,18 @@ def drive(
             every = tuple(spec.name for spec in stream.layers)
             directory = stack.enter_context(open_run(out, identity, every))
         reports = _retrain(stream, steps, names, directory, on_layer)
-        bounds = {"calibration": output_bound(stream, direct=direct(stream, reports))}
+        passage = stream.passage()
+        proof = direct(stream, reports)
+        bounds = {"calibration": output_bound(stream, passage=passage, direct=proof)}
         accuracy = {"calibration": _accuracies(stream, data)}
-        proven = {} if theorems is None else {"calibration": theorems(stream)}
+        proven = {} if theorems is None else {"calibration": theorems(stream, passage)}
         if held_out is not None and other is not None:
             _copy_weights(stream, other)
-            bounds["held_out"] = output_bound(other)
+            passage = other.passage()
+            bounds["held_out"] = output_bound(other, passage=passage)
             accuracy["held_out"] = _accuracies(other, held_out)
             if theorems is not None:
-                proven["held_out"] = theorems(other)
+                proven["held_out"] = theorems(other, passage)
         tuned = None
         if fine_tune:
             tuned = subject.fine_tune(stream, data, fine_tune, held_out, settings.get("seed", 0))

@@ -18,11 +18,20 @@ retrained inputs, so on its own rows
 The papers' own forms, on link-normalised networks (Net-Trim) and with Frobenius norms (L-OBS), are
 functions here too.
 
-The theorems speak of exact arithmetic; what is measured comes from networks computed with unit
-roundoff u (6e-8 in float32). Rounding errors of a layer of n inputs add up to about sqrt(n) u of
-its response (Higham and Mary, 2019: with high probability, for errors of mean zero), so both bounds
-of a changed network are widened by 2 sqrt(n) u L |Y|_F, n the largest layer's inputs, L the number
-of layers, for the two networks that are compared.
+**Rounding.** The theorems speak of exact arithmetic, and what is measured comes from networks that
+compute in float32 or float64. Let z be all values that the dense network computed, and rho_v what
+its arithmetic lost at node v of its graph on the values that it received there. The exact retrained
+network, held against z node by node, gives (*) once more, with rho_v at the nodes that did not
+change, and
+
+    |exact Yhat - computed Y|_F  <=  sum_j e_j gain_j + sum_v rho_v gain_v,
+
+e_j measured at z. How far the computed outputs of either network are from its exact ones is bounded
+by sum_v rho_v gain_v of that network in the same way. Both bounds are widened by all three sums
+(`Passage.rounding`), so that they hold for the exact networks and for the computed ones. rho_v is
+measured in float64, not estimated: hidden values that cancel or underflow count with what they
+really cost. Where a value overflows, or rounding cannot be followed to the output, there is no
+bound.
 """
 
 from __future__ import annotations
@@ -37,8 +46,33 @@ from array_api_compat import array_namespace
 
 from retrain.chain import Chain, activate
 from retrain.layer_report import LayerReport
-from retrain.stream import LayerStream, Norm, changed, layer
+from retrain.stream import LayerStream, Norm, Passage, layer
+from solvers.arrays import norm as frobenius
 from solvers.arrays import to_numpy
+
+SUMS = 1 + 1e-9
+"""What sums of up to ten million terms, and products of factors, lose in float64 stays below."""
+
+
+@dataclass(frozen=True)
+class Direct:
+    """The bound (**), before rounding, or why there is none."""
+
+    value: float | None
+    reason: str | None
+
+
+def below(name: str, bound: float, measured: float) -> str | None:
+    """Say that a bound is below what was measured, which is a defect, or None where it is not."""
+    if bound >= measured or math.isnan(measured):  # a value overflowed: there is no bound then
+        return None
+    return (
+        f"{name}, {bound:.6g}, is below the measured deviation, {measured:.6g}: a defect of this "
+        "package; nothing is proven, please report it"
+    )
+
+
+NO_DIRECT = Direct(None, "only a cascade's calibration rows have one")
 
 
 @dataclass(frozen=True)
@@ -57,10 +91,11 @@ class OutputBound:
         The sum (*), None where some layer has no finite gain.
     direct : float or None
         (**), None where it does not apply.
-    rounding : float
-        What both bounds contain for the arithmetic of the two networks.
-    reason : str or None
-        Why a bound is None.
+    rounding : float or None
+        What both bounds contain for the arithmetic of the two networks, None where that has no
+        bound.
+    reason, direct_reason : str or None
+        Why `bound` and `direct` are None.
     discrepancies, gains : dict
         e_j and gain_j by layer name.
     """
@@ -70,16 +105,24 @@ class OutputBound:
     relative: float
     bound: float | None
     direct: float | None
-    rounding: float
+    rounding: float | None
     reason: str | None
     discrepancies: dict[str, float]
     gains: dict[str, float | None]
+    direct_reason: str | None = None
+
+    @property
+    def defect(self) -> str | None:
+        """Say which bound is below the measured deviation, which none can be, or None."""
+        named = (("the direct bound", self.direct), ("the sum over layers", self.bound))
+        found = [below(name, value, self.measured) for name, value in named if value is not None]
+        return next((text for text in found if text is not None), None)
 
     @property
     def best(self) -> float | None:
-        """The smaller of the bounds there are."""
+        """The smaller of the bounds there are; None where one of them is a defect."""
         known = [value for value in (self.bound, self.direct) if value is not None]
-        return min(known) if known else None
+        return min(known) if known and self.defect is None else None
 
     @property
     def ratio(self) -> float | None:
@@ -91,61 +134,42 @@ class OutputBound:
         return self.best / self.measured
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields, the best bound and the ratio as JSON values."""
+        """Return the fields, the best bound, the ratio and the defect as JSON values."""
         ratio = self.ratio
         finite = None if ratio is None or math.isinf(ratio) else ratio
-        return {**asdict(self), "best": self.best, "ratio": finite}
+        return {**asdict(self), "best": self.best, "ratio": finite, "defect": self.defect}
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> OutputBound:
-        """Read what `to_json` gave."""
+        """Read what `to_json` gave; older records have no `direct_reason`."""
+        record = {"direct_reason": None, **record}
         return OutputBound(**{name: record[name] for name in OutputBound.__dataclass_fields__})
 
 
 def discrepancy(stream: LayerStream, name: str) -> float:
-    """Measure e_j of one layer: its activated response on the dense inputs, new against old.
+    """Measure e_j of one layer from its rows: its response on the dense inputs, new against old.
 
-    All rows the layer has on the stream's data are used, batch by batch, summed in float64.
+    `LayerStream.passage` measures the same for all layers at once.
     """
     spec = layer(stream, name)
-    square = 0.0
+    total = 0.0
     for group in range(spec.groups):
-        weight = stream.weight(name, group)
+        weight = stream.weight(spec.name, group)
+        xp = array_namespace(weight)
+        wide = xp.astype(weight, xp.float64)
         for batch in stream.batches(name, group):
-            xp = array_namespace(batch.responses)
-            new = activate(spec.follows, batch.dense_inputs @ weight)
-            change = new - activate(spec.follows, batch.responses)
-            square += float(xp.sum(change * change, dtype=xp.float64))
-    return math.sqrt(square)
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """What came of a network's outputs: |Yhat - Y|_F, |Y|_F, samples, and rounding (see above)."""
-
-    measured: float
-    size: float
-    rows: int
-    rounding: float
-
-
-def deviation(stream: LayerStream) -> Deviation:
-    """Measure how far the current network's outputs are from the given one's."""
-    change, size, rows, roundoff = 0.0, 0.0, 0, 0.0
-    for dense, current in zip(stream.outputs(dense=True), stream.outputs(dense=False), strict=True):
-        xp = array_namespace(dense)
-        difference = current - dense
-        change += float(xp.sum(difference * difference, dtype=xp.float64))
-        size += float(xp.sum(dense * dense, dtype=xp.float64))
-        rows += dense.shape[0]
-        roundoff = float(xp.finfo(dense.dtype).eps) / 2
-    widest = max(spec.shape[0] for spec in stream.layers)
-    rounding = 2 * math.sqrt(widest) * roundoff * len(stream.layers) * math.sqrt(size)
-    return Deviation(math.sqrt(change), math.sqrt(size), rows, rounding)
+            new = activate(spec.follows, xp.astype(batch.dense_inputs, xp.float64) @ wide)
+            old = activate(spec.follows, xp.astype(batch.responses, xp.float64))
+            total = math.hypot(total, frobenius(new - old))
+    return total
 
 
 def output_bound(
-    stream: LayerStream, *, direct: float | None = None, norm: Norm = "spectral"
+    stream: LayerStream,
+    *,
+    passage: Passage | None = None,
+    direct: Direct = NO_DIRECT,
+    norm: Norm = "spectral",
 ) -> OutputBound:
     """Bound (*) and the measured deviation of a retrained network on the stream's data.
 
@@ -153,67 +177,88 @@ def output_bound(
     ----------
     stream : LayerStream
         With the new weights committed.
-    direct : float, optional
+    passage : Passage, optional
+        Of this stream as it is, where it is there already.
+    direct : Direct
         (**), from `cascade_bound`; it holds on the calibration rows only.
     norm : {"spectral", "frobenius"}
-        Of the gains. Theorem 3.2 of L-OBS has Frobenius norms, which are looser.
+        Norm of the gains. Theorem 3.2 of L-OBS has Frobenius norms, which are looser.
 
     Notes
     -----
-    Costs one pass over the data a layer. Layers that did not change contribute 0 and are not
-    measured.
+    Costs one `LayerStream.passage` over the data where none is given.
     """
-    errors: dict[str, float] = {}
-    gains: dict[str, float | None] = {}
-    total: float | None = 0.0
-    reason = None
-    for spec in stream.layers:
-        if spec.reason is not None or not changed(stream, spec):
-            continue
-        errors[spec.name] = discrepancy(stream, spec.name)
-        gain = stream.gain(spec.name, norm=norm)
-        gains[spec.name] = gain.value
-        if gain.value is None:
-            total, reason = None, f"{spec.name}: {gain.reason}"
-        elif total is not None:
-            total += errors[spec.name] * gain.value
-    moved = deviation(stream)
-    rounding = moved.rounding if errors else 0.0
+    if passage is None:
+        passage = stream.passage()
+    gains = {name: stream.gain(name, norm=norm) for name in passage.discrepancies}
+    reasons = [f"{name}: {gain.reason}" for name, gain in gains.items() if gain.value is None]
+    total = sum(
+        passage.discrepancies[name] * gain.value
+        for name, gain in gains.items()
+        if gain.value is not None
+    )
+    bound = None if reasons else widened(total, passage)
+    if bound is None and not reasons:
+        reasons = [unbounded(passage)]
+    exact = None if direct.value is None else widened(direct.value, passage)
+    reason = unbounded(passage) if exact is None and direct.reason is None else direct.reason
     return OutputBound(
-        rows=moved.rows,
-        measured=moved.measured,
-        relative=moved.measured / moved.size if moved.size > 0 else 0.0,
-        bound=None if total is None else total + rounding,
-        direct=None if direct is None else direct + rounding,
-        rounding=rounding,
-        reason=reason,
-        discrepancies=errors,
-        gains=gains,
+        rows=passage.rows,
+        measured=passage.measured,
+        relative=passage.measured / passage.size if passage.size > 0 else 0.0,
+        bound=bound,
+        direct=exact,
+        rounding=passage.rounding,
+        reason=reasons[0] if reasons else None,
+        discrepancies=passage.discrepancies,
+        gains={name: gain.value for name, gain in gains.items()},
+        direct_reason=reason,
     )
 
 
-def cascade_bound(stream: LayerStream, reports: Sequence[LayerReport]) -> float | None:
-    """(**) for a finished cascade, widened by what the certificate lets the last layer violate.
+def widened(bound: float, passage: Passage) -> float | None:
+    """Add what rounding can have contributed; None where that, or the result, is not finite."""
+    if passage.rounding is None or not math.isfinite(passage.measured):
+        return None
+    total = (bound + passage.rounding) * SUMS
+    return total if math.isfinite(total) else None
 
-    ``sqrt((epsilon (1 + ball violation))^2 + (|max(V, 0)| + ceiling violation)^2)``. None unless
-    the network's last layer was retrained, certified, by the constrained form and on all its rows,
-    and its activated response is the network's output (its gain is 1 because nothing follows).
+
+def unbounded(passage: Passage) -> str:
+    """Say why `widened` gives None."""
+    if passage.reason is not None:
+        return passage.reason
+    return "the outputs, or a bound on them, overflow"
+
+
+def cascade_bound(stream: LayerStream, reports: Sequence[LayerReport]) -> Direct:
+    """(**) for a finished cascade, with what the saved weights of the last layer really violate.
+
+    ``sqrt(max(epsilon, residual)^2 + (|max(V, 0)| + over)^2)``, `residual` the fitted entries'
+    distance from the targets and `over` what lies above the ceilings, both measured in float64.
+
+    It needs the output to be the last retrained layer's activated response and nothing else
+    (`LayerStream.output_layer`): what the other layers contribute then passes through this one, on
+    whose inputs, as they are now, its program was solved. And it needs that layer to be retrained,
+    certified, by the constrained form and on all its rows.
     """
-    if not stream.layers:
-        return None
-    last = stream.layers[-1].name
-    report = next((entry for entry in reports if entry.name == last), None)
-    if report is None or not report.certified or report.rows != report.total_rows:
-        return None
+    name, reason = stream.output_layer()
+    if name is None:
+        return Direct(None, reason)
+    report = next((entry for entry in reports if entry.name == name), None)
+    if report is None:
+        return Direct(None, f"{name}, whose response is the output, was not retrained")
     details = report.details
     if details.get("scheme") != "cascade" or details.get("form") != "constrained":
-        return None
-    output_rows = sum(batch.shape[0] for batch in stream.outputs(dense=True))
-    if report.kind != "linear" or output_rows != report.rows or stream.gain(last).value != 1.0:
-        return None
-    fitted = details["epsilon"] * (1 + details["ball_violation"])
-    above = details["ceiling_norm"] + details["ceiling_violation"] * details["target_norm"]
-    return math.hypot(fitted, above)
+        return Direct(None, "only the cascade's constrained form has one")
+    if not report.certified:
+        return Direct(None, f"{name}, whose response is the output, is not certified")
+    if report.rows != report.total_rows:
+        return Direct(
+            None, f"{name} was solved on {report.rows} of its {report.total_rows} rows only"
+        )
+    fitted = max(details["epsilon"], details["residual"])
+    return Direct(math.hypot(fitted, details["ceiling_norm"] + details["over"]), None)
 
 
 def theorem_1(epsilons: Sequence[float]) -> np.ndarray:

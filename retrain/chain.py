@@ -9,16 +9,31 @@ row of the weight matrix holds them.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device
 
-from retrain.stream import Array, Follows, Gain, LayerBatch, LayerSpec, Norm, layer
+from retrain.stream import (
+    Array,
+    Follows,
+    Gain,
+    LayerBatch,
+    LayerSpec,
+    Norm,
+    Passage,
+    compound,
+    layer,
+)
+from retrain.stream import changed as is_changed
 from solvers.arrays import like, to_numpy
+from solvers.arrays import norm as frobenius
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +94,10 @@ class Chain:
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def links(self, index: int) -> Array:
+        """Return a layer's weights without the bias row."""
+        return self.weights[index][:-1, :] if self.biases[index] else self.weights[index]
 
     def shape(self, index: int) -> tuple[int, int]:
         """(n_in, n_out) of a layer, the bias row not counted."""
@@ -178,8 +197,9 @@ def _rescale(chain: Chain, scales: np.ndarray) -> Chain:
 
 
 def spectral_norm(weight: Array) -> float:
-    """Largest singular value of a weight matrix, in float64."""
-    return float(np.linalg.norm(to_numpy(weight).astype(np.float64), 2))
+    """Largest singular value of a weight matrix, in float64, rounded up beyond the SVD's error."""
+    matrix = to_numpy(weight).astype(np.float64)
+    return float(np.linalg.norm(matrix, 2) * (1 + 10 * max(matrix.shape) * 2.0**-52))
 
 
 class ChainStream:
@@ -279,19 +299,108 @@ class ChainStream:
 
     def gain(self, name: str, *, norm: Norm = "spectral") -> Gain:
         """Product of the later layers' norms, without their bias rows: the ReLU is 1-Lipschitz."""
-        sizes = []
-        for later in range(self._index(name) + 1, len(self.chain)):
-            rows = self.chain.weights[later]
-            rows = rows[:-1, :] if self.chain.biases[later] else rows
-            frobenius = float(np.linalg.norm(to_numpy(rows).astype(np.float64)))
-            sizes.append(spectral_norm(rows) if norm == "spectral" else frobenius)
-        return Gain(math.prod(sizes))
+        value = _gains(self.chain, spectral_norm if norm == "spectral" else frobenius)[
+            self._index(name)
+        ]
+        if not math.isfinite(value):
+            return Gain(None, "the product of the later layers' norms overflows")
+        return Gain(value)
 
     def outputs(self, *, dense: bool) -> Iterator[Array]:
         """Yield Y^(L), batch by batch, of the given network or the current one."""
         chain = self.dense if dense else self.chain
         for start in range(0, self._inputs.shape[0], self._batch_size):
             yield forward(chain, self._inputs[start : start + self._batch_size, :])[-1]
+
+    def output_layer(self) -> tuple[str | None, str]:
+        """Name the last layer."""
+        return str(len(self.dense) - 1), ""
+
+    def passage(self) -> Passage:
+        """Send the data through both networks once; see `retrain.bounds` for what is measured.
+
+        A layer's loss is what its arithmetic lost on the values it received: computed in float64
+        beside the chain's own type, and widened by what float64 can lose.
+        """
+        count = len(self.dense)
+        changed = [int(spec.name) for spec in self.layers if is_changed(self, spec)]
+        losses = np.zeros((2, count))
+        apart = np.zeros(count)
+        moved, size, rows = 0.0, 0.0, 0
+        for start in range(0, self._inputs.shape[0], self._batch_size):
+            batch = self._inputs[start : start + self._batch_size, :]
+            _log.info("bounds: both networks on %d samples, after %d", batch.shape[0], start)
+            ends = []
+            for which, chain in enumerate((self.dense, self.chain)):
+                values = batch
+                for index in range(count):
+                    given = response(chain, index, values)
+                    if changed:
+                        lost = _loss(chain, index, values, given)
+                        losses[which, index] = math.hypot(losses[which, index], lost)
+                    if which == 0 and index in changed:
+                        follows = chain.follows[index]
+                        new = activate(follows, _wide_response(self.chain, index, values))
+                        gone = frobenius(new - activate(follows, _widened(given)))
+                        apart[index] = math.hypot(apart[index], gone)
+                    values = activate(chain.follows[index], given)
+                ends.append(_widened(values))
+            moved = math.hypot(moved, frobenius(ends[1] - ends[0]))
+            size = math.hypot(size, frobenius(ends[0]))
+            rows += batch.shape[0]
+        rounding = 0.0
+        if changed:
+            gains = np.array([_gains(chain, spectral_norm) for chain in (self.dense, self.chain)])
+            with np.errstate(over="ignore", invalid="ignore"):
+                rounding = float(losses[0] @ (gains[0] + gains[1]) + losses[1] @ gains[1])
+        found = {str(index): float(apart[index]) for index in changed}
+        if not math.isfinite(rounding):
+            return Passage(rows, moved, size, found, None, _overflow(losses))
+        return Passage(rows, moved, size, found, rounding)
+
+
+def _gains(chain: Chain, measure: Callable[[Array], float]) -> list[float]:
+    """Product of the norms of the layers after each one."""
+    products = [1.0]
+    for index in range(len(chain) - 1, 0, -1):
+        products.append(compound(measure(chain.links(index)), products[-1]))
+    return products[::-1]
+
+
+def _overflow(losses: np.ndarray) -> str:
+    """Name the first layer with a value that is not finite."""
+    bad = np.flatnonzero(~np.isfinite(losses).all(axis=0))
+    return f"layer {bad[0]} overflows" if bad.size else "a bound on rounding overflows"
+
+
+def _widened(array: Array) -> Array:
+    xp = array_namespace(array)
+    return xp.astype(array, xp.float64, copy=False)
+
+
+def _wide_response(chain: Chain, index: int, inputs: Array) -> Array:
+    """A layer's response in float64."""
+    weight, wide = _widened(chain.weights[index]), _widened(inputs)
+    if not chain.biases[index]:
+        return wide @ weight
+    return wide @ weight[:-1, :] + weight[-1, :]
+
+
+def _loss(chain: Chain, index: int, inputs: Array, given: Array) -> float:
+    """Bound |exact response - given response|_F of a layer on the inputs it received.
+
+    The exact one is computed in float64, where a sum of K products is off by at most K u times the
+    sum of their magnitudes, and K times the smallest number (Higham, Accuracy and Stability of
+    Numerical Algorithms, section 3.1), u the unit roundoff.
+    """
+    terms = chain.shape(index)[0] + 2
+    links = chain.links(index)
+    size = frobenius(inputs) * frobenius(links)
+    if chain.biases[index]:
+        size += math.sqrt(inputs.shape[0]) * frobenius(chain.weights[index][-1:, :])
+    underflow = 2.0**-1074 * math.sqrt(math.prod(given.shape))
+    allowance = 2 * terms * (2.0**-53 * size + underflow)
+    return frobenius(_wide_response(chain, index, inputs) - _widened(given)) + allowance
 
 
 def _with_ones(inputs: Array) -> Array:

@@ -6,20 +6,21 @@ layer errors are taken before the activation and whose norms are Frobenius or sp
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from array_api_compat import array_namespace
 
-from retrain.bounds import deviation
-from retrain.chain import activate
-from retrain.stream import LayerSpec, LayerStream, Norm
-from solvers.arrays import to_numpy
+from retrain.bounds import SUMS, below, unbounded, widened
+from retrain.chain import activate, spectral_norm
+from retrain.stream import LayerSpec, LayerStream, Norm, Passage
+from solvers.arrays import norm
 
-# Theorem 5.1 is computed in float64: a product of norms, rounded.
-_ROUNDING = 1 + 1e-9
+_log = logging.getLogger(__name__)
+
+_ROUNDOFF = 2.0**-53  # unit roundoff of float64
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,26 @@ class SecondOrderBounds:
     reason: str | None
     layers: tuple[LayerDeviation, ...]
 
+    @property
+    def defect(self) -> str | None:
+        """Say which bound is below what was measured, which none can be, or None."""
+        pairs = [("theorem 3.2", self.measured, (self.spectral, self.frobenius))]
+        for entry in self.layers:
+            what = f"theorem 5.1 of layer {entry.name}"
+            pairs.append((what, entry.measured, (entry.spectral, entry.frobenius)))
+        for what, measured, bounds in pairs:
+            for bound in bounds:
+                if bound is not None and (defect := below(f"the bound of {what}", bound, measured)):
+                    return defect
+        return None
+
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return {**asdict(self), "layers": [asdict(entry) for entry in self.layers]}
+        """Return the fields and the defect as JSON values."""
+        layers = [asdict(entry) for entry in self.layers]
+        return {**asdict(self), "layers": layers, "defect": self.defect}
 
 
-def second_order_bounds(stream: LayerStream) -> SecondOrderBounds:
+def second_order_bounds(stream: LayerStream, passage: Passage | None = None) -> SecondOrderBounds:
     """Measure what theorems 3.2 and 5.1 of L-OBS bound, beside their bounds.
 
         |Yhat^(L) - Y^(L)|_F <= sum_h gain_h sqrt(n dE^h)                      theorem 3.2
@@ -93,6 +108,8 @@ def second_order_bounds(stream: LayerStream) -> SecondOrderBounds:
     ----------
     stream : LayerStream
         With the new weights committed; calibration rows or held-out ones.
+    passage : Passage, optional
+        Of this stream as it is, where it is there already.
 
     Notes
     -----
@@ -102,52 +119,57 @@ def second_order_bounds(stream: LayerStream) -> SecondOrderBounds:
     ----------
     Dong, Chen, Pan, L-OBS (2017), theorems 3.2 and 5.1 (supplement).
     """
+    if passage is None:
+        passage = stream.passage()
     specs = [spec for spec in stream.layers if spec.reason is None]
-    layers = tuple(_layer_deviation(stream, spec) for spec in specs)
+    layers = tuple(
+        _layer_deviation(stream, spec, f"{number} of {len(specs)}")
+        for number, spec in enumerate(specs, start=1)
+    )
     totals: dict[Norm, float | None] = {}
     reason = None
-    norms: tuple[Norm, ...] = ("spectral", "frobenius")
-    for norm in norms:
+    kinds: tuple[Norm, ...] = ("spectral", "frobenius")
+    for kind in kinds:
         total: float | None = 0.0
         for entry in layers:
-            if entry.layer_error == 0:
+            gain = stream.gain(entry.name, norm=kind)
+            if entry.layer_error == 0 or total is None:
                 continue
-            gain = stream.gain(entry.name, norm=norm)
             if gain.value is None:
                 total, reason = None, f"{entry.name}: {gain.reason}"
-                break
-            total = (total or 0.0) + entry.layer_error * gain.value
-        totals[norm] = total
-    outputs = deviation(stream)
-    for norm, total in totals.items():
-        if total:
-            totals[norm] = total + outputs.rounding
+            else:
+                total += entry.layer_error * gain.value
+        totals[kind] = None if total is None else widened(total, passage)
+        if total is not None and totals[kind] is None:
+            reason = unbounded(passage)
     return SecondOrderBounds(
-        outputs.rows, outputs.measured, totals["spectral"], totals["frobenius"], reason, layers
+        passage.rows, passage.measured, totals["spectral"], totals["frobenius"], reason, layers
     )
 
 
-def _layer_deviation(stream: LayerStream, spec: LayerSpec) -> LayerDeviation:
+def _layer_deviation(stream: LayerStream, spec: LayerSpec, number: str) -> LayerDeviation:
     """Measure a layer in float64; groups add their squares."""
-    sums = np.zeros(5)
+    _log.info("theorem 5.1: layer %s (%s)", spec.name, number)
+    error = inputs = apart = spectral = frobenius = 0.0
     for group in range(spec.groups):
         new = stream.weight(spec.name, group)
         xp = array_namespace(new)
         new = xp.astype(new, xp.float64)
         change = new - xp.astype(stream.weight(spec.name, group, dense=True), xp.float64)
-        error = moved = apart = 0.0
+        moved = size = 0.0
         for batch in stream.batches(spec.name, group):
             dense = xp.astype(batch.dense_inputs, xp.float64)
             current = xp.astype(batch.inputs, xp.float64)
             response = activate(spec.follows, dense @ new)
             accumulated = activate(spec.follows, current @ new)
-            error += float(xp.sum((dense @ change) ** 2))
-            moved += float(xp.sum((current - dense) ** 2))
-            apart += float(xp.sum((accumulated - response) ** 2))
-        rows = to_numpy(new)[: spec.shape[0]]
-        squares = [float(np.linalg.norm(rows, 2)) ** 2, float(np.linalg.norm(rows)) ** 2]
-        sums += [error, moved, apart, moved * squares[0], moved * squares[1]]
-    error, moved, apart, spectral, frobenius = (math.sqrt(value) for value in sums)
-    return LayerDeviation(
-        spec.name, error, moved, apart, spectral * _ROUNDING, frobenius * _ROUNDING
-    )
+            error = math.hypot(error, norm(dense @ change))
+            moved = math.hypot(moved, norm(current - dense))
+            size = math.hypot(size, norm(dense), norm(current))
+            apart = math.hypot(apart, norm(accumulated - response))
+        inputs = math.hypot(inputs, moved)
+        rows = new[: spec.shape[0], :]
+        # What float64 can lose of either response, K u |X| |W| for sums of K terms.
+        lost = 2 * new.shape[0] * _ROUNDOFF * size * norm(new)
+        spectral = math.hypot(spectral, moved * spectral_norm(rows) + lost)
+        frobenius = math.hypot(frobenius, moved * norm(rows) + lost)
+    return LayerDeviation(spec.name, error, inputs, apart, spectral * SUMS, frobenius * SUMS)

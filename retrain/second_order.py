@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from retrain.api import OnLayer, Run, drive, load, totals
+from retrain.bounds import NO_DIRECT
 from retrain.chain import Chain
 from retrain.data import Data, as_data
 from retrain.deviations import second_order_bounds
@@ -229,8 +230,8 @@ def _stage(
         fine_tune=fine_tune,
         out=out,
         on_layer=on_layer,
-        direct=lambda stream, reports: None,
-        theorems=lambda stream: second_order_bounds(stream).to_json(),
+        direct=lambda stream, reports: NO_DIRECT,
+        theorems=lambda stream, passage: second_order_bounds(stream, passage).to_json(),
     )
 
 

@@ -9,6 +9,7 @@ token.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -99,6 +100,40 @@ class Gain:
     reason: str | None = None
 
 
+def compound(first: float, second: float) -> float:
+    """Multiply two Lipschitz factors; a product of positive ones never underflows to 0."""
+    return max(first * second, sys.float_info.min) if first and second else 0.0
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What one passage of all samples through both networks finds. All norms in float64.
+
+    Attributes
+    ----------
+    rows : int
+        Number of samples.
+    measured : float
+        |Yhat - Y|_F of the outputs, as both networks compute them.
+    size : float
+        |Y|_F of the given network's outputs.
+    discrepancies : dict from str to float
+        By changed layer, |act(X What) - act(X W)|_F on the dense inputs X; see `retrain.bounds`.
+    rounding : float or None
+        What the arithmetic of the two networks can have contributed to the outputs' deviation, and
+        to a bound on it; see `retrain.bounds`. None where that has no bound.
+    reason : str or None
+        Why `rounding` is None.
+    """
+
+    rows: int
+    measured: float
+    size: float
+    discrepancies: dict[str, float]
+    rounding: float | None
+    reason: str | None = None
+
+
 class LayerStream(Protocol):
     """A network and a data set, layer by layer.
 
@@ -140,6 +175,18 @@ class LayerStream(Protocol):
 
     def outputs(self, *, dense: bool) -> Iterator[Array]:
         """Yield the network's outputs batch by batch: of the given network, or of the current."""
+        ...
+
+    def passage(self) -> Passage:
+        """Send the data through both networks once; measure what the bounds are made of."""
+        ...
+
+    def output_layer(self) -> tuple[str | None, str]:
+        """Name the layer whose activated response is the network's output, or say why none is.
+
+        Between the layer and the output there is an activation with slopes of at most 1 and
+        reshaping, nothing else; so what another layer contributes passes through this one.
+        """
         ...
 
 

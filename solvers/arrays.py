@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -25,3 +26,25 @@ def on_host(array: Array) -> Array:
 def like(values: np.ndarray, reference: Array) -> Array:
     """Return the numpy array `values` in the namespace, on the device, of `reference`."""
     return array_namespace(reference).asarray(values, device=device(reference))
+
+
+# Magnitudes whose squares, summed, float64 can hold.
+_SMALLEST, _LARGEST = 1e-140, 1e140
+
+
+def norm(array: Array) -> float:
+    """Return the Frobenius norm, in float64 whatever the array's dtype.
+
+    Entries are cast before they are squared: in float32 the squares of entries below 1e-23 vanish
+    and those above 1e19 overflow. Where float64 cannot hold the squares, entries are scaled.
+    """
+    xp = array_namespace(array)
+    if 0 in array.shape:
+        return 0.0
+    wide = xp.astype(array, xp.float64, copy=False)
+    largest = float(xp.max(xp.abs(wide)))
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    if _SMALLEST <= largest <= _LARGEST:
+        return float(xp.linalg.vector_norm(wide))
+    return largest * float(xp.linalg.vector_norm(wide / largest))

@@ -151,10 +151,11 @@ def test_bounds_hold_in_float32_too(seed):
 def test_direct_bound_needs_a_certified_constrained_cascade_of_the_last_layer():
     chain, inputs = random_chain(0)
     stream, reports = trimmed(chain, inputs, scheme="parallel", relative_epsilon=0.1)
-    assert cascade_bound(stream, reports) is None
+    assert cascade_bound(stream, reports).reason == "only the cascade's constrained form has one"
     stream, reports = trimmed(chain, inputs, relative_epsilon=0.1)
-    assert cascade_bound(stream, reports) is not None
-    assert cascade_bound(stream, reports[:-1]) is None
+    assert cascade_bound(stream, reports).value is not None
+    found = cascade_bound(stream, reports[:-1])
+    assert found.value is None and "2, whose response is the output" in found.reason
 
 
 @pytest.mark.parametrize("seed", range(3))

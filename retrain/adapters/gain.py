@@ -7,6 +7,7 @@ node reaches the output multiplied by at most
     G(output) = 1,    G(node) = sum over users u of f_u(node) · G(u),
 
 which in a chain is the product of the later layers' norms, and in a graph the sum over all paths.
+A node that the output does not depend on has G = 0.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import fx, nn
 
 from retrain.adapters.operations import operation, setting
 from retrain.adapters.patches import conv_lipschitz, cover
-from retrain.stream import Gain
+from retrain.stream import Gain, compound
 
 CONSTANT = {
     "relu": 1.0,
@@ -44,24 +45,20 @@ CONSTANT = {
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
-def gain(
+def gains(
     graph: fx.Graph,
     modules: Mapping[str, nn.Module],
-    start: fx.Node,
     norms: Callable[[str], list[float]],
     shapes: Mapping[fx.Node, Any],
-) -> Gain:
-    """Bound the factor from one node's output to the network's.
+) -> dict[fx.Node, Gain]:
+    """Bound the factor from every node's value to the network's output.
 
     Parameters
     ----------
     graph : fx.Graph
         The traced network.
     modules : mapping
-        Its modules by name, with the current weights.
-    start : fx.Node
-        Where the change happens: a layer. A ReLU behind it has factor 1, so the factor from the
-        layer's activated output is the same.
+        Its modules by name, with the weights to bound.
     norms : callable
         ``norms(name)``: a norm of each group's weight matrix of a Linear or Conv2d.
     shapes : mapping
@@ -69,23 +66,59 @@ def gain(
 
     Returns
     -------
-    Gain
-        None with the reason if some operation on the way has no finite factor.
+    dict
+        G of each node. Its value is None, with the reason, where some operation on the way to the
+        output has no finite factor. A ReLU has factor 1, so a layer's G is also the factor from
+        its activated output.
     """
-    below = {start}
-    for node in graph.nodes:
-        if any(parent in below for parent in node.all_input_nodes):
-            below.add(node)
     factors: dict[fx.Node, float | str] = {}
     for node in reversed(graph.nodes):
-        if node in below:
-            factors[node] = _to_output(node, factors, modules, norms, shapes)
-    found = factors[start]
+        factors[node] = _to_output(node, factors, modules, norms, shapes)
+    return {node: _as_gain(found) for node, found in factors.items()}
+
+
+def _as_gain(found: float | str) -> Gain:
     if isinstance(found, str):
         return Gain(None, found)
     if not math.isfinite(found):
         return Gain(None, "the product of the later layers' norms overflows")
     return Gain(found)
+
+
+# What may stand between the last layer and the output for a bound on its response to be one on
+# the output: reshaping, and activations with slopes of at most 1.
+_KEEP = ("identity", "move", *(kind for kind in CONSTANT if 0 < CONSTANT[kind] <= 1))
+
+
+def output_source(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[fx.Node | None, str]:
+    """Find the one node whose value, through its activation and reshaping only, is the output.
+
+    Returns
+    -------
+    node : fx.Node or None
+        A call of a layer, or None where the output is made in another way.
+    reason : str
+        What stands in the way; empty with a node.
+    """
+    node = next(node for node in graph.nodes if node.op == "output")
+    if not isinstance(node.args[0], fx.Node):
+        return None, "the network's output is not one tensor"
+    node = node.args[0]
+    while operation(node, modules) in _KEEP:
+        values = [parent for parent in node.all_input_nodes if not _is_size(parent, modules)]
+        if len(values) != 1:
+            return None, f"the output passes through {describe(node, modules)}"
+        node = values[0]
+    if operation(node, modules) in ("linear", "conv2d"):
+        return node, ""
+    return None, f"the output passes through {describe(node, modules)}"
+
+
+def _is_size(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node is a size, or a part of one, and not a value of the network."""
+    if operation(node, modules) == "select":
+        return _is_size(node.all_input_nodes[0], modules)
+    return operation(node, modules) == "shape"
 
 
 def _to_output(
@@ -111,7 +144,7 @@ def _to_output(
             continue
         if isinstance(rest, str):
             return rest
-        total += step * rest
+        total += compound(step, rest)
     return total
 
 
@@ -140,6 +173,9 @@ def factor(
         if layer.padding_mode != "zeros":
             return f"{node.target} pads with {layer.padding_mode!r}"
         return conv_lipschitz(layer, norms(str(node.target)))
+    if kind == "prelu":
+        # Slope 1 above 0 and the channel's a below; |a x - a y| <= |a| |x - y|.
+        return _prelu(node, modules)
     if kind == "leaky_relu":
         return max(1.0, abs(known(1, "negative_slope", 0.01)))
     if kind == "elu":
@@ -169,7 +205,8 @@ def factor(
     if kind == "add":
         return _add(node, source, shapes)
     if kind == "cat":
-        return float(cast("list[fx.Node]", node.args[0]).count(source))
+        parts = setting(node, modules, 0, "tensors", ())
+        return float(list(cast("list[fx.Node]", parts)).count(source))
     if kind == "scale":
         return _scale(node, source)
     return f"{describe(node, modules)} is random"
@@ -192,6 +229,14 @@ def describe(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     if node.op == "call_module":
         return f"{type(modules[str(node.target)]).__name__} ({node.target})"
     return str(getattr(node.target, "__name__", node.target))
+
+
+def _prelu(node: fx.Node, modules: Mapping[str, nn.Module]) -> float | str:
+    """max(1, |a|) over all channels."""
+    if node.op != "call_module":
+        return f"{describe(node, modules)} takes its slopes from outside a module"
+    slopes = cast("torch.Tensor", modules[str(node.target)].weight)
+    return max(1.0, float(slopes.detach().to(torch.float64).abs().max()))
 
 
 def _batch_norm(layer: nn.Module, name: str) -> float | str:

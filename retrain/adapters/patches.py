@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from solvers.arrays import norm
+
 
 def padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
     """Zeros that the layer adds (left, right, top, bottom); "same" may add one more at the end."""
@@ -122,5 +124,4 @@ def spectral_norm(matrix: Tensor) -> float:
 
 def frobenius_norm(matrix: Tensor) -> float:
     """Root of the sum of squares, in float64, rounded up beyond what the sum can have lost."""
-    total = torch.linalg.matrix_norm(matrix.detach().to(torch.float64)).item()
-    return float(total * (1 + matrix.numel() * torch.finfo(torch.float64).eps))
+    return norm(matrix.detach()) * (1 + matrix.numel() * torch.finfo(torch.float64).eps)

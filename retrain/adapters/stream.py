@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 
 from retrain.adapters import patches
 from retrain.adapters.find import Network, evaluation_copy, find_layers
-from retrain.adapters.gain import gain
+from retrain.adapters.gain import gains, output_source
+from retrain.adapters.passage import measure, measure_outputs
 from retrain.adapters.plain import is_plain
 from retrain.adapters.rows import (
     bias_of,
@@ -33,7 +34,16 @@ from retrain.adapters.rows import (
 )
 from retrain.adapters.tensors import HALF, check_finite, computing, tensor_bytes
 from retrain.data import Data, as_data
-from retrain.stream import Array, Gain, LayerBatch, LayerSpec, Norm, layer
+from retrain.stream import (
+    Array,
+    Gain,
+    LayerBatch,
+    LayerSpec,
+    Norm,
+    Passage,
+    changed,
+    layer,
+)
 
 
 class _Reached(BaseException):
@@ -94,7 +104,7 @@ class TorchStream:
         self._dtype = floating[0] if floating else torch.float32
         self._layers, self._positions = self._probe()
         self._changed: set[str] = set()
-        self._norms: dict[tuple[str, Norm], list[float]] = {}
+        self._norms: dict[tuple[str, Norm, bool], list[float]] = {}
         self._shapes: dict[fx.Node, Any] | None = None
         self._fingerprint = self._hash()
 
@@ -171,8 +181,8 @@ class TorchStream:
         for network in {self._model, self._current}:
             write(network.get_submodule(name), group, new)
         self._changed.add(name)
-        self._norms.pop((name, "spectral"), None)
-        self._norms.pop((name, "frobenius"), None)
+        self._norms.pop((name, "spectral", False), None)
+        self._norms.pop((name, "frobenius", False), None)
 
     # --- activations ----------------------------------------------------------------------------
 
@@ -271,20 +281,70 @@ class TorchStream:
         graph, node = self._network.graph, self._network.nodes.get(name)
         if graph is None or node is None:
             return Gain(None, f"layer {name!r} has no single place in a traced network")
+        return self._gains(graph, norm, dense=False)[node]
+
+    def _gains(self, graph: fx.Graph, norm: Norm, *, dense: bool) -> dict[fx.Node, Gain]:
+        """G of every node (`retrain.adapters.gain`), of the given network or of the current."""
         if self._shapes is None:
             first = self._inputs(0, 1)  # twice, since a batch of one would hide broadcasting
             self._shapes = _node_shapes(self._dense, graph, torch.cat([first, first]))
-        modules = dict(self._current.named_modules())
-        return gain(graph, modules, node, lambda key: self._layer_norms(key, norm), self._shapes)
+        network = self._dense if dense else self._current
+        modules = dict(network.named_modules())
 
-    def _layer_norms(self, name: str, norm: Norm) -> list[float]:
+        def norms(name: str) -> list[float]:
+            return self._layer_norms(name, norm, dense=dense)
+
+        return gains(graph, modules, norms, self._shapes)
+
+    def _layer_norms(self, name: str, norm: Norm, *, dense: bool) -> list[float]:
         """A norm of each group's weight matrix, without the bias; kept until the next commit."""
-        if (name, norm) not in self._norms:
-            module = self._current.get_submodule(name)
+        dense = dense or name not in self._changed
+        if (name, norm, dense) not in self._norms:
+            module = (self._dense if dense else self._current).get_submodule(name)
             measure = patches.spectral_norm if norm == "spectral" else patches.frobenius_norm
             groups = range(getattr(module, "groups", 1))
-            self._norms[name, norm] = [measure(matrix(module, group)) for group in groups]
-        return self._norms[name, norm]
+            values = [measure(matrix(module, group)) for group in groups]
+            self._norms[name, norm, dense] = values
+        return self._norms[name, norm, dense]
+
+    def output_layer(self) -> tuple[str | None, str]:
+        """Name the layer whose activated response is the network's output, or say why none is."""
+        graph = self._network.graph
+        if graph is None:
+            return None, "the network could not be traced"
+        node, reason = output_source(graph, dict(self._dense.named_modules()))
+        if node is None:
+            return None, reason
+        found = self._gains(graph, "frobenius", dense=True)[node]
+        if found.value is None:  # something overwrites the response in place
+            return None, str(found.reason)
+        return str(node.target), ""
+
+    def passage(self) -> Passage:
+        """Send the data through both networks once; measure what the bounds are made of."""
+        changed_layers = {
+            spec.name: spec.follows
+            for spec in self._layers
+            if spec.name in self._changed and changed(self, spec)
+        }
+        starts = range(0, len(self._data), self._batch_size)
+        samples = (self._inputs(start, start + self._batch_size) for start in starts)
+        graph = self._network.graph
+        if graph is None or not changed_layers:
+            reason = "the network could not be traced" if changed_layers else None
+            return measure_outputs(self._dense, self._current, samples, reason)
+        given, gains = (self._gains(graph, "spectral", dense=dense) for dense in (True, False))
+        assert self._shapes is not None
+        return measure(
+            graph,
+            self._dense,
+            self._current,
+            changed_layers,
+            given,
+            gains,
+            self._shapes,
+            samples,
+        )
 
     # --- checks at the start --------------------------------------------------------------------
 

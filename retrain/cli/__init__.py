@@ -1,7 +1,7 @@
 """The command line, one command a file.
 
 Imports what a command needs when it is called, so that help answers at once. Exit codes: 0 done, 1
-done but something is not certified, 2 bad usage or input; 130 after Ctrl-C.
+done but something is not certified or a bound is a defect, 2 bad usage or input; 130 after Ctrl-C.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def conclude(run: Run, options: argparse.Namespace, note: str) -> int:
     met = (
         run.record.get("search", {}).get("met", True) or "sparsity" in run.record["search"]["asked"]
     )
-    return DONE if run.certified and met else NOT_CERTIFIED
+    return DONE if run.certified and met and not run.defects else NOT_CERTIFIED
 
 
 class Progress:

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -43,10 +43,12 @@ from retrain.methods.layers import chosen, commit
 from retrain.methods.net_trim_options import NetTrimOptions, Solver
 from retrain.stream import Array, LayerSpec, LayerStream, changed, collect, sample_rows
 from solvers import SolveResult, Status, solve_admm, solve_count, solve_newton, trim_program
-from solvers.arrays import like, on_host, to_numpy
+from solvers.arrays import like, norm, on_host, to_numpy
 from solvers.newton import BLOCK
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram
 from solvers.result import judge
+
+_SLAB = 8192  # samples whose responses are held in float64 at a time
 
 
 def net_trim(
@@ -243,27 +245,66 @@ def _fit_weight(
     return size / epsilon**2
 
 
-def _errors(program: Program, weight: Array) -> tuple[float, float, float]:
-    """|activated response - target|_F, |target|_F and |max(V, 0) off Omega|_F in float64.
+@dataclass(frozen=True)
+class _Errors:
+    """What saved weights do on a program's data; Frobenius norms in float64.
 
-    Off Omega the target is 0 and the activated response max(z, 0).
+    Attributes
+    ----------
+    error : float
+        |activated response - target|: off Omega the target is 0, the activated response max(z, 0).
+    residual : float
+        |z - y| on Omega.
+    over : float
+        |max(z - v, 0)| off Omega.
+    target : float
+        |y| on Omega.
+    ceiling : float
+        |max(v, 0)| off Omega.
     """
+
+    error: float = 0.0
+    residual: float = 0.0
+    over: float = 0.0
+    target: float = 0.0
+    ceiling: float = 0.0
+
+    def plus(self, other: _Errors) -> _Errors:
+        """Join two sets of entries."""
+        pairs = {name: (value, getattr(other, name)) for name, value in asdict(self).items()}
+        return _Errors(**{name: math.hypot(*pair) for name, pair in pairs.items()})
+
+
+def _errors(program: Program, weight: Array) -> _Errors:
+    """Measure weights on a program's data, in slabs of samples."""
     xp = array_namespace(program.inputs)
-    response = program.inputs @ weight
-    nothing = xp.zeros_like(response)
-    target = xp.where(program.active, program.level, nothing)
-    error = xp.where(program.active, response, xp.maximum(response, nothing)) - target
-    above = xp.where(program.active, nothing, xp.maximum(program.level, nothing))
-    squares = (xp.sum(part * part, dtype=xp.float64) for part in (error, target, above))
-    first, second, third = (math.sqrt(float(square)) for square in squares)
-    return first, second, third
+    wide = xp.astype(weight, xp.float64)
+    total = _Errors()
+    for start in range(0, program.shape[0], _SLAB):
+        part = slice(start, start + _SLAB)
+        response = xp.astype(program.inputs[part, :], xp.float64) @ wide
+        level = xp.astype(program.level[part, :], xp.float64)
+        fitted = program.active[part, :]
+        nothing = xp.zeros_like(response)
+        residual = xp.where(fitted, response - level, nothing)
+        above = xp.where(fitted, nothing, xp.maximum(response, nothing))
+        over = xp.where(fitted, nothing, xp.maximum(response - level, nothing))
+        total = total.plus(
+            _Errors(
+                error=math.hypot(norm(residual), norm(above)),
+                residual=norm(residual),
+                over=norm(over),
+                target=norm(xp.where(fitted, level, nothing)),
+                ceiling=norm(xp.where(fitted, nothing, xp.maximum(level, nothing))),
+            )
+        )
+    return total
 
 
 def _norm_on(targets: Array, values: Array, spec: LayerSpec) -> float:
     """Frobenius norm of `values` over the fitted entries, in float64."""
     xp = array_namespace(values)
-    fitted = values if spec.follows == "linear" else xp.where(targets > 0, values, 0 * values)
-    return float(xp.sqrt(xp.sum(fitted * fitted, dtype=xp.float64)))
+    return norm(values if spec.follows == "linear" else xp.where(targets > 0, values, 0 * values))
 
 
 def _solve(task: _Task, options: NetTrimOptions) -> _Answer:
@@ -376,13 +417,10 @@ def _report(
 ) -> LayerReport:
     """Sum up a layer; certificates of groups and units count with their worst."""
     spec = task.spec
-    errors, sizes, above, zeros, zeros_before = [], [], [], 0, 0
+    errors, zeros, zeros_before = _Errors(), 0, 0
     for group, program in enumerate(task.programs):
         saved = like(to_numpy(stream.weight(spec.name, group)), program.inputs)
-        error, size, ceiling = _errors(program, saved)
-        errors.append(error)
-        sizes.append(size)
-        above.append(ceiling)
+        errors = errors.plus(_errors(program, saved))
         prunable = slice(0, spec.shape[0])
         zeros += int((to_numpy(saved)[prunable] == 0).sum())
         old = to_numpy(stream.weight(spec.name, group, dense=True))
@@ -392,7 +430,7 @@ def _report(
     def worst(name: str) -> float:
         return float(max(np.max(getattr(certificate, name)) for certificate in certificates))
 
-    size = math.hypot(*sizes)
+    size = errors.target
     details: dict[str, Any] = {
         "scheme": options.scheme,
         "form": options.form,
@@ -405,7 +443,9 @@ def _report(
         "ball_violation": worst("ball_violation"),
         "ceiling_violation": worst("ceiling_violation"),
         "largest_violation": worst("largest_violation"),
-        "ceiling_norm": math.hypot(*above),
+        "residual": errors.residual,
+        "over": errors.over,
+        "ceiling_norm": errors.ceiling,
         "target_norm": size,
         "tolerance": options.tolerance,
         "violation_tolerance": options.violation_tolerance,
@@ -443,8 +483,8 @@ def _report(
         status=status.value,
         certified=all(bool(np.all(result.certified)) for result in results),
         dense_units=dense_units,
-        error=math.hypot(*errors),
-        relative_error=math.hypot(*errors) / size if size > 0 else 0.0,
+        error=errors.error,
+        relative_error=errors.error / size if size > 0 else 0.0,
         seconds=task.seconds + solving,
         details=details,
     )

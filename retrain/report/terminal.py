@@ -226,6 +226,8 @@ def trial_line(trial: dict[str, Any]) -> str:
 def bound_line(bound: OutputBound) -> str:
     """Say how far outputs moved and, with proof, can have moved."""
     moved = f"moved by {bound.measured:.4g} ({100 * bound.relative:.2f} % of their norm)"
+    if bound.defect is not None:
+        return f"{moved}; DEFECT: {bound.defect}"
     if bound.best is None:
         return f"{moved}; no bound: {bound.reason}"
     parts = []
@@ -242,6 +244,8 @@ def theorem_line(theorems: dict[str, Any]) -> str:
     """Say what theorem 3.2 of L-OBS gives, root mean squared over the samples as in the paper."""
     scale = 1 / math.sqrt(theorems["rows"])
     measured = f"accumulated error {scale * theorems['measured']:.4g}"
+    if theorems.get("defect") is not None:
+        return f"{measured}; DEFECT: {theorems['defect']}"
     if theorems["frobenius"] is None:
         return f"{measured}; no bound: {theorems['reason']}"
     return (
