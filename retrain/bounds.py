@@ -72,7 +72,7 @@ def below(name: str, bound: float, measured: float) -> str | None:
     )
 
 
-NO_DIRECT = Direct(None, "only a cascade's calibration rows have one")
+NO_DIRECT = Direct(None, "only the calibration rows of a constrained cascade have one")
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def cascade_bound(stream: LayerStream, reports: Sequence[LayerReport]) -> Direct
         return Direct(None, f"{name}, whose response is the output, was not retrained")
     details = report.details
     if details.get("scheme") != "cascade" or details.get("form") != "constrained":
-        return Direct(None, "only the cascade's constrained form has one")
+        return NO_DIRECT
     if not report.certified:
         return Direct(None, f"{name}, whose response is the output, is not certified")
     if report.rows != report.total_rows:

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from retrain.bounds import OutputBound
+from retrain.bounds import NO_DIRECT, OutputBound
 from retrain.layer_report import LayerReport
 from solvers.result import Status
 
@@ -237,6 +237,10 @@ def bound_line(bound: OutputBound) -> str:
         parts.append(f"{bound.bound:.4g} as a sum over layers")
     ratio = bound.ratio
     tightness = "" if ratio is None else f"; best bound / measured = {ratio:.2f}"
+    if bound.bound is None:
+        tightness += f"; no sum over layers: {bound.reason}"
+    if bound.direct is None and bound.direct_reason not in (None, NO_DIRECT.reason):
+        tightness += f"; no direct bound: {bound.direct_reason}"
     return f"{moved}, proven at most {', '.join(parts)}{tightness}"
 
 
