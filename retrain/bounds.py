@@ -19,19 +19,12 @@ The papers' own forms, on link-normalised networks (Net-Trim) and with Frobenius
 functions here too.
 
 **Rounding.** The theorems speak of exact arithmetic, and what is measured comes from networks that
-compute in float32 or float64. Let z be all values that the dense network computed, and rho_v what
-its arithmetic lost at node v of its graph on the values that it received there. The exact retrained
-network, held against z node by node, gives (*) once more, with rho_v at the nodes that did not
-change, and
-
-    |exact Yhat - computed Y|_F  <=  sum_j e_j gain_j + sum_v rho_v gain_v,
-
-e_j measured at z. How far the computed outputs of either network are from its exact ones is bounded
-by sum_v rho_v gain_v of that network in the same way. Both bounds are widened by all three sums
-(`Passage.rounding`), so that they hold for the exact networks and for the computed ones. rho_v is
-measured in float64, not estimated: hidden values that cancel or underflow count with what they
-really cost. Where a value overflows, or rounding cannot be followed to the output, there is no
-bound.
+compute in float32 or float64. So e_j is measured in float64, the networks' outputs in their own
+type are held against those in float64, and what float64 itself can have lost, node by node of the
+graph, is followed to the output by the gains (`retrain.adapters.passage` has the sums). All of that
+is in `Passage.rounding`, by which both bounds are widened; they then hold for the exact networks
+and for the computed ones. Where a value overflows, or rounding cannot be followed to the output,
+there is no bound.
 """
 
 from __future__ import annotations

@@ -317,46 +317,61 @@ class ChainStream:
         return str(len(self.dense) - 1), ""
 
     def passage(self) -> Passage:
-        """Send the data through both networks once; see `retrain.bounds` for what is measured.
+        """Send the data through both networks once, in their own type and in float64.
 
-        A layer's loss is what its arithmetic lost on the values it received: computed in float64
-        beside the chain's own type, and widened by what float64 can lose.
+        `retrain.adapters.passage` says what is measured and why; a chain's nodes are its layers.
         """
-        count = len(self.dense)
+        chains = (self.dense, self.chain)
+        wide = tuple(
+            replace(chain, weights=tuple(map(_widened, chain.weights))) for chain in chains
+        )
         changed = [int(spec.name) for spec in self.layers if is_changed(self, spec)]
-        losses = np.zeros((2, count))
-        apart = np.zeros(count)
-        moved, size, rows = 0.0, 0.0, 0
+        discrepancy, errors = dict.fromkeys(changed, 0.0), dict.fromkeys(changed, 0.0)
+        losses = np.zeros((2, len(self.dense)))
+        xp = array_namespace(self._inputs)
+        limit = float(xp.finfo(self._inputs.dtype).max)
+        moved, size, rows, own = 0.0, 0.0, 0, 0.0
         for start in range(0, self._inputs.shape[0], self._batch_size):
             batch = self._inputs[start : start + self._batch_size, :]
             _log.info("bounds: both networks on %d samples, after %d", batch.shape[0], start)
-            ends = []
-            for which, chain in enumerate((self.dense, self.chain)):
-                values = batch
-                for index in range(count):
-                    given = response(chain, index, values)
-                    if changed:
-                        lost = _loss(chain, index, values, given)
-                        losses[which, index] = math.hypot(losses[which, index], lost)
-                    if which == 0 and index in changed:
-                        follows = chain.follows[index]
-                        new = activate(follows, _wide_response(self.chain, index, values))
-                        gone = frobenius(new - activate(follows, _widened(given)))
-                        apart[index] = math.hypot(apart[index], gone)
-                    values = activate(chain.follows[index], given)
-                ends.append(_widened(values))
-            moved = math.hypot(moved, frobenius(ends[1] - ends[0]))
-            size = math.hypot(size, frobenius(ends[0]))
             rows += batch.shape[0]
-        rounding = 0.0
+            ends = [forward(chain, batch) for chain in chains]
+            moved = math.hypot(moved, frobenius(_widened(ends[1][-1]) - _widened(ends[0][-1])))
+            size = math.hypot(size, frobenius(ends[0][-1]))
+            received = ends[1][-2] if len(self.chain) > 1 else batch
+            apart = [_loss(self.chain, len(self.chain) - 1, received)]
+            for which, chain in enumerate(wide):
+                values = _widened(batch)
+                for index, follows in enumerate(chain.follows):
+                    lost = _allowance(chain, index, values)
+                    losses[which, index] = math.hypot(losses[which, index], lost)
+                    given = response(chain, index, values)
+                    if _largest(given) > limit:
+                        losses[which, index] = math.inf
+                    if which == 0 and index in changed:
+                        new = response(wide[1], index, values)
+                        gone = frobenius(activate(follows, new) - activate(follows, given))
+                        discrepancy[index] = math.hypot(discrepancy[index], gone)
+                        errors[index] = math.hypot(errors[index], frobenius(new - given))
+                    values = activate(follows, given)
+                apart.append(frobenius(_widened(ends[which][-1]) - values))
+            own = math.hypot(own, sum(apart))
+        rounding, reason = 0.0, None
         if changed:
-            gains = np.array([_gains(chain, spectral_norm) for chain in (self.dense, self.chain)])
+            gains = np.array([_gains(chain, spectral_norm) for chain in chains])
             with np.errstate(over="ignore", invalid="ignore"):
-                rounding = float(losses[0] @ (gains[0] + gains[1]) + losses[1] @ gains[1])
-        found = {str(index): float(apart[index]) for index in changed}
-        if not math.isfinite(rounding):
-            return Passage(rows, moved, size, found, None, _overflow(losses))
-        return Passage(rows, moved, size, found, rounding)
+                rounding = own + float(losses[0] @ (gains[0] + gains[1]) + losses[1] @ gains[1])
+            if not math.isfinite(rounding):
+                reason = _overflow(losses)
+        return Passage(
+            rows,
+            moved,
+            size,
+            {str(index): value for index, value in discrepancy.items()},
+            {str(index): value for index, value in errors.items()},
+            rounding if reason is None else None,
+            reason,
+        )
 
 
 def _gains(chain: Chain, measure: Callable[[Array], float]) -> list[float]:
@@ -370,7 +385,12 @@ def _gains(chain: Chain, measure: Callable[[Array], float]) -> list[float]:
 def _overflow(losses: np.ndarray) -> str:
     """Name the first layer with a value that is not finite."""
     bad = np.flatnonzero(~np.isfinite(losses).all(axis=0))
-    return f"layer {bad[0]} overflows" if bad.size else "a bound on rounding overflows"
+    return f"layer {bad[0]} overflows" if bad.size else "an output overflows"
+
+
+def _largest(array: Array) -> float:
+    xp = array_namespace(array)
+    return float(xp.max(xp.abs(array)))
 
 
 def _widened(array: Array) -> Array:
@@ -378,29 +398,27 @@ def _widened(array: Array) -> Array:
     return xp.astype(array, xp.float64, copy=False)
 
 
-def _wide_response(chain: Chain, index: int, inputs: Array) -> Array:
-    """A layer's response in float64."""
-    weight, wide = _widened(chain.weights[index]), _widened(inputs)
-    if not chain.biases[index]:
-        return wide @ weight
-    return wide @ weight[:-1, :] + weight[-1, :]
+def _allowance(chain: Chain, index: int, inputs: Array) -> float:
+    """Bound the error of a layer's response in float64, over all rows.
 
-
-def _loss(chain: Chain, index: int, inputs: Array, given: Array) -> float:
-    """Bound |exact response - given response|_F of a layer on the inputs it received.
-
-    The exact one is computed in float64, where a sum of K products is off by at most K u times the
-    sum of their magnitudes, and K times the smallest number (Higham, Accuracy and Stability of
-    Numerical Algorithms, section 3.1), u the unit roundoff.
+    A sum of K products is off by at most K u times the sum of their magnitudes, and K times the
+    smallest number (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), u the
+    unit roundoff.
     """
     terms = chain.shape(index)[0] + 2
-    links = chain.links(index)
-    size = frobenius(inputs) * frobenius(links)
+    rows, units = inputs.shape[0], chain.shape(index)[1]
+    size = frobenius(inputs) * frobenius(chain.links(index))
     if chain.biases[index]:
-        size += math.sqrt(inputs.shape[0]) * frobenius(chain.weights[index][-1:, :])
-    underflow = 2.0**-1074 * math.sqrt(math.prod(given.shape))
-    allowance = 2 * terms * (2.0**-53 * size + underflow)
-    return frobenius(_wide_response(chain, index, inputs) - _widened(given)) + allowance
+        size += math.sqrt(rows) * frobenius(chain.weights[index][-1:, :])
+    return 2 * terms * (2.0**-53 * size + 2.0**-1074 * math.sqrt(rows * units))
+
+
+def _loss(chain: Chain, index: int, inputs: Array) -> float:
+    """Bound how far a layer's response in its own type is from the exact one on its inputs."""
+    wide = replace(chain, weights=tuple(map(_widened, chain.weights)))
+    exact = response(wide, index, _widened(inputs))
+    given = _widened(response(chain, index, inputs))
+    return frobenius(exact - given) + _allowance(wide, index, _widened(inputs))
 
 
 def _with_ones(inputs: Array) -> Array:

@@ -131,14 +131,14 @@ def second_order_bounds(stream: LayerStream, passage: Passage | None = None) -> 
     kinds: tuple[Norm, ...] = ("spectral", "frobenius")
     for kind in kinds:
         total: float | None = 0.0
-        for entry in layers:
-            gain = stream.gain(entry.name, norm=kind)
-            if entry.layer_error == 0 or total is None:
+        for name, error in passage.errors.items():
+            gain = stream.gain(name, norm=kind)
+            if total is None or error == 0:
                 continue
             if gain.value is None:
-                total, reason = None, f"{entry.name}: {gain.reason}"
+                total, reason = None, f"{name}: {gain.reason}"
             else:
-                total += entry.layer_error * gain.value
+                total += error * gain.value
         totals[kind] = None if total is None else widened(total, passage)
         if total is not None and totals[kind] is None:
             reason = unbounded(passage)

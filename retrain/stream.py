@@ -118,7 +118,9 @@ class Passage:
     size : float
         |Y|_F of the given network's outputs.
     discrepancies : dict from str to float
-        By changed layer, |act(X What) - act(X W)|_F on the dense inputs X; see `retrain.bounds`.
+        By changed layer, |act(X What) - act(X W)|_F on the dense network's inputs X in float64.
+    errors : dict from str to float
+        The same before the activation, |X (What - W)|_F.
     rounding : float or None
         What the arithmetic of the two networks can have contributed to the outputs' deviation, and
         to a bound on it; see `retrain.bounds`. None where that has no bound.
@@ -130,6 +132,7 @@ class Passage:
     measured: float
     size: float
     discrepancies: dict[str, float]
+    errors: dict[str, float]
     rounding: float | None
     reason: str | None = None
 

@@ -28,7 +28,7 @@ def like(values: np.ndarray, reference: Array) -> Array:
     return array_namespace(reference).asarray(values, device=device(reference))
 
 
-# Magnitudes whose squares, summed, float64 can hold.
+# Norms whose squares float64 holds, with those of all entries that tell.
 _SMALLEST, _LARGEST = 1e-140, 1e140
 
 
@@ -38,13 +38,14 @@ def norm(array: Array) -> float:
     Entries are cast before they are squared: in float32 the squares of entries below 1e-23 vanish
     and those above 1e19 overflow. Where float64 cannot hold the squares, entries are scaled.
     """
-    xp = array_namespace(array)
     if 0 in array.shape:
         return 0.0
+    xp = array_namespace(array)
     wide = xp.astype(array, xp.float64, copy=False)
+    size = float(xp.linalg.vector_norm(wide))
+    if _SMALLEST <= size <= _LARGEST:
+        return size
     largest = float(xp.max(xp.abs(wide)))
     if largest == 0 or not math.isfinite(largest):
         return largest
-    if _SMALLEST <= largest <= _LARGEST:
-        return float(xp.linalg.vector_norm(wide))
     return largest * float(xp.linalg.vector_norm(wide / largest))

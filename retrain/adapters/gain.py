@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 
 from retrain.adapters.operations import operation, setting
-from retrain.adapters.patches import conv_lipschitz, cover
+from retrain.adapters.patches import cover
 from retrain.stream import Gain, compound
 
 CONSTANT = {
@@ -42,13 +42,15 @@ CONSTANT = {
     "softmax": 1.0,  # its Jacobian diag(p) − p pᵀ has norm at most 1/2
 }
 
+Norms = Callable[[str, torch.Tensor | None], float]
+
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
 def gains(
     graph: fx.Graph,
     modules: Mapping[str, nn.Module],
-    norms: Callable[[str], list[float]],
+    norms: Norms,
     shapes: Mapping[fx.Node, Any],
 ) -> dict[fx.Node, Gain]:
     """Bound the factor from every node's value to the network's output.
@@ -60,7 +62,8 @@ def gains(
     modules : mapping
         Its modules by name, with the weights to bound.
     norms : callable
-        ``norms(name)``: a norm of each group's weight matrix of a Linear or Conv2d.
+        ``norms(name, scale)``: a bound on the norm of a Linear or Conv2d as a map, each output
+        channel multiplied by its entry of `scale`, where there is one.
     shapes : mapping
         For a batch of two samples, the shape of every tensor, and other values as they are.
 
@@ -125,7 +128,7 @@ def _to_output(
     node: fx.Node,
     factors: Mapping[fx.Node, float | str],
     modules: Mapping[str, nn.Module],
-    norms: Callable[[str], list[float]],
+    norms: Norms,
     shapes: Mapping[fx.Node, Any],
 ) -> float | str:
     """G(node) from its users'; text where there is none."""
@@ -138,8 +141,16 @@ def _to_output(
         rest = factors[user]
         if isinstance(step, str):
             return step
-        if _overwrites(user, modules) and (step > 1 or len(user.all_input_nodes) > 1):
+        if overwrites(user, modules) and (step > 1 or len(user.all_input_nodes) > 1):
             return f"{describe(user, modules)} overwrites a value that is used elsewhere"
+        scaling = _only_scaled(user, modules, shapes)
+        if scaling is not None:
+            # A layer and the batch norm behind it are one map; its norm is at most the product.
+            apart = factor(scaling, user, modules, norms, shapes)
+            if isinstance(apart, str):
+                return apart
+            joint = norms(str(user.target), batch_norm_scale(modules[str(scaling.target)]))
+            step, rest = min(compound(step, apart), joint), factors[scaling]
         if step == 0:
             continue
         if isinstance(rest, str):
@@ -148,11 +159,22 @@ def _to_output(
     return total
 
 
+def _only_scaled(
+    node: fx.Node, modules: Mapping[str, nn.Module], shapes: Mapping[fx.Node, Any]
+) -> fx.Node | None:
+    """Find the batch norm in evaluation mode that is all a layer's response meets, if it is."""
+    if operation(node, modules) not in ("linear", "conv2d") or len(node.users) != 1:
+        return None
+    user = next(iter(node.users))
+    channels_last = operation(node, modules) == "linear" and len(shapes[node]) != 2
+    return user if operation(user, modules) == "batch_norm" and not channels_last else None
+
+
 def factor(
     node: fx.Node,
     source: fx.Node,
     modules: Mapping[str, nn.Module],
-    norms: Callable[[str], list[float]],
+    norms: Norms,
     shapes: Mapping[fx.Node, Any],
 ) -> float | str:
     """Lipschitz factor of one node for one of its inputs, or text that says why there is none."""
@@ -167,12 +189,12 @@ def factor(
     if kind in CONSTANT:
         return CONSTANT[kind]
     if kind == "linear":
-        return norms(str(node.target))[0]
+        return norms(str(node.target), None)
     if kind == "conv2d":
         layer = cast("nn.Conv2d", modules[str(node.target)])
         if layer.padding_mode != "zeros":
             return f"{node.target} pads with {layer.padding_mode!r}"
-        return conv_lipschitz(layer, norms(str(node.target)))
+        return norms(str(node.target), None)
     if kind == "prelu":
         # Slope 1 above 0 and the channel's a below; |a x - a y| <= |a| |x - y|.
         return _prelu(node, modules)
@@ -212,7 +234,7 @@ def factor(
     return f"{describe(node, modules)} is random"
 
 
-def _overwrites(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+def overwrites(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a node works in place on a value with other users, or on a view.
 
     Those users see what it wrote, a path that the graph does not show. That matters if it stretches
@@ -241,13 +263,18 @@ def _prelu(node: fx.Node, modules: Mapping[str, nn.Module]) -> float | str:
 
 def _batch_norm(layer: nn.Module, name: str) -> float | str:
     """Largest |γ| / sqrt(running variance + ε)."""
-    variance, eps, scale = layer.running_var, layer.eps, layer.weight
-    if not isinstance(variance, torch.Tensor) or not isinstance(eps, float):
+    if not isinstance(layer.running_var, torch.Tensor) or not isinstance(layer.eps, float):
         return f"{name} normalises by the batch's own statistics"
-    factors = 1 / torch.sqrt(variance.to(torch.float64) + eps)
-    if isinstance(scale, torch.Tensor):
-        factors = factors * scale.detach().to(torch.float64).abs()
-    return float(factors.max())
+    return float(batch_norm_scale(layer).abs().max())
+
+
+def batch_norm_scale(layer: nn.Module) -> torch.Tensor:
+    """γ / sqrt(running variance + ε) by channel, in float64."""
+    variance = cast("torch.Tensor", layer.running_var).to(torch.float64)
+    scale = 1 / torch.sqrt(variance + cast("float", layer.eps))
+    if isinstance(layer.weight, torch.Tensor):
+        scale = scale * layer.weight.detach().to(torch.float64)
+    return scale
 
 
 def _pool(kind: str, dims: int, known: Callable[[int, str, Any], Any]) -> float:

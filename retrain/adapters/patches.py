@@ -10,12 +10,14 @@ positions row by row over the output image.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from solvers.arrays import norm
+from retrain.stream import Norm
+from solvers.arrays import norm as frobenius
 
 
 def padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
@@ -110,6 +112,60 @@ def conv_lipschitz(layer: nn.Conv2d, norms: list[float]) -> float:
     return max(norms) * math.sqrt(math.prod(covers))
 
 
+def frequency_norm(kernel: Tensor) -> float:
+    """Bound the norm of a convolution, at any image size, by its response to each frequency.
+
+    On the whole plane a stride-1 convolution is multiplication by K(w) = sum_j k_j exp(i j.w) at
+    each frequency w, so its norm is the largest |K(w)|_2. Zero padding restricts it to images
+    within the plane, and a stride drops outputs: neither can raise the norm. A dilation stretches
+    the frequencies.
+
+    The largest value is bounded from samples. For unit vectors u, v, the function u* K(w) v is a
+    trigonometric polynomial in each coordinate, of type d = (k - 1)/2 once shifted, and one of norm
+    1 is at least cos(d t) at a distance t < pi/(2 d) from its maximum (M. Riesz). With m samples
+    per coordinate the nearest is within pi/m.
+
+    Parameters
+    ----------
+    kernel : Tensor, shape (c_out, c_in, rows, columns), float64
+    """
+    counts = [8 * size if size > 1 else 1 for size in kernel.shape[2:]]
+    responses = torch.fft.fft2(kernel, s=counts).permute(2, 3, 0, 1)
+    largest = torch.linalg.matrix_norm(responses, 2).max().item()
+    between = math.prod(
+        math.cos((size - 1) / 2 * math.pi / count)
+        for size, count in zip(kernel.shape[2:], counts, strict=True)
+    )
+    rounding = 1 + 100 * max(kernel.shape) * torch.finfo(torch.float64).eps
+    return largest / between * rounding
+
+
+def operator_norm(layer: nn.Module, norm: Norm, scale: Tensor | None = None) -> float:
+    """Bound the norm of a Linear or Conv2d as a map, bias aside.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        A Linear, or a Conv2d that pads with zeros.
+    norm : {"spectral", "frobenius"}
+        For a convolution, the smaller of `conv_lipschitz` and `frequency_norm` of its groups; with
+        Frobenius norms, as L-OBS's theorems have them, the former.
+    scale : Tensor, shape (n_out,), optional
+        What each output channel is multiplied by.
+    """
+    weight = cast("Tensor", layer.weight).detach().to(torch.float64)
+    if scale is not None:
+        weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+    measure = spectral_norm if norm == "spectral" else frobenius_norm
+    if not isinstance(layer, nn.Conv2d):
+        return measure(weight)
+    kernels = weight.chunk(layer.groups)
+    bound = conv_lipschitz(layer, [measure(kernel.flatten(1)) for kernel in kernels])
+    if norm == "frobenius" or not math.isfinite(bound):
+        return bound
+    return min(bound, max(map(frequency_norm, kernels)))
+
+
 def spectral_norm(matrix: Tensor) -> float:
     """Largest singular value, in float64, rounded up beyond what the SVD can have lost.
 
@@ -124,4 +180,4 @@ def spectral_norm(matrix: Tensor) -> float:
 
 def frobenius_norm(matrix: Tensor) -> float:
     """Root of the sum of squares, in float64, rounded up beyond what the sum can have lost."""
-    return norm(matrix.detach()) * (1 + matrix.numel() * torch.finfo(torch.float64).eps)
+    return frobenius(matrix.detach()) * (1 + matrix.numel() * torch.finfo(torch.float64).eps)

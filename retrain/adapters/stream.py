@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from retrain.adapters import patches
 from retrain.adapters.find import Network, evaluation_copy, find_layers
 from retrain.adapters.gain import gains, output_source
-from retrain.adapters.passage import measure, measure_outputs
+from retrain.adapters.passage import Networks, measure, measure_outputs
 from retrain.adapters.plain import is_plain
 from retrain.adapters.rows import (
     bias_of,
@@ -104,7 +104,7 @@ class TorchStream:
         self._dtype = floating[0] if floating else torch.float32
         self._layers, self._positions = self._probe()
         self._changed: set[str] = set()
-        self._norms: dict[tuple[str, Norm, bool], list[float]] = {}
+        self._norms: dict[tuple[str, Norm, bool, bool], float] = {}
         self._shapes: dict[fx.Node, Any] | None = None
         self._fingerprint = self._hash()
 
@@ -181,8 +181,7 @@ class TorchStream:
         for network in {self._model, self._current}:
             write(network.get_submodule(name), group, new)
         self._changed.add(name)
-        self._norms.pop((name, "spectral", False), None)
-        self._norms.pop((name, "frobenius", False), None)
+        self._norms = {key: value for key, value in self._norms.items() if key[0] != name or key[2]}
 
     # --- activations ----------------------------------------------------------------------------
 
@@ -291,21 +290,20 @@ class TorchStream:
         network = self._dense if dense else self._current
         modules = dict(network.named_modules())
 
-        def norms(name: str) -> list[float]:
-            return self._layer_norms(name, norm, dense=dense)
+        def norms(name: str, scale: Tensor | None) -> float:
+            return self._layer_norm(name, norm, scale, dense=dense)
 
         return gains(graph, modules, norms, self._shapes)
 
-    def _layer_norms(self, name: str, norm: Norm, *, dense: bool) -> list[float]:
-        """A norm of each group's weight matrix, without the bias; kept until the next commit."""
+    def _layer_norm(self, name: str, norm: Norm, scale: Tensor | None, *, dense: bool) -> float:
+        """Norm of a layer as a map, without the bias; kept until the next commit."""
         dense = dense or name not in self._changed
-        if (name, norm, dense) not in self._norms:
+        # A batch norm is not retrained: a layer has one scale at most.
+        key = (name, norm, dense, scale is not None)
+        if key not in self._norms:
             module = (self._dense if dense else self._current).get_submodule(name)
-            measure = patches.spectral_norm if norm == "spectral" else patches.frobenius_norm
-            groups = range(getattr(module, "groups", 1))
-            values = [measure(matrix(module, group)) for group in groups]
-            self._norms[name, norm, dense] = values
-        return self._norms[name, norm, dense]
+            self._norms[key] = patches.operator_norm(module, norm, scale)
+        return self._norms[key]
 
     def output_layer(self) -> tuple[str | None, str]:
         """Name the layer whose activated response is the network's output, or say why none is."""
@@ -335,16 +333,8 @@ class TorchStream:
             return measure_outputs(self._dense, self._current, samples, reason)
         given, gains = (self._gains(graph, "spectral", dense=dense) for dense in (True, False))
         assert self._shapes is not None
-        return measure(
-            graph,
-            self._dense,
-            self._current,
-            changed_layers,
-            given,
-            gains,
-            self._shapes,
-            samples,
-        )
+        networks = Networks(self._dense, self._current, graph, self._shapes)
+        return measure(networks, changed_layers, (given, gains), self.output_layer()[0], samples)
 
     # --- checks at the start --------------------------------------------------------------------
 
