@@ -116,7 +116,7 @@ def surroundings(device: str, *, with_torch: bool) -> dict[str, Any]:
         "versions": versions(),
         "code of retrain and solvers": _sources(),
         "kernels": _kernels(device, with_torch),
-        "environment": {name: os.environ.get(name) or None for name in VARIABLES},
+        "environment": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
     }
 
 
@@ -160,34 +160,39 @@ def _kernels(device: str, with_torch: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "processor": platform.machine(),
         "numpy": " ".join(features.get("SIMD Extensions", {}).get("found", [])),
-        "BLAS": sorted(_blas()),
+        "BLAS": _blas(),
         "numba": {
             "host": host.get_host_cpu_name(),
             "features": _digest(host.get_host_cpu_features().flatten()),
             **{name: str(getattr(config, name, None)) for name in _NUMBA_SETTINGS},
         },
     }
+    if with_torch:
+        with threadpool_limits(joblib.cpu_count()):  # MKL follows, unless it was told a number
+            found["torch"] = _torch_settings(device)
     with threadpool_limits(1):
         found["numpy's last bits"] = _numpy_bits()
         if with_torch:
-            found["torch"] = _torch_settings(device)
             found["torch's last bits"] = _torch_bits(device)
     return found
 
 
-def _blas() -> Iterator[str]:
+def _blas() -> dict[str, str]:
     """Name the BLAS libraries that numpy and scipy use, each with the kernels that it chose.
 
     Other packages bring libraries of their own, which are loaded or not as the program that calls
     us pleases, and compute nothing here.
     """
+    found: dict[str, list[str]] = {}
     for library in threadpool_info():
         parts = Path(library["filepath"]).parts
         within = [part for folder, part in pairwise(parts) if folder.endswith("-packages")]
         owner = within[0].partition(".")[0] if within else "system"
         if library["user_api"] == "blas" and owner in ("system", "numpy", "scipy"):
             keys = ("internal_api", "version", "architecture", "threading_layer")
-            yield " ".join([owner, *(str(library[key]) for key in keys if library.get(key))])
+            says = " ".join(str(library[key]) for key in keys if library.get(key))
+            found.setdefault(owner, []).append(says)
+    return {owner: ", ".join(sorted(libraries)) for owner, libraries in found.items()}
 
 
 def _numpy_bits() -> str:
@@ -338,13 +343,14 @@ def _rank(name: str) -> int:
 def _differing(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Yield what differs, leaf by leaf: its name, and the name with both values in words."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for key in sorted(before.keys() | now.keys()):
+        # The steps of a computation say most, so they come first.
+        for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "steps", key)):
             yield from _differing(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif name.endswith(".steps") and isinstance(before, list) and isinstance(now, list):
         differing = [pair for pair in zip_longest(before, now) if pair[0] != pair[1]]
         if differing:
             was, is_now = _excerpts(*differing[0])
-            more = f" (and {len(differing) - 1} steps more)" if len(differing) > 1 else ""
+            more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
             yield name, f"{name.removesuffix('s')} was {was}, is {is_now}{more}"
     elif before != now:
         was, is_now = _excerpts(before, now)

@@ -216,7 +216,7 @@ class _Writer:
     def module(self, module: nn.Module) -> str:
         """Write a module's class, attributes, own tensors beside the state dict, and hooks."""
         kind = type(module)
-        entries = [self._kind(kind)]
+        entries = [self._kind(kind, made=True)]
         if isinstance(module, torch.jit.ScriptModule):
             return f"{entries[0]} {_script(module)}"
         for name, value in vars(module).items():
@@ -319,7 +319,7 @@ class _Writer:
 
     def _any(self, value: Any) -> str:
         """Write an object by what pickle would save of it; locks and files by their class alone."""
-        kind = self._kind(type(value))
+        kind = self._kind(type(value), made=True)
         try:
             reduced = value.__reduce_ex__(2)
         except (TypeError, AttributeError, ValueError, RuntimeError, pickle.PickleError):
@@ -332,17 +332,20 @@ class _Writer:
         parts += [list(part) if isinstance(part, Iterator) else part for part in rest]
         return f"{kind}{''.join(self.text(part) for part in parts if part is not None)}"
 
-    def _kind(self, kind: type) -> str:
-        """Name a class; a hash of one that is no package's goes into `code`."""
+    def _kind(self, kind: type, *, made: bool = False) -> str:
+        """Name a class; a hash of one that is no package's goes into `code`.
+
+        Of what is `made` already, how it is made is left out: what came of it is recorded.
+        """
         name = _class_name(kind)
         for base in kind.__mro__:
-            label = f"{base.__module__}.{base.__qualname__}"
+            label = f"{base.__module__}.{base.__qualname__}{' as made' if made else ''}"
             if _package(base.__module__) is None and label not in self.code:
                 self.code[label] = ""  # it may name itself
                 entries = [
                     f"{key}={self.text(entry)}"
                     for key, entry in vars(base).items()
-                    if key not in _NOT_IN_CLASSES
+                    if key not in _NOT_IN_CLASSES and (key not in _MAKING or not made)
                 ]
                 self.code[label] = _digest("; ".join([*map(_class_name, base.__mro__), *entries]))
         return name
@@ -388,6 +391,7 @@ class _Writer:
         return f" on ({', '.join(values)})" if values else ""
 
 
+_MAKING = ("__init__", "__repr__", "extra_repr")
 _PLAIN = (type(None), type(...), bool, int, float, complex)
 
 
@@ -455,7 +459,7 @@ def _callable_name(value: Any) -> str:
     """Name a function written in C: torch.relu, operator.add, an operator of ATen."""
     if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return str(value)
-    name = getattr(value, "__qualname__", value.__name__)
+    name = getattr(value, "__qualname__", value.__name__).removeprefix("_VariableFunctionsClass.")
     return f"{value.__module__}.{name}" if getattr(value, "__module__", None) else name
 
 
