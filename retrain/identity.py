@@ -20,6 +20,7 @@ from functools import lru_cache
 from importlib.metadata import requires, version
 from itertools import pairwise, zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import joblib
@@ -113,25 +114,27 @@ def surroundings(device: str, *, with_torch: bool) -> dict[str, Any]:
     return {
         "device": device,
         "cores": joblib.cpu_count(),
-        "versions": versions(),
+        "versions": dict(versions()),
         "code of retrain and solvers": _sources(),
         "kernels": _kernels(device, with_torch),
         "environment": {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
     }
 
 
-def versions() -> dict[str, str]:
+@lru_cache(maxsize=1)
+def versions() -> Mapping[str, str]:
     """Return versions of Python, of this package, and of what it computes with.
 
     These are its dependencies as its metadata declares them, so a new one is never forgotten, and
-    llvmlite, which numba compiles with.
+    llvmlite, which numba compiles with. Looked up once: what this process has loaded stays.
     """
     names = {"llvmlite", "retrain"}
     for requirement in requires("retrain") or ():
         if "extra ==" not in requirement:
             names.add(re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0])
     packages = {name: version(name) for name in sorted(names - set(_NO_NUMBERS))}
-    return {"python": f"{platform.python_implementation()} {platform.python_version()}", **packages}
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    return MappingProxyType({"python": python, **packages})
 
 
 @lru_cache(maxsize=1)
