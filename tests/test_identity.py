@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from bench.campaigns import identity as campaign
 from bench.campaigns.identity_cases import forgotten
 from retrain.adapters.find import trace
 from retrain.adapters.operations import FUNCTIONS
-from retrain.adapters.structure import structure, weights_hash
+from retrain.adapters.structure import structure, training_structure, weights_hash
 from retrain.chain import Chain, ChainStream
 from retrain.identity import differences, surroundings, versions
 from retrain.run import read_record
@@ -28,8 +29,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def recorded(module, training=False):
-    copied = copy.deepcopy(module).train(training)
-    return structure(copied, trace(copied)[0], training=training)
+    copied, traced = (copy.deepcopy(module).train(training) for _ in range(2))
+    return structure(copied, trace(traced)[0], traced, training=training)
 
 
 # --- the computation ----------------------------------------------------------------------------
@@ -153,6 +154,20 @@ def test_the_order_in_memory_is_part_of_the_weights():
     second.load_state_dict(first.state_dict())
     assert weights_hash(first) == weights_hash(second)
     assert weights_hash(second.to(memory_format=torch.channels_last)) != weights_hash(first)
+
+
+def test_modules_that_tracing_leaves_values_in_are_described():
+    """A trace replaces an LSTM's list of weights by its own values, and they answer to any name."""
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.LSTM(4, 4, 2), nn.Identity()), nn.TransformerEncoderLayer(8, 2, 8)]
+    nets.append(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))))
+    nets.append(nn.Sequential(nn.Linear(4, 4), torch.fx.symbolic_trace(nn.Sequential(nn.Tanh()))))
+    for net in nets:
+        assert recorded(net) == recorded(net)
+        assert training_structure(net) == training_structure(copy.deepcopy(net))
+    with warnings.catch_warnings(action="ignore"):
+        old = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)))  # which cannot be copied
+    assert training_structure(old)["modules"]
 
 
 def test_torch_script_is_seen():

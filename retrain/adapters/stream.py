@@ -100,7 +100,8 @@ class TorchStream:
         half = any(tensor.dtype in HALF for tensor in given.state_dict().values())
         self._current = computing(copy.deepcopy(given)) if half else given
         self._network: Network = find_layers(self._dense)
-        computation = structure(self._dense, self._network.graph)  # before it runs and counts calls
+        # Before it runs, which may leave traces in it.
+        computation = structure(given, self._network.graph, self._dense)
         self._shape = sample_shape(self._network, self._dense, self._data.x.shape[1:])
         floating = [p.dtype for p in self._dense.parameters() if p.is_floating_point()]
         self._dtype = floating[0] if floating else torch.float32

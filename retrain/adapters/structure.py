@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import io
 import math
 import pickle
@@ -27,6 +28,7 @@ import sysconfig
 import types
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,7 +91,11 @@ _NOT_IN_CLASSES = (
 
 
 def structure(
-    module: nn.Module, graph: fx.Graph | None, *, training: bool = False
+    module: nn.Module,
+    graph: fx.Graph | None,
+    traced: nn.Module | None = None,
+    *,
+    training: bool = False,
 ) -> dict[str, Any]:
     """Record what a module computes.
 
@@ -99,6 +105,8 @@ def structure(
         The network; it is not changed.
     graph : fx.Graph or None
         Its traced forward pass, in the mode of `training`; None where it cannot be traced.
+    traced : nn.Module, optional
+        The copy that was traced: tracing leaves constants, and values of its own, in a module.
     training : bool
         Whether it is to be trained: what evaluation ignores, a dropout's share for one, counts.
 
@@ -110,7 +118,7 @@ def structure(
     """
     writer = _Writer(module, training)
     modules = {name or "(root)": writer.module(part) for name, part in module.named_modules()}
-    steps = [] if graph is None else list(_steps(module, graph, writer))
+    steps = [] if graph is None else list(_steps(traced or module, graph, writer))
     return {"steps": steps, "modules": modules, "code": dict(sorted(writer.code.items()))}
 
 
@@ -120,17 +128,19 @@ def training_structure(module: nn.Module) -> dict[str, Any]:
     Parameters
     ----------
     module : nn.Module
-        The network, in any mode; a copy of it is traced.
+        The network, in any mode; a copy of it is traced, where it can be copied.
 
     Returns
     -------
     dict
         As of `structure`, and ``frozen``: names of parameters without a gradient.
     """
-    copied = copy.deepcopy(module).train()
-    graph = trace(copied)[0]
+    graph, traced = None, module
+    with suppress(RuntimeError, TypeError):  # the old weight norm; its modules and code remain
+        traced = copy.deepcopy(module).train()
+        graph = trace(traced)[0]
     frozen = [name for name, tensor in module.named_parameters() if not tensor.requires_grad]
-    return {**structure(copied, graph, training=True), "frozen": frozen}
+    return {**structure(module, graph, traced, training=True), "frozen": frozen}
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -303,8 +313,10 @@ class _Writer:
             return f"property {self.text([value.fget, value.fset])}"
         if isinstance(value, partial):
             return f"partial {self.text([value.func, value.args, value.keywords])}"
-        if hasattr(value, "__wrapped__"):
-            return f"wrapped {self.text(value.__wrapped__)}"
+        # Asked without calling code of the value's own, which may answer to any name.
+        wrapped = inspect.getattr_static(value, "__wrapped__", None)
+        if wrapped is not None:
+            return f"wrapped {self.text(wrapped)}"
         if isinstance(value, torch.jit.ScriptFunction):
             return f"script {_script(value)}"
         if callable(value) and hasattr(value, "__name__"):  # written in C
