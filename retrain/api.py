@@ -16,11 +16,12 @@ from threadpoolctl import threadpool_limits
 
 from retrain.bounds import Direct, OutputBound, cascade_bound, output_bound
 from retrain.data import Data, as_data
+from retrain.identity import run_identity
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import net_trim as net_trim_method
 from retrain.methods.amounts import layers_named
 from retrain.methods.net_trim_options import NetTrimOptions
-from retrain.run import RunDirectory, open_run, read_record, versions
+from retrain.run import RunDirectory, open_run, read_record
 from retrain.stream import LayerSpec, LayerStream, Passage
 from retrain.subject import Subject, has_classes, reopen, subject_of
 from solvers.arrays import to_numpy
@@ -228,13 +229,11 @@ def drive(
             subject.check_fine_tune(stream, data)
         identity = {
             "method": method,
-            "network and data": stream.fingerprint,
             "layers": names,
             "options": settings,
             "fine_tune": fine_tune,
-            "device": str(getattr(stream, "device", "cpu")),
-            "cores": joblib.cpu_count(),
-            "versions": versions(),
+            **run_identity(stream),
+            **subject.identity(training=fine_tune > 0),
         }
         directory = None
         if out is not None:

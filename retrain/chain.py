@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace, device, is_numpy_namespace
 
 from retrain.stream import (
     Array,
@@ -27,6 +27,7 @@ from retrain.stream import (
     Norm,
     Passage,
     compound,
+    identity_hash,
     layer,
 )
 from retrain.stream import changed as is_changed
@@ -231,16 +232,35 @@ class ChainStream:
         self.chain = chain
         self._inputs = xp.astype(inputs, chain.weights[0].dtype, copy=False)
         self._batch_size = batch_size
-        digest = hashlib.sha256()
-        for array in (*chain.weights, self._inputs):
-            digest.update(repr((tuple(array.shape), str(array.dtype))).encode())
-            digest.update(np.ascontiguousarray(to_numpy(array)).tobytes())
-        self._fingerprint = digest.hexdigest()
+        self._identity = {
+            "arrays": "numpy" if is_numpy_namespace(xp) else "torch",
+            "weights": _hash(chain.weights),
+            "computation": {
+                "steps": [
+                    f"{follows} of inputs @ {tuple(weight.shape)}{' with a bias' if bias else ''}"
+                    for weight, bias, follows in zip(
+                        chain.weights, chain.biases, chain.follows, strict=True
+                    )
+                ]
+            },
+            "data": _hash([self._inputs]),
+            "batch size": batch_size,
+        }
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the given weights and the data."""
-        return self._fingerprint
+        """SHA-256 of `identity`."""
+        return identity_hash(self._identity)
+
+    @property
+    def device(self) -> Any:
+        """Where the arrays are."""
+        return device(self._inputs)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The given weights, what stands between them, and the data: JSON values."""
+        return self._identity
 
     @property
     def layers(self) -> Sequence[LayerSpec]:
@@ -419,6 +439,17 @@ def _loss(chain: Chain, index: int, inputs: Array) -> float:
     exact = response(wide, index, _widened(inputs))
     given = _widened(response(chain, index, inputs))
     return frobenius(exact - given) + _allowance(wide, index, _widened(inputs))
+
+
+def _hash(arrays: Iterable[Array]) -> str:
+    """SHA-256 of arrays: shapes, types, order in memory (which decides the kernels), bytes."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        values = to_numpy(array)
+        order = "C" if values.flags.c_contiguous else f"{values.strides}"
+        digest.update(repr((tuple(array.shape), str(array.dtype), order)).encode())
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
 
 
 def _with_ones(inputs: Array) -> Array:

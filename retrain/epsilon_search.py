@@ -16,12 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import joblib
-
 from retrain.api import OnLayer, Run
 from retrain.data import Data
+from retrain.identity import run_identity
 from retrain.methods.net_trim_options import NetTrimOptions
-from retrain.run import LAYERS, RUN_FILE, open_run, read_record, versions
+from retrain.run import LAYERS, RUN_FILE, open_run, read_record
 from retrain.subject import Subject, has_classes
 from solvers.root import next_place
 
@@ -240,16 +239,13 @@ def search_epsilon(
         raise ValueError("max_drop: wants held-out data (evaluate) with a class for each sample")
     started = time.perf_counter()
     target = None if out is None else Path(out)
-    stream = subject.stream(data)
     identity = {
         "method": "net-trim",
         "search": asdict(goal),
-        "network and data": stream.fingerprint,
         "held_out": None if held_out is None else held_out.fingerprint,
         **settings,
-        "device": str(getattr(stream, "device", "cpu")),
-        "cores": joblib.cpu_count(),
-        "versions": versions(),
+        **run_identity(subject.stream(data)),
+        **subject.identity(training=settings["fine_tune"] > 0),
     }
     with ExitStack() as stack:
         directory = None

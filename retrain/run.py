@@ -15,12 +15,10 @@ refused. A lock held by a process dies with it.
 from __future__ import annotations
 
 import json
-import platform
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from retrain.files import plain, write_json, write_whole
+from retrain.identity import differences
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.stream import LayerSpec, LayerStream
 from solvers.arrays import to_numpy
@@ -135,12 +134,6 @@ def _read_layer(path: Path, spec: LayerSpec) -> LayerResult:
     return LayerResult(weights, report)
 
 
-def versions() -> dict[str, str]:
-    """Versions that fix a run's last bits."""
-    names = ("retrain", "numpy", "scipy", "torch")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
 @contextmanager
 def open_run(
     path: str | Path, identity: Mapping[str, Any], names: tuple[str, ...]
@@ -152,7 +145,7 @@ def open_run(
     path : str or Path
         The directory; made if it does not exist.
     identity : mapping
-        All that could change a weight: fingerprints, options, threads, versions. JSON values.
+        All that could change a weight: `retrain.identity` and the method's own. JSON values.
     names : tuple of str
         The network's layers in execution order; none in a training run.
 
@@ -238,26 +231,12 @@ def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
     """Refuse to go on with a run that another command began, saying what differs."""
     before = read_record(directory).get("identity", {})
     now = json.loads(json.dumps(plain(identity)))
-    differing = list(_differences(before, now))
+    differing = differences(before, now)
     if differing:
         raise ValueError(
-            f"out: {str(directory)!r} belongs to another run ({'; '.join(differing[:4])}); "
+            f"out: {str(directory)!r} belongs to another run ({differing}); "
             "repeat that run's command to resume it, or choose another directory"
         )
-
-
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Name what differs between two identities, leaf by leaf."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield f"{name} was {_short(before)}, is {_short(now)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 24 else f"{text[:20]}…"
 
 
 def _is_temporary(path: Path) -> bool:

@@ -20,11 +20,12 @@ from retrain.bounds import NO_DIRECT
 from retrain.chain import Chain
 from retrain.data import Data, as_data
 from retrain.deviations import second_order_bounds
+from retrain.identity import run_identity
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import lobs as method
 from retrain.methods.amounts import Amount, layers_named
 from retrain.methods.lobs_options import LobsOptions, stage_amounts
-from retrain.run import LAYERS, RUN_FILE, open_run, read_record, versions
+from retrain.run import LAYERS, RUN_FILE, open_run, read_record
 from retrain.stream import LayerStream
 from retrain.subject import subject_of
 
@@ -119,14 +120,15 @@ def lobs(
     started = time.perf_counter()
     with ExitStack() as stack:
         if target is not None:
+            subject = subject_of(model, device)
             identity = {
                 "method": "lobs",
                 "stages": [asdict(entry) for entry in plan],
                 "fine_tune": fine_tune,
                 "select": [layers, skip],
-                "data": calibration.fingerprint,
                 "held_out": None if held_out is None else held_out.fingerprint,
-                "versions": versions(),
+                **run_identity(subject.stream(calibration)),
+                **subject.identity(training=fine_tune > 0),
             }
             directory = stack.enter_context(open_run(target, identity, ()))
         runs: list[Run] = []

@@ -9,8 +9,10 @@ token.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -146,7 +148,16 @@ class LayerStream(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the given network's weights and of the data."""
+        """SHA-256 of `identity` (`identity_hash`)."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run's results depend on here, by name, as JSON values.
+
+        ``arrays`` ("numpy" or "torch": who computes), ``weights`` and ``data`` (hashes), and
+        ``computation``: the function that the given network is.
+        """
         ...
 
     @property
@@ -215,6 +226,11 @@ def changed(stream: LayerStream, spec: LayerSpec) -> bool:
         for group in range(spec.groups)
     )
     return any(not bool(array_namespace(old).all(new == old)) for new, old in pairs)
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of a stream's `identity`."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def collect(

@@ -7,6 +7,8 @@ imports torch only when it is given a torch module.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +43,10 @@ class Subject(Protocol):
 
     def model(self, stream: Any) -> Any:
         """Return the stream's current network, of the kind that was given."""
+        ...
+
+    def identity(self, *, training: bool) -> dict[str, Any]:
+        """What a run depends on that no stream knows: JSON values for its identity."""
         ...
 
     def check_fine_tune(self, stream: Any, data: Data) -> None:
@@ -177,6 +183,9 @@ class _ChainSubject:
     def model(self, stream: ChainStream) -> Chain:
         return stream.chain
 
+    def identity(self, *, training: bool) -> dict[str, Any]:
+        return {"tensor names": None, "training": None}
+
     def check_fine_tune(self, stream: LayerStream, data: Data) -> None:
         raise ValueError(_NO_TRAINING)
 
@@ -220,6 +229,16 @@ class _ModuleSubject:
         for name, tensor in network.named_parameters():
             tensor.requires_grad_(trainable[name])
         return network
+
+    def identity(self, *, training: bool) -> dict[str, Any]:
+        """The names that tensors are saved under; for training, what evaluation does not show."""
+        from retrain.adapters.structure import training_structure
+
+        names = json.dumps(sorted(self.names.items()))
+        return {
+            "tensor names": hashlib.sha256(names.encode()).hexdigest(),
+            "training": training_structure(self.module) if training else None,
+        }
 
     def check_fine_tune(self, stream: Any, data: Data) -> None:
         if not any(tensor.requires_grad for tensor in self.module.parameters()):

@@ -26,6 +26,7 @@ from retrain.adapters.description import described
 from retrain.adapters.export import write_export
 from retrain.adapters.save import save_model
 from retrain.files import plain, write_whole
+from retrain.identity import surroundings
 from retrain.run import (
     CHECKPOINT_FILE,
     EXPORT_FILE,
@@ -34,7 +35,6 @@ from retrain.run import (
     RunDirectory,
     open_run,
     read_record,
-    versions,
 )
 from retrain.subject import check_device
 from retrain.trained import KIND, TrainedRun, history_bytes, load_trained, read_history
@@ -367,8 +367,8 @@ def _identity(recipe: Recipe, begun: Start, device: torch.device, part: Part) ->
         "command": "train",
         **recipe.identity(),
         "data": begun.fingerprints,
-        "device": device.type,
+        **begun.network,
         "processes": part.processes,
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        **surroundings(device.type, with_torch=True),
     }

@@ -166,3 +166,13 @@ def test_flip_crop_draws_all_there_is():
         seen, counts = rows[:, column].unique(return_counts=True)
         assert seen.tolist() == list(range(count))
         assert counts.min() > 0.7 * 4000 / count
+
+
+def test_an_image_of_the_same_name_and_length_makes_another_run(folder):
+    before = ImageFolder(folder / "train", 7).fingerprint
+    assert ImageFolder(folder / "train", 7).fingerprint == before
+    file = folder / "train" / "dark" / "3.png"
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+    assert ImageFolder(folder / "train", 7).fingerprint != before

@@ -208,18 +208,21 @@ def test_the_same_network_and_data_from_elsewhere_are_the_same_run(case, begun):
 
 
 def limit_files():
-    """No file beyond 2 KiB, which the first records keep to and a layer does not."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+    """No file beyond 16 KiB, which the first records keep to and a wide layer does not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
 
 
-def test_a_file_too_large_is_one_line_and_the_directory_is_free(case, whole, tmp_path):
-    out = tmp_path / "out"
-    answer = command(case, *arguments("one job", out), prepare=limit_files)
+def test_a_file_too_large_is_one_line_and_the_directory_is_free(tmp_path):
+    save_case(tmp_path, (120, 60, 6), rows=40)
+    options = ("trim", "net.pth", "--data", "data.npz", "--quiet", "--out")
+    answer = command(tmp_path, *options, "out", prepare=limit_files)
     assert "File too large" in answer.error()
     assert "000.safetensors" in answer.error()
-    assert not out.exists()
-    assert command(case, *arguments("one job", out)).code == 0
-    assert (out / "model.safetensors").read_bytes() == whole["one job"][0]
+    assert not (tmp_path / "out").exists()
+    assert command(tmp_path, *options, "out").code == 0
+    assert command(tmp_path, *options, "again").code == 0
+    networks = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "again")]
+    assert networks[0] == networks[1]
 
 
 def fill_the_disk_after_two_layers():

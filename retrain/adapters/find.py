@@ -126,7 +126,7 @@ def find_layers(model: nn.Module) -> Network:
     ValueError
         If the module has no weights.
     """
-    graph, problem = _trace(model)
+    graph, problem = trace(model)
     modules = dict(model.named_modules())
     nodes = list(graph.nodes) if graph else []
     if any(operation(node, modules) == "random" for node in nodes):
@@ -191,7 +191,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
 
-def _trace(model: nn.Module) -> tuple[fx.Graph | None, str | None]:
+def trace(model: nn.Module) -> tuple[fx.Graph | None, str | None]:
     """Trace the forward pass with its first argument; the others keep their defaults."""
     wanted = list(inspect.signature(model.forward).parameters.values())
     plain = [p for p in wanted if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

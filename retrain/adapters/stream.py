@@ -8,7 +8,6 @@ is never touched.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -32,7 +31,8 @@ from retrain.adapters.rows import (
     response_rows,
     write,
 )
-from retrain.adapters.tensors import HALF, check_finite, computing, tensor_bytes
+from retrain.adapters.structure import structure, weights_hash
+from retrain.adapters.tensors import HALF, check_finite, computing
 from retrain.data import Data, as_data
 from retrain.stream import (
     Array,
@@ -42,6 +42,7 @@ from retrain.stream import (
     Norm,
     Passage,
     changed,
+    identity_hash,
     layer,
 )
 
@@ -99,6 +100,8 @@ class TorchStream:
         half = any(tensor.dtype in HALF for tensor in given.state_dict().values())
         self._current = computing(copy.deepcopy(given)) if half else given
         self._network: Network = find_layers(self._dense)
+        # Before it runs, which may leave traces in it.
+        computation = structure(given, self._network.graph, self._dense)
         self._shape = sample_shape(self._network, self._dense, self._data.x.shape[1:])
         floating = [p.dtype for p in self._dense.parameters() if p.is_floating_point()]
         self._dtype = floating[0] if floating else torch.float32
@@ -106,7 +109,7 @@ class TorchStream:
         self._changed: set[str] = set()
         self._norms: dict[tuple[str, Norm, bool, bool], float] = {}
         self._shapes: dict[fx.Node, Any] | None = None
-        self._fingerprint = self._hash()
+        self._identity = self._parts(computation)
 
     # --- what it is -----------------------------------------------------------------------------
 
@@ -137,8 +140,13 @@ class TorchStream:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the given weights (names, types, shapes, bytes), the layers, and the data."""
-        return self._fingerprint
+        """SHA-256 of `identity`."""
+        return identity_hash(self._identity)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The given weights, what the network computes, its layers, the data: JSON values."""
+        return self._identity
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
@@ -410,15 +418,14 @@ class TorchStream:
         text = str(error).strip().split("\n")[0]
         return f"data: the network cannot take samples of shape {shape}: {text}"
 
-    def _hash(self) -> str:
-        digest = hashlib.sha256()
-        for key, tensor in self._model.state_dict().items():
-            if isinstance(tensor, Tensor):
-                digest.update(f"{key}:{tensor.dtype}{tuple(tensor.shape)};".encode())
-                digest.update(tensor_bytes(tensor))
-        digest.update(repr(self._layers).encode())
-        digest.update(self._data.fingerprint.encode())
-        return digest.hexdigest()
+    def _parts(self, computation: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "arrays": "torch",
+            "weights": weights_hash(self._model),
+            "computation": {**computation, "layers": [repr(spec) for spec in self._layers]},
+            "data": self._data.fingerprint,
+            "batch size": self._batch_size,
+        }
 
     def _retrainable(self, name: str, group: int = 0) -> LayerSpec:
         spec = layer(self, name)

@@ -84,10 +84,14 @@ class ImageFolder(Rows):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of names and lengths of the files, and of how they are read."""
+        """SHA-256 of the files' names and bytes, and of how they are read.
+
+        Reads every file once, which costs less than the first epoch does: it decodes them too.
+        """
         digest = hashlib.sha256(f"{self.size};{self.mean.tolist()};{self.std.tolist()}".encode())
-        for path in self.paths:
-            digest.update(f"{path.relative_to(self.folder)};{path.stat().st_size};".encode())
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+            for path, content in zip(self.paths, pool.map(_content, self.paths), strict=True):
+                digest.update(f"{path.relative_to(self.folder).as_posix()};{content};".encode())
         return digest.hexdigest()
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
@@ -124,3 +128,9 @@ class ImageFolder(Rows):
         image = image.crop((left, top, left + self.size, top + self.size))
         pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
         return (pixels - self.mean) / self.std
+
+
+def _content(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from retrain.adapters.structure import training_structure, weights_hash
 from retrain.data import Data, as_data, load_data
 from retrain.trainers.account import Cost, cost
 from retrain.trainers.batches import Rows
@@ -40,6 +41,8 @@ class Start:
     test : pair or None
     fingerprints : dict
         Of the data sets.
+    network : dict
+        Of the network as it was made: its weights' hash, and what it computes.
     sample : Tensor, shape (1, ...)
         An input, on the training's device.
     dense : Cost
@@ -52,6 +55,7 @@ class Start:
     data: Pair
     test: Pair | None
     fingerprints: dict[str, str | None]
+    network: dict[str, Any]
     sample: Tensor
     dense: Cost
 
@@ -80,6 +84,7 @@ def start(recipe: Recipe, device: torch.device, data: Any = None, test: Any = No
     pair = training_data.pair
     setting = _setting(recipe, len(pair[0]), device)
     model = _model(recipe).to(device)
+    network = {"weights": weights_hash(model), "computation": training_structure(model)}
     sample = pair[0][:1].to(device)
     _check_fit(model, sample, pair[1], recipe.training.loss)
     other = None if test_data is None else test_data.pair
@@ -102,6 +107,7 @@ def start(recipe: Recipe, device: torch.device, data: Any = None, test: Any = No
             "train": training_data.fingerprint,
             "test": None if test_data is None else test_data.fingerprint,
         },
+        network,
         sample,
         dense,
     )
