@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -272,6 +274,24 @@ def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
     assert error.value.filename == str(file)
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_process_left_of_the_same_file_is_removed(tmp_path):
+    """Also where no run directory sweeps: beside verify.json, search.json, the demo's network."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    file = tmp_path / "a[1].json"
+    stale = tmp_path / f".a[1].json.{ended.pid}.tmp"
+    kept = [
+        tmp_path / f".a[1].json.{os.getppid()}.tmp",  # of a process that may still write it
+        tmp_path / f".a1.json.{ended.pid}.tmp",
+        tmp_path / ".a[1].json.notes.tmp",
+    ]
+    for path in (stale, *kept):
+        path.write_text("half")
+    write_whole(file, b"whole")
+    assert file.read_bytes() == b"whole"
+    assert sorted(tmp_path.iterdir()) == sorted([file, *kept])
 
 
 def test_a_directory_that_cannot_be_written_is_an_os_error(tmp_path, monkeypatch):

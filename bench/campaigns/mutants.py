@@ -45,7 +45,6 @@ _OBS = (
     "test_obs_greedy.py",
     "test_obs_large.py",
     "test_obs_robust.py",
-    "test_obs_data.py",
 )
 _ADAPTERS = ("test_adapters_find.py", "test_adapters_gain.py", "test_adapters_stream.py")
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -303,12 +302,14 @@ def _work(todo: list[Mutant], rows: dict[Any, dict[str, Any]], rows_file: Path, 
     killers: dict[str, Counter[str]] = {}
     for row in rows.values():
         killers.setdefault(row["file"], Counter())[row["killed_by"] or ""] += 1
-    room, durations, failing = None, {}, []
-    for mutant in sorted(todo, key=lambda mutant: room_of(mutant.file)):
+    room: set[str] = set()
+    durations: dict[str, float] = {}
+    failing: list[str] = []
+    for mutant in sorted(todo, key=lambda mutant: sorted(room_of(mutant.file))):
         tests = [name for name in room_of(mutant.file) if (tree / "tests" / name).exists()]
-        if tests != room:
-            room = tests
-            durations, failing = _untouched(tree, cache, tests)
+        if set(tests) != room:
+            room = set(tests)
+            durations, failing = _untouched(tree, cache, sorted(tests))
         source = (tree / mutant.file).read_text(encoding="utf-8")
         text = mutated(source, mutant.operator, mutant.occurrence)
         if text is None:
@@ -333,8 +334,15 @@ def _work(todo: list[Mutant], rows: dict[Any, dict[str, Any]], rows_file: Path, 
 def _untouched(tree: Path, cache: Path, tests: list[str]) -> tuple[dict[str, float], list[str]]:
     """Run a room's tests on the code as it is, twice; name those that fail or cannot be relied on.
 
-    The first run compiles what is not in the cache, the second gives the seconds.
+    The first run compiles what is not in the cache, the second gives the seconds. Both are kept for
+    the next campaign on the same code.
     """
+    kept, digest = tree.with_name("untouched.json"), hashlib.sha256("".join(tests).encode())
+    for path in sorted(tree.rglob("*.py")):
+        digest.update(path.read_bytes())
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    if digest.hexdigest() in known:
+        return known[digest.hexdigest()]["durations"], known[digest.hexdigest()]["failing"]
     failing: list[str] = []
     for _ in range(2):
         verdict = _rooms.run_tests(tree, cache, tests, skipped=failing)
@@ -346,6 +354,8 @@ def _untouched(tree: Path, cache: Path, tests: list[str]) -> tuple[dict[str, flo
             verdict = _rooms.run_tests(tree, cache, tests, skipped=failing)
     total = sum(verdict.durations.values())
     print(f"room of {tests[0]}: {len(verdict.durations)} tests, {total:.0f} s", flush=True)
+    known[digest.hexdigest()] = {"durations": verdict.durations, "failing": failing}
+    kept.write_text(json.dumps(known))
     return verdict.durations, failing
 
 
