@@ -80,10 +80,10 @@ def install(plan: Plan) -> None:
             return opened(file, mode, *arguments, **options)
         return watch.opened(file, mode, *arguments, **options)
 
-    io.open = opening  # type: ignore[assignment]
+    io.open = opening
     import builtins
 
-    builtins.open = opening  # type: ignore[assignment]
+    builtins.open = opening
 
 
 class _Watch:
@@ -119,10 +119,11 @@ class _Watch:
         if here and self.plan.when == "torn" and half is not None:
             half()
             self.end()
-        answer = act()
-        if here:
-            self.end()
-        return answer
+        try:
+            return act()
+        finally:
+            if here:
+                self.end()
 
     def end(self) -> None:
         """End as SIGKILL ends: nothing is flushed, nothing is undone."""

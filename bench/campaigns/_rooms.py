@@ -47,6 +47,9 @@ PRELOADED = (
 # Beyond these many seconds of its process, plus so many times its own on the untouched code, a
 # test hangs. Generous, because a changed kernel is compiled within the first test that calls it.
 LIMIT, LIMIT_FACTOR = 20.0, 10.0
+# Numba knows a changed file by its time and size. The copies of files with kernels end with so many
+# empty lines, so that a change outside of the kernels can leave both as they were.
+PADDING = 400
 MEMORY = 12 * 2**30  # bytes of address space; a mutant that asks for more is refused
 
 
@@ -91,6 +94,11 @@ def copy_tree(tree: Path) -> None:
             shutil.copytree(source, tree / name, ignore=skipped)
         else:
             shutil.copy2(source, tree / name)
+    for path in (tree / "solvers").rglob("*.py"):
+        stamp = path.stat()
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n" * PADDING)
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     # Some tests read data that lies beside the repository, where there is any.
     shared = tree.parent / "shared"
     if (ROOT.parent / "shared").is_dir() and not shared.is_symlink():
@@ -98,16 +106,41 @@ def copy_tree(tree: Path) -> None:
 
 
 @contextlib.contextmanager
-def changed(file: Path, text: str) -> Iterator[None]:
-    """Replace a file's text for as long as the context lasts; its time stamp comes back too."""
+def changed(file: Path, text: str, *, unnoticed: bool = False) -> Iterator[None]:
+    """Replace a file's text for as long as the context lasts; its time stamp comes back too.
+
+    `unnoticed` leaves time and size as they were, so that Numba takes the file's kernels from its
+    cache; for a change that does not reach them.
+    """
     before, stamp = file.read_bytes(), file.stat()
-    file.write_text(text, encoding="utf-8")
-    os.utime(file)
+    content = text.encode()
+    if unnoticed:
+        content = content.rstrip(b"\n").ljust(len(before), b"\n")[: len(before)]
+    file.write_bytes(content)
+    if unnoticed:
+        os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    else:
+        os.utime(file)
     try:
         yield
     finally:
         file.write_bytes(before)
         os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+def reaches_kernels(source: str, line: int) -> bool:
+    """Whether a change of a line can reach a compiled kernel: all but what is in other functions.
+
+    Kernels take functions and constants of the module; no plain function is among them, since a
+    kernel cannot call one.
+    """
+    module = ast.parse(source)
+    for node in module.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            if first <= line <= (node.end_lineno or 0):
+                return any("njit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    return True
 
 
 @contextlib.contextmanager

@@ -292,8 +292,11 @@ def start(name: str, folder: Path, plan: Plan, *, fresh: bool = False) -> Runnin
         with said.open("wb") as file:
             process = subprocess.Popen(
                 [sys.executable, "-c", program, name],
-                **{"cwd": folder, "env": environment, "start_new_session": True},
-                **{"stdout": file, "stderr": file},
+                cwd=folder,
+                env=environment,
+                start_new_session=True,
+                stdout=file,
+                stderr=file,
             )
         return Running(process.pid, started)
     sys.stdout.flush()

@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> int:
 
 def files() -> list[str]:
     """All files that are mutated; a folder's as well as a module's."""
-    found = set()
+    found: set[str] = set()
     for pattern in MUTATED:
         for path in ROOT.glob(pattern):
             inside = path.rglob("*.py") if path.is_dir() else [path]
@@ -163,7 +163,7 @@ def code_lines(source: str) -> int:
     """Count the lines that hold code: neither blank, nor a comment, nor a docstring."""
     tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    text = set()
+    text: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, documented) and ast.get_docstring(node) is not None:
             text.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
@@ -316,9 +316,11 @@ def _work(todo: list[Mutant], rows: dict[Any, dict[str, Any]], rows_file: Path, 
             raise ValueError(f"{mutant.file}: the file changed while the campaign was running")
         known = killers.setdefault(mutant.file, Counter())
         first = [name for name, _ in known.most_common(12) if name in durations]
+        reaches = _rooms.reaches_kernels(source, mutant.line)
+        dropped = _rooms.stale(tree, mutant.file) if reaches else set()
         with (
-            _rooms.kernels(cache, _rooms.stale(tree, mutant.file)) as copy,
-            _rooms.changed(tree / mutant.file, text),
+            _rooms.kernels(cache, dropped) as copy,
+            _rooms.changed(tree / mutant.file, text, unnoticed=not reaches),
         ):
             verdict = _rooms.run_tests(
                 tree, copy, tests, durations=durations, first=first, skipped=failing
@@ -362,6 +364,7 @@ def _untouched(tree: Path, cache: Path, tests: list[str]) -> tuple[dict[str, flo
 def room_of(file: str) -> tuple[str, ...]:
     """Test files of a file's room: its own first, where it has one."""
     tests = next(tests for start, tests in ROOMS.items() if file.startswith(start))
+    tests = (*tests, "test_frozen.py")
     path = Path(file)
     own = (f"test_{path.stem}.py", f"test_{path.parent.name}_{path.stem}.py")
     return (*(name for name in tests if name in own), *(name for name in tests if name not in own))
