@@ -53,6 +53,11 @@ def test_nested_modules_in_execution_order():
         (lambda z: torch.relu(functional.dropout(z, training=False)), "relu"),
         (lambda z: torch.flatten(z, 1).relu(), "relu"),
         (lambda z: z.view(z.size(0), -1).relu(), "relu"),
+        (lambda z: z.view(z.shape[0], -1).relu(), "relu"),
+        (lambda z: functional.dropout(z, 0.5, False).relu(), "relu"),
+        (lambda z: torch.dropout(z, 0.5, False).relu(), "relu"),
+        (lambda z: torch.dropout(z, 0.0, True).relu(), "relu"),
+        (lambda z: functional.dropout(z, p=0).relu(), "relu"),
         (lambda z: functional.max_pool1d(z[:, None], 2)[:, 0], "getitem"),
         (lambda z: functional.max_pool1d(z.unsqueeze(1), 2).squeeze(1).relu(), "relu"),
         (lambda z: functional.avg_pool1d(z.unsqueeze(1), 2).squeeze(1).relu(), "avg_pool1d"),
@@ -239,6 +244,38 @@ def test_reasons(model, name, reason):
     assert spec.reason is not None
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(spec.reason)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda n, x: functional.dropout(n.a(x)),
+        lambda n, x: functional.dropout(n.a(x), 0.5, True),
+        lambda n, x: torch.dropout(n.a(x), 0.5, True),
+        lambda n, x: torch.dropout(n.a(x), 0.5, train=True),
+    ],
+)
+def test_a_network_that_draws_in_evaluation_mode_is_left(forward):
+    reason = specs(Net(forward, a=linear()))["a"].reason
+    assert "random in evaluation mode" in reason
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Embedding(5, 4), (4, 5)),
+        (nn.BatchNorm1d(4), (4, 1)),
+        (nn.LSTM(4, 3), (4, 12)),
+        (nn.ConvTranspose2d(1, 2, 3), (18, 1)),
+        (nn.Conv1d(3, 2, 5), (15, 2)),
+        (nn.LazyLinear(3), (0, 0)),
+        (nn.Conv2d(4, 6, (3, 5), groups=2), (30, 3)),
+        (nn.Conv2d(4, 6, (5, 3)), (60, 6)),
+    ],
+)
+def test_shapes_are_those_of_the_largest_weight(module, shape):
+    """Also of what is not retrained: the table shows where the network's weights are."""
+    assert specs(nn.Sequential(module))["0"].shape == shape
 
 
 def test_a_reason_concerns_its_own_layer_only():

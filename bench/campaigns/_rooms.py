@@ -47,6 +47,7 @@ PRELOADED = (
 # Beyond these many seconds of its process, plus so many times its own on the untouched code, a
 # test hangs. Generous, because a changed kernel is compiled within the first test that calls it.
 LIMIT, LIMIT_FACTOR = 20.0, 10.0
+WAITING = 10.0  # times that of wall clock, for a test that waits, on a machine that may be busy
 # Numba knows a changed file by its time and size. The copies of files with kernels end with so many
 # empty lines, so that a change outside of the kernels can leave both as they were.
 PADDING = 400
@@ -356,10 +357,13 @@ class Watch:
             # Not caught by Python: a kernel that loops for ever would not see it.
             signal.signal(signal.SIGPROF, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_PROF, limit)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, WAITING * limit)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """Stop the clock of a test."""
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if self.durations is None:
             self.note(test=nodeid, seconds=round(time.process_time() - self.started, 3))
 

@@ -69,11 +69,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "verify, two jobs": ("verify", STATEMENTS[0], "--out", "out", "--jobs", "2"),
     "demo": ("demo", "--out", "out"),
 }
-TIMED = {"parent": 3, "group": 3, "worker": 3}
-"""How many kills at random times; of a worker where there are any."""
-IMPORTS = 3
-EVENTS = 14
-"""Kills at events for each command; `trim` is killed at all of them."""
+TIMED = {"parent": 2, "group": 2, "worker": 2}
+"""Kills at random times; of the group and of a worker only where there are workers."""
+IMPORTS = 2
+EVENTS = 8
+"""Kills at events, for each command but `trim`, which is killed at all of its events."""
 
 METHODS = {
     "plain": "",
@@ -492,7 +492,7 @@ def drawn(name: str, events: list[str], imports: int, seed: int, share: float) -
         Case(name, "import", imports=chance.randrange(imports)) for _ in range(IMPORTS)
     ]
     for whom, count in TIMED.items():
-        if whom != "worker" or "jobs" in name:
+        if whom == "parent" or "jobs" in name:
             cases += [
                 Case(name, whom, share=round(chance.uniform(0.05, 0.95), 3)) for _ in range(count)
             ]

@@ -258,7 +258,7 @@ def _difference(source: str, text: str) -> tuple[int, str, str]:
     old, new = source.splitlines(), text.splitlines()
     index = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), len(new))
     removed = len(old) - len(new)
-    before = " ".join(line.strip() for line in old[index : index + 1 + max(removed - 1, 0)])
+    before = " ".join(line.strip() for line in old[index : index + max(removed, 1)]).strip()
     after = "" if removed > 0 else new[index].strip()
     return index + 1, before, after
 
