@@ -44,13 +44,14 @@ _OBS = (
     "test_obs_swaps.py",
     "test_obs_greedy.py",
     "test_obs_large.py",
+    "test_obs_methods.py",
     "test_obs_robust.py",
 )
 _ADAPTERS = ("test_adapters_find.py", "test_adapters_gain.py", "test_adapters_stream.py")
 ROOMS: dict[str, tuple[str, ...]] = {
     "solvers/program.py": (*_SOLVERS, "test_path.py", "test_count.py", "test_reference.py"),
     "solvers/penalties.py": ("test_penalties.py", *_SOLVERS, "test_qp.py", "test_reference.py"),
-    "solvers/free_row.py": ("test_free_row.py", *_SOLVERS),
+    "solvers/free_row.py": _SOLVERS,
     "solvers/obs/": _OBS,
     "retrain/bounds": ("test_bounds.py", "test_chain.py", "test_net_trim.py", "test_api.py"),
     "retrain/adapters/": (*_ADAPTERS, "test_adapters_description.py"),
