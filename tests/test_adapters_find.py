@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional
 
 from retrain.adapters.find import layer_table
+from retrain.adapters.operations import operation
 
 
 class Net(nn.Module):
@@ -258,6 +259,20 @@ def test_reasons(model, name, reason):
 def test_a_network_that_draws_in_evaluation_mode_is_left(forward):
     reason = specs(Net(forward, a=linear()))["a"].reason
     assert "random in evaluation mode" in reason
+
+
+def test_a_dropout_of_which_nothing_more_is_said_trains():
+    """As torch.nn.functional has it; tracing writes its defaults out, other graphs need not."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    assert operation(graph.call_function(functional.dropout, (x,)), {}) == "random"
+    assert operation(graph.call_function(functional.dropout, (x, 0.0)), {}) == "identity"
+    still = graph.call_function(functional.dropout, (x,), {"training": False})
+    assert operation(still, {}) == "identity"
+    assert operation(graph.call_function(torch.dropout, (x, 0.5, False)), {}) == "identity"
+    assert operation(graph.call_function(torch.dropout, (x, 0.5, True)), {}) == "random"
+    assert operation(graph.call_function(getattr, (x, "shape")), {}) == "shape"
+    assert operation(graph.call_function(getattr, (x, "T")), {}) is None
 
 
 @pytest.mark.parametrize(
