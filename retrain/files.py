@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -12,12 +13,15 @@ from typing import Any
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file beside its place, force it to the disk, and move it there.
 
+    What a process that was killed while it wrote the same file has left beside it is removed.
+
     Raises
     ------
     OSError
         If any of that fails; then what was there before is still there, and nothing else.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _sweep_beside(path)
     try:
         with beside.open("wb") as file:
             file.write(content)
@@ -30,6 +34,27 @@ def write_whole(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _sweep_beside(path: Path) -> None:
+    """Remove temporary files of `path` whose processes have ended (on POSIX, where that shows)."""
+    if os.name != "posix":
+        return
+    for entry in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = entry.name.removesuffix(".tmp").rpartition(".")[2]
+        if number.isdigit() and not _alive(int(number)):
+            entry.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    """Whether a process of this number exists."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _sync_folder(folder: Path) -> None:

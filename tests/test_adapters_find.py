@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional
 
 from retrain.adapters.find import layer_table
+from retrain.adapters.operations import operation
 
 
 class Net(nn.Module):
@@ -53,8 +54,16 @@ def test_nested_modules_in_execution_order():
         (lambda z: torch.relu(functional.dropout(z, training=False)), "relu"),
         (lambda z: torch.flatten(z, 1).relu(), "relu"),
         (lambda z: z.view(z.size(0), -1).relu(), "relu"),
+        (lambda z: z.view(z.shape[0], -1).relu(), "relu"),
+        (lambda z: functional.dropout(z, 0.5, False).relu(), "relu"),
+        (lambda z: torch.dropout(z, 0.5, False).relu(), "relu"),
+        (lambda z: torch.dropout(z, 0.0, True).relu(), "relu"),
+        (lambda z: functional.dropout(z, p=0).relu(), "relu"),
         (lambda z: functional.max_pool1d(z[:, None], 2)[:, 0], "getitem"),
         (lambda z: functional.max_pool1d(z.unsqueeze(1), 2).squeeze(1).relu(), "relu"),
+        (lambda z: functional.avg_pool1d(z.unsqueeze(1), 2).squeeze(1).relu(), "avg_pool1d"),
+        (lambda z: functional.adaptive_avg_pool1d(z.unsqueeze(1), 2).relu(), "adaptive_avg_pool1d"),
+        (lambda z: z.unsqueeze(1).mean(1).relu(), "mean"),
         (lambda z: torch.relu(-z), "neg"),
         (lambda z: z + torch.relu(z), "several operations"),
         (lambda z: torch.tanh(z), "tanh"),
@@ -72,6 +81,55 @@ def test_what_follows(after, meets):
         return
     assert found.meets == meets
     assert found.spec.follows == ("relu" if meets == "relu" else "linear")
+
+
+IMAGES = {
+    "avg_pool": lambda z: functional.avg_pool2d(z, 2),
+    "avg_pool module": nn.AvgPool2d(2),
+    "adaptive_avg_pool": lambda z: functional.adaptive_avg_pool2d(z, 2),
+    "adaptive_avg_pool module": nn.AdaptiveAvgPool2d(1),
+    "mean": lambda z: torch.mean(z, dim=(2, 3)),
+    "max_pool": lambda z: functional.max_pool2d(z, 2),
+    "max_pool module": nn.MaxPool2d(3, 1),
+    "flatten": lambda z: torch.flatten(z, 1),
+    "permute": lambda z: z.permute(0, 2, 3, 1),
+    "reshape": lambda z: torch.reshape(z, (z.size(0), -1)),
+    "clone": lambda z: z.clone(),
+    "identity": nn.Identity(),
+    "dropout": nn.Dropout(0.5),
+    "batch_norm": nn.BatchNorm2d(3),
+    "negate": lambda z: -z,
+    "shift": lambda z: z + 1,
+    "scale": lambda z: -2 * z,
+    "tanh": torch.tanh,
+    "hardtanh": nn.Hardtanh(),
+    "softmax": nn.Softmax(1),
+    "softplus": nn.Softplus(),
+    "log_softmax": lambda z: functional.log_softmax(z, dim=1),
+    "select": lambda z: z[:, :2],
+    "pad with 1": lambda z: functional.pad(z, (1, 1), value=1.0),
+    "cat": lambda z: torch.cat([z, -z], 1),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_relu_is_seen_only_across_what_commutes_with_it(name):
+    """Otherwise the layer would be fitted to what the network never computes."""
+    between = IMAGES[name]
+    modules = {"between": between} if isinstance(between, nn.Module) else {}
+    model = Net(
+        lambda net, x: torch.relu((net.between if modules else between)(net.a(x))),
+        a=nn.Conv2d(2, 3, 3),
+        **modules,
+    ).eval()
+    found = layer_table(model)[0]
+    with torch.no_grad():
+        z = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+        commutes = torch.equal(between(torch.relu(z)), torch.relu(between(z)))
+    assert found.spec.follows == "linear" or commutes
+    # Not so wary that it would find no ReLU: those that pick or move entries are seen through.
+    if "pool" in name or name in ("flatten", "permute", "reshape", "clone", "identity", "dropout"):
+        assert (found.spec.follows == "relu") == commutes == ("avg" not in name)
 
 
 def test_convolutions():
@@ -187,6 +245,52 @@ def test_reasons(model, name, reason):
     assert spec.reason is not None
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(spec.reason)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda n, x: functional.dropout(n.a(x)),
+        lambda n, x: functional.dropout(n.a(x), 0.5, True),
+        lambda n, x: torch.dropout(n.a(x), 0.5, True),
+        lambda n, x: torch.dropout(n.a(x), 0.5, train=True),
+    ],
+)
+def test_a_network_that_draws_in_evaluation_mode_is_left(forward):
+    reason = specs(Net(forward, a=linear()))["a"].reason
+    assert "random in evaluation mode" in reason
+
+
+def test_a_dropout_of_which_nothing_more_is_said_trains():
+    """As torch.nn.functional has it; tracing writes its defaults out, other graphs need not."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    assert operation(graph.call_function(functional.dropout, (x,)), {}) == "random"
+    assert operation(graph.call_function(functional.dropout, (x, 0.0)), {}) == "identity"
+    still = graph.call_function(functional.dropout, (x,), {"training": False})
+    assert operation(still, {}) == "identity"
+    assert operation(graph.call_function(torch.dropout, (x, 0.5, False)), {}) == "identity"
+    assert operation(graph.call_function(torch.dropout, (x, 0.5, True)), {}) == "random"
+    assert operation(graph.call_function(getattr, (x, "shape")), {}) == "shape"
+    assert operation(graph.call_function(getattr, (x, "T")), {}) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Embedding(5, 4), (4, 5)),
+        (nn.BatchNorm1d(4), (4, 1)),
+        (nn.LSTM(4, 3), (4, 12)),
+        (nn.ConvTranspose2d(1, 2, 3), (18, 1)),
+        (nn.Conv1d(3, 2, 5), (15, 2)),
+        (nn.LazyLinear(3), (0, 0)),
+        (nn.Conv2d(4, 6, (3, 5), groups=2), (30, 3)),
+        (nn.Conv2d(4, 6, (5, 3)), (60, 6)),
+    ],
+)
+def test_shapes_are_those_of_the_largest_weight(module, shape):
+    """Also of what is not retrained: the table shows where the network's weights are."""
+    assert specs(nn.Sequential(module))["0"].shape == shape
 
 
 def test_a_reason_concerns_its_own_layer_only():

@@ -365,6 +365,22 @@ def test_too_few_iterations_are_told_and_the_remedy_works(form):
     assert solve_admm(program, max_iterations=300, tolerance=0.9).status is Status.SOLVED
 
 
+@pytest.mark.parametrize("seed", [19, 20, 21])
+def test_a_certified_unit_is_left_alone(seed):
+    """What a unit has at the check that certifies it, it has at the end, whatever others take."""
+    program = of_a_layer(seed, "regularised", kind="correlated")
+    limits = {"tolerance": 1e-5, "violation_tolerance": 1e-5}
+    whole = solve_admm(program, **limits, max_iterations=20_000)
+    assert whole.status is Status.SOLVED
+    left = 0
+    for row in whole.history[:-1]:
+        cut = solve_admm(program, **limits, max_iterations=row["iteration"])
+        done = cut.certified
+        assert cut.weight[:, done].tobytes() == whole.weight[:, done].tobytes()
+        left += done.sum()
+    assert left > 0, "no unit was certified before the last"
+
+
 def test_units_are_certified_one_by_one():
     program = of_a_layer(19, "regularised")
     for limit in range(50, 1500, 25):

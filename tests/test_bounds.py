@@ -4,7 +4,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import retrain
+from retrain.adapters.stream import TorchStream
 from retrain.bounds import (
     NO_DIRECT,
     cascade_bound,
@@ -16,7 +20,7 @@ from retrain.bounds import (
     theorem_2,
 )
 from retrain.chain import Chain, ChainStream, forward, link_normalise
-from retrain.methods.net_trim import net_trim
+from retrain.methods.net_trim import net_trim, rows_within
 from retrain.methods.net_trim_options import NetTrimOptions
 
 TIGHT = {"tolerance": 1e-4, "violation_tolerance": 1e-6, "max_iterations": 20_000}
@@ -157,6 +161,39 @@ def test_direct_bound_needs_a_certified_constrained_cascade_of_the_last_layer():
     assert cascade_bound(stream, reports).value is not None
     found = cascade_bound(stream, reports[:-1])
     assert found.value is None and "2, whose response is the output" in found.reason
+
+
+@pytest.mark.parametrize("follows", [(), ("relu",) * 3])
+def test_a_cascade_on_sampled_rows_has_no_direct_bound(follows):
+    """Its last program holds on the rows it was given, the outputs are measured on all."""
+    chain, inputs = random_chain(0, follows=follows, bias=True)
+    options = {"relative_epsilon": 0.1, "tolerance": 1e-3, "violation_tolerance": 1e-5}
+    options["solver"] = "admm"
+    whole = retrain.net_trim(chain, inputs, **options)
+    assert whole.bounds["calibration"].direct is not None
+    last = ChainStream(chain, inputs).layers[-1]
+    memory = 60.5 * 1e9 / rows_within(last, 1e9, 8)
+    part = retrain.net_trim(chain, inputs, memory=memory, **options)
+    last = part.layers[-1]
+    assert last.certified
+    assert last.rows < last.total_rows == len(inputs)
+    assert part.bounds["calibration"].direct is None
+    assert part.bound is not None
+
+
+def test_a_cascade_on_as_many_sampled_rows_as_samples_has_no_direct_bound():
+    """Tokens are more rows than samples: as many as samples are still not all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    tokens = np.random.default_rng(0).normal(size=(30, 4, 6)).astype(np.float32)
+    stream = TorchStream(model, tokens)
+    last = stream.layers[-1]
+    memory = 30.5 * 1e9 / rows_within(last, 1e9, 4)
+    run = retrain.net_trim(model, tokens, memory=memory, layers=[last.name], solver="admm")
+    (report,) = run.layers
+    assert report.certified
+    assert (report.rows, report.total_rows) == (30, 120)
+    assert run.bounds["calibration"].direct is None
 
 
 @pytest.mark.parametrize("seed", range(3))

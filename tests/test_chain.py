@@ -95,6 +95,17 @@ def test_sampled_rows_are_slices_of_all_rows():
     assert sample_rows(50, 50, seed=3) is None
 
 
+@pytest.mark.parametrize(("count", "limit"), [(50, 49), (50, 13), (2, 1), (10_000, 5_000)])
+def test_sampled_rows_are_different_ones_in_order(count, limit):
+    """A row drawn twice would stand for one that the certificate then says it covers."""
+    for seed in range(5):
+        rows = sample_rows(count, limit, seed)
+        assert rows.shape == (limit,)
+        assert (np.diff(rows) > 0).all()
+        assert rows[0] >= 0 and rows[-1] < count
+        np.testing.assert_array_equal(rows, sample_rows(count, limit, seed))
+
+
 def test_torch_chain_equals_numpy_chain():
     chain, x = make_chain(), make_inputs()
     twin = Chain(tuple(torch.from_numpy(w) for w in chain.weights), chain.biases)

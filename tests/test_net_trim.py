@@ -6,7 +6,11 @@ from itertools import pairwise
 import joblib
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from retrain.adapters.stream import TorchStream
+from retrain.bounds import discrepancy
 from retrain.chain import Chain, ChainStream, activate, forward
 from retrain.methods.net_trim import net_trim, rows_within
 from retrain.methods.net_trim_options import NetTrimOptions
@@ -124,6 +128,23 @@ def test_absolute_epsilon_and_its_link_normalised_reading():
     scales = np.cumprod([np.abs(w[:-1]).sum() for w in stream.dense.weights])
     for name, scale in zip("012", scales, strict=True):
         assert linked[name].report.details["epsilon"] == pytest.approx(1e-4 * scale)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_groups_of_a_layer_share_its_epsilon(groups):
+    """sqrt(groups (epsilon / sqrt(groups))^2): together they move as far as one layer may."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=groups), nn.ReLU(), nn.Flatten())
+    x = np.random.default_rng(0).normal(size=(20, 4, 5, 5)).astype(np.float32)
+    stream = TorchStream(model, x)
+    options = {"scheme": "parallel", "relative_epsilon": None}
+    report = run(stream, epsilon=3.0, tolerance=1e-3, violation_tolerance=1e-5, **options)["0"]
+    report = report.report
+    assert report.certified
+    assert report.details["epsilon"] == pytest.approx(3.0)
+    moved = discrepancy(stream, "0")
+    # All of it is used: a smaller ball would leave weights that could have gone.
+    assert 0.95 * 3.0 <= moved <= 3.0 * (1 + 1e-4)
 
 
 def test_penalties_and_a_penalised_bias():

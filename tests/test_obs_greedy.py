@@ -192,6 +192,14 @@ def test_mask_is_respected_and_bias_is_free():
         first = path.order[unit, : forbidden[unit]]
         np.testing.assert_array_equal(first, np.flatnonzero(~allowed[:, unit]))
         assert 8 not in path.order[unit]
+    exact = removal_path(problem, damping=0.0)
+    for unit in range(3):
+        kept = np.ones(9, dtype=bool)
+        for step, p in enumerate(exact.order[unit]):
+            kept[p] = False
+            # What the mask demands costs what it costs, like what is chosen.
+            wanted = exact_unit_loss(inputs, weight[:, unit], kept)
+            assert exact.loss[unit, step + 1] == pytest.approx(wanted, rel=1e-8)
     for pattern in (per_layer(0.0), per_layer(0.7), per_unit(0.5), n_of_m(2, 4)):
         result = prune_greedy(problem, pattern)
         assert not np.any(result.weight[~allowed]) and np.all(result.kept[-1])

@@ -84,6 +84,41 @@ def test_slower_penalty_takes_more_iterations():
     assert np.all(np.diff(fast.history["rho"]) > 0) and fast.history["moved"][-1] == 0
 
 
+@pytest.mark.parametrize("iterations", [1, 3, 5, 6, 9])
+def test_no_iteration_more_or_less_than_asked_for(iterations):
+    problem, _ = both(4)
+    found = admm_support(problem, per_layer(0.7), max_iterations=iterations, pace=1e-3)
+    assert f"after {iterations} iterations" in found.status
+    assert len(found.history["moved"]) == len(found.history["rho"]) == iterations // 3
+
+
+@pytest.mark.parametrize("pace", [0.02, 0.05])
+def test_the_penalty_grows_the_faster_the_more_moves(pace):
+    """By 1 + 3 pace where a tenth of the support moved, 1 + 2 pace, at last 1 + pace."""
+    inputs, weight = correlated(12, n_in=60, n_out=60, samples=300)
+    found = admm_support(problem_of(inputs, weight), per_layer(0.7), pace=pace, rho=0.02)
+    moved, rho = (np.array(found.history[name]) for name in ("moved", "rho"))
+    assert rho[0] == 0.02
+    times = np.where(moved >= 0.1, 3, np.where(moved >= 0.005, 2, 1))[:-1]
+    assert set(times) == {1, 2, 3}
+    np.testing.assert_allclose(rho[1:] / rho[:-1], 1 + pace * times, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", [admm_support, prune_large])
+def test_units_that_lose_nothing_are_returned_as_they_came(method):
+    """To the last bit: neither the scaling nor the refit may touch them."""
+    problem, _ = both(13)
+    np.testing.assert_array_equal(method(problem, per_layer(0.0)).weight, problem.weight)
+    inputs, weight = correlated(13, n_in=24, n_out=6, samples=200)
+    weight[:, ::2] *= np.tile([True, False, True, False], 6)[:, None]
+    sparse = problem_of(inputs, weight)
+    result = method(sparse, n_of_m(2, 4))
+    np.testing.assert_array_equal(result.weight[:, ::2], weight[:, ::2])
+    assert np.all(
+        result.weight[:, 1::2][result.kept[:, 1::2]] != weight[:, 1::2][result.kept[:, 1::2]]
+    )
+
+
 @pytest.mark.parametrize("block", [1, 5, 6, 128])
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (4, 8), (1, 4), (2, 3)])
 def test_groups_do_not_restart_with_each_block(block, keep, group):

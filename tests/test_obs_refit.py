@@ -76,6 +76,19 @@ def test_cg_ends_after_as_many_steps_as_there_are_weights():
     assert len(result.history["residual"]) <= kept.sum(axis=0).max() + 2
 
 
+def test_cg_does_not_mind_the_scale_of_the_inputs():
+    """What the preconditioner is for: its steps are those of the inputs at one scale."""
+    inputs, weight = correlated(9, n_in=12, samples=400)
+    kept = magnitude(weight, 0.5)
+    plain = refit_cg(problem_of(inputs, weight), kept, damping=0.0, tolerance=1e-7)
+    scales = 10.0 ** np.linspace(-4, 4, 12)
+    scaled = problem_of(inputs * scales, weight / scales[:, None])
+    result = refit_cg(scaled, kept, damping=0.0, tolerance=1e-7)
+    assert result.status == "done"
+    assert len(result.history["residual"]) <= len(plain.history["residual"]) + 6
+    np.testing.assert_allclose(result.weight * scales[:, None], plain.weight, rtol=1e-3, atol=1e-3)
+
+
 def test_cg_says_when_it_stops_early_and_is_feasible_then():
     inputs, weight = correlated(4, n_in=40, samples=300)
     kept = magnitude(weight, 0.5)

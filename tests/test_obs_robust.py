@@ -201,6 +201,8 @@ def test_unknown_methods_and_patterns_are_refused_by_name():
         (np.ones((3, 2)), -np.eye(3), {}, "hessian: has a negative diagonal"),
         (np.ones((2, 2)), np.array([[0.0, 1], [1, 1]]), {}, "hessian: a zero on the diagonal"),
         (np.ones((3, 2)), np.eye(3), {"free_rows": [3]}, "free_rows: row 3 of a weight with 3"),
+        (np.ones((3, 2)), np.eye(3), {"free_rows": [9]}, "free_rows: row 9 of a weight with 3"),
+        (np.ones((3, 2)), np.eye(3), {"free_rows": [-4]}, "free_rows: row -4 of a weight with 3"),
         (np.ones((3, 2)), np.eye(3), {"allowed": np.ones((3, 2))}, r"allowed: wanted bool"),
         (
             np.ones((3, 2)), np.eye(3),

@@ -20,6 +20,7 @@ from solvers.obs import (
     prune_swaps,
     whole_inputs,
 )
+from solvers.obs.swaps import _swap
 
 
 def random_support(seed, weight, pattern, allowed=None, prunable=None):
@@ -150,6 +151,23 @@ def test_limits_are_reported():
     assert few.status == "swaps left; raise max_swaps" and few.history["swaps"] == [4]
     none = improve(problem, start, pattern, max_swaps=0, max_rounds=0)
     np.testing.assert_array_equal(none.kept, start)
+    assert (none.history["swaps"], none.history["exchanges"]) == ([0], [0])
+    once = improve(problem, start, pattern, max_rounds=1)
+    assert 0 < once.history["exchanges"][0] <= 2  # four units, each once
+    assert len(once.history["loss"]) == 2
+
+
+@pytest.mark.parametrize(("leaver", "enterer"), [(0.5, 1.0), (0.0, 1.0), (-0.5, -1.0), (-0.5, 0.0)])
+def test_a_swap_on_lost_digits_is_not_made(leaver, enterer):
+    """A kept weight's diagonal is negative, a removed one's positive; the kernel's own check."""
+    diagonal = np.array([leaver, enterer])
+    table, line = np.array([[-leaver, 1.0]]), np.array([1.0, 2.0])
+    bounds = np.zeros(2, dtype=np.int64), np.full(2, 2)
+    support, kept, movable = np.array([0]), np.array([True, False]), np.ones(2, dtype=bool)
+    state = (np.eye(2), table, line, diagonal, support, kept, movable)
+    done, loss = _swap(*state, *bounds, 1, 3.0, 0.0)
+    assert (done, loss) == (-1, 3.0)
+    np.testing.assert_array_equal(kept, [True, False])
 
 
 def test_refusals():

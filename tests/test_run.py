@@ -3,10 +3,13 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
 import retrain
 from retrain.chain import Chain
@@ -126,6 +129,17 @@ def test_a_huge_record_is_not_read(tmp_path):
         read_record(tmp_path)
 
 
+def test_a_record_of_the_largest_size_is_read(tmp_path, monkeypatch):
+    file = tmp_path / "run.json"
+    file.write_bytes(json_bytes({"format": 1}))
+    size = file.stat().st_size
+    monkeypatch.setattr("retrain.run._LARGEST_RECORD", size)
+    assert read_record(tmp_path) == {"format": 1}
+    monkeypatch.setattr("retrain.run._LARGEST_RECORD", size - 1)
+    with pytest.raises(ValueError, match="too large"):
+        read_record(tmp_path)
+
+
 def test_no_record(tmp_path):
     with pytest.raises(ValueError, match=r"holds no run\.json"):
         read_record(tmp_path)
@@ -170,6 +184,27 @@ def test_a_finished_layer_is_read_not_solved(run):
     again = repeat(run)
     assert again.model.weights[0][0, 0] == 0.625
     assert load_file(run / "model.safetensors")["0"][0, 0] == 0.625
+
+
+def test_only_what_is_missing_is_done_again(run):
+    """Also where a later layer is there: a parallel run finishes them in any order."""
+    first, second = (run / "layers" / f"00{index}.safetensors" for index in (0, 1))
+    before, stamp = first.read_bytes(), second.stat().st_mtime_ns
+    first.unlink()
+    repeat(run)
+    assert second.stat().st_mtime_ns == stamp
+    assert len(first.read_bytes()) == len(before)
+
+
+def test_a_layer_that_must_stay_hides_no_finished_one(tmp_path):
+    model = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
+    x = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float32)
+    retrain.net_trim(model, x, out=tmp_path)
+    files = sorted((tmp_path / "layers").iterdir())
+    stamps = [file.stat().st_mtime_ns for file in files]
+    assert len(files) == 2
+    retrain.net_trim(model, x, out=tmp_path)
+    assert [file.stat().st_mtime_ns for file in files] == stamps
 
 
 SPOILT = {
@@ -272,6 +307,24 @@ def test_a_failed_write_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
     assert error.value.filename == str(file)
     assert file.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_process_left_of_the_same_file_is_removed(tmp_path):
+    """Also where no run directory sweeps: beside verify.json, search.json, the demo's network."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    file = tmp_path / "a[1].json"
+    stale = tmp_path / f".a[1].json.{ended.pid}.tmp"
+    kept = [
+        tmp_path / f".a[1].json.{os.getppid()}.tmp",  # of a process that may still write it
+        tmp_path / f".a1.json.{ended.pid}.tmp",
+        tmp_path / ".a[1].json.notes.tmp",
+    ]
+    for path in (stale, *kept):
+        path.write_text("half")
+    write_whole(file, b"whole")
+    assert file.read_bytes() == b"whole"
+    assert sorted(tmp_path.iterdir()) == sorted([file, *kept])
 
 
 def test_a_directory_that_cannot_be_written_is_an_os_error(tmp_path, monkeypatch):
