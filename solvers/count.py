@@ -39,6 +39,8 @@ _NEAREST = 1e-6  # relative change of lambda below which counts are not told apa
 _STRIDE = math.log(4.0)
 _WIDEST = math.log(1e6)  # of lambda, either way from where the search begins
 _SMALL_RADIUS = 0.05  # where an exact fit's search begins, relative to the targets
+_SMALLEST_RADIUS = 1e-4  # below, a fit counts as exact
+_LEAST_WEIGHT = 1e-250  # of lambda: places stay where exponentials are finite
 _FINER = 0.3  # part of the tolerance for (11), whose objective has the fit beside the penalty
 _FINEST = 0.1  # the same again, for an answer that is not certified with the first
 _SMALLEST_SHARE, _SMALLEST = 100, 8  # zeros that may be set: one in 100 weights, or 8
@@ -294,7 +296,8 @@ def _first_place(program: Program, size: float) -> float:
         return -math.log(program.fit_weight)
     if program.penalty.separable:
         return -math.log(_first_weight(program, size))
-    return math.log(program.epsilon if program.epsilon > 0 else _SMALL_RADIUS * size)
+    exact = program.epsilon < _SMALLEST_RADIUS * size
+    return math.log(_SMALL_RADIUS * size if exact else program.epsilon)
 
 
 def _regularised(program: ConstrainedProgram, fit_weight: float) -> RegularisedProgram:
@@ -306,9 +309,11 @@ def _regularised(program: ConstrainedProgram, fit_weight: float) -> RegularisedP
 def _first_weight(program: ConstrainedProgram, size: float) -> float:
     """|W|_1 / epsilon^2, which weighs penalty and fit alike; without old weights by scale alone."""
     xp = array_namespace(program.inputs)
-    epsilon = program.epsilon if program.epsilon > 0 else _SMALL_RADIUS * size
+    # An epsilon that is nothing, or next to it, is no place to look for a number of zeros from.
+    exact = program.epsilon < _SMALLEST_RADIUS * size
+    epsilon = _SMALL_RADIUS * size if exact else program.epsilon
     penalty = float(xp.sum(program._old_penalty()))
     if penalty == 0:
         inputs = float(xp.sqrt(xp.sum(xp.astype(program.inputs, xp.float64) ** 2)))
         penalty = size * math.sqrt(len(program.penalised) * program.shape[2]) / (inputs or 1.0)
-    return penalty / epsilon**2
+    return min(max(penalty / epsilon / epsilon, _LEAST_WEIGHT), 1 / _LEAST_WEIGHT)
