@@ -230,7 +230,6 @@ class _Best:
     ) -> np.ndarray:
         """Judge the current point, keep what is better, and tell which units are certified."""
         program = self.program
-        xp = array_namespace(program.inputs)
         weight = self.scaling.weight_back(state.w)
         for scaled in _multipliers(splitting, state):
             multiplier = self.scaling.multiplier_back(scaled)
@@ -251,7 +250,7 @@ class _Best:
 
     @property
     def unreachable(self) -> np.ndarray:
-        """Which units (or, shape (), whether the layer) have a bound that no weights of use have."""
+        """Tell which units (shape (): whether the layer) have a bound no weights of use have."""
         return np.asarray(self._bound > self.far)
 
     def row(self, iteration: int) -> dict[str, float]:

@@ -44,6 +44,7 @@ _LEAST_WEIGHT = 1e-250  # of lambda: places stay where exponentials are finite
 _FINER = 0.3  # part of the tolerance for (11), whose objective has the fit beside the penalty
 _FINEST = 0.1  # the same again, for an answer that is not certified with the first
 _SMALLEST_SHARE, _SMALLEST = 100, 8  # zeros that may be set: one in 100 weights, or 8
+_FARTHER = 4  # times as many, once the search has come to an end beside the count
 _FEW, _FEW_SHARE = 16, 16  # units of the first search, and one in so many
 
 
@@ -177,7 +178,10 @@ def _finish(program: Program, search: _Search, found: list[PathPoint], zeros: in
     """Choose the nearest point, set what is left to set, and see to its certificate."""
     best = min(found, key=lambda point: abs(point.zeros - zeros))
     for finer in (_FINEST, None):
-        exact = None if best.zeros == zeros else _set_smallest(search, found, zeros, program)
+        exact = None
+        if best.zeros != zeros:
+            # The search is over: from farther away too, the certificate tells whether it may be.
+            exact = _set_smallest(search, found, zeros, program, _FARTHER)
         final = _settled(program, best, search.limits) if exact is None else exact
         if final.result.status is Status.SOLVED or finer is None:
             break
@@ -222,14 +226,14 @@ def _slack(counted: np.ndarray, program: Program) -> int:
 
 
 def _set_smallest(
-    search: _Search, found: list[PathPoint], zeros: int, program: Program
+    search: _Search, found: list[PathPoint], zeros: int, program: Program, farther: int = 1
 ) -> PathPoint | None:
     """Set the smallest weights of the nearest point with too few zeros to zero.
 
     None where there is no such point near enough, or the certificate of no outcome holds; nor for a
     penalty whose zeros come in groups.
     """
-    slack = _slack(search.counted, program) if program.penalty.separable else 0
+    slack = farther * _slack(search.counted, program) if program.penalty.separable else 0
     near = [point for point in reversed(found) if 0 < zeros - point.zeros <= slack]
     for point in sorted(near, key=lambda point: zeros - point.zeros):
         weight = to_numpy(point.result.weight).copy()

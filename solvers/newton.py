@@ -271,8 +271,9 @@ class _Finish:
             floor = 1e-6 * np.broadcast_to(old, (n_out,))
         sizes = np.where(sizes > 0, sizes, program._scale_floor())
         points = Points.at(u, nu, _PROXIMAL / rho, _PROXIMAL * tau)
-        settings = limits, max_steps, threads, [], far(given)
-        return _Finish(given, scaling, shared, floor, sizes, points, *settings)
+        return _Finish(
+            given, scaling, shared, floor, sizes, points, limits, max_steps, threads, [], far(given)
+        )
 
     def run(self, slack: float, share: float, units: np.ndarray | None = None) -> None:
         """Solve all units, or those named, to a share of the tolerances."""

@@ -21,7 +21,7 @@ _FAR = 1e6  # larger: fewer programs are told to be unreachable; smaller: hard o
 
 
 def far(program: Program) -> np.ndarray:
-    """Objective that no weights of use have: of the layer (constrained) or by unit (regularised)."""
+    """Return an objective that no weights of use have: the layer's, or each unit's in form (11)."""
     xp = array_namespace(program.inputs)
     wide = xp.astype(program.inputs, xp.float64)
     lengths = xp.sqrt(xp.sum(wide * wide, axis=0))

@@ -38,8 +38,8 @@ _REMEDY = {
     ),
     Status.UNREACHABLE: (
         "the dual bound proves that only weights of a million times the usual objective, if any, "
-        "come within epsilon of the targets and under the ceilings: raise epsilon to 1 + 2 v times what "
-        "it is (to 2 v |Y| if it is 0), v the ball_violation that solve_newton's certificate "
+        "come within epsilon of the targets and under the ceilings: raise epsilon to 1 + 2 v times "
+        "what it is (to 2 v |Y| if it is 0), v the ball_violation that solve_newton's certificate "
         "shows, or raise the ceilings"
     ),
     Status.NUMERICAL_ERROR: (

@@ -17,9 +17,8 @@ All sizes are powers of two, so that scaling rounds nothing: data (aX, bY) with 
 lead to the same iterates, bit by bit. Programs and certificates stay in the caller's units.
 
 **Sizes.** The reference is the root mean square of the columns' norms, rounded to a power of two. A
-column within a factor of 32 of it has its size: there, sizes of their own gain nothing (measured on
-pixels, ReLU features and correlated inputs), and the penalty stays unweighted. Others have their own
-norm, likewise rounded.
+column within a factor of 32 of it has its size: there, sizes of their own gain nothing, and the
+penalty stays unweighted. Others have their own norm, likewise rounded.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ class Scaling:
             factor = like(sizes.columns / response, program.inputs)[:, None]
             old = xp.clip(xp.astype(old, xp.float64) * factor, -_LARGEST_FIRST, _LARGEST_FIRST)
             old = xp.astype(old, program.inputs.dtype)
-        form = (
+        form: dict[str, Any] = (
             {"epsilon": _held(program.epsilon / response)}
             if isinstance(program, ConstrainedProgram)
             else {"fit_weight": _held(program.fit_weight * sizes.reference * response)}

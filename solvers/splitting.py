@@ -344,7 +344,7 @@ def _relax(z, q, level, active, shrinkage, alpha):  # type: ignore[no-untyped-de
 
 
 def start(splitting: Splitting, factor: Factor, warm_start: SolveResult | None) -> State:
-    """First point: the warm start's, in a solver's units, or the old weights, which are feasible."""
+    """First point: the warm start's, in a solver's units, or the old weights', often feasible."""
     program = splitting.program
     xp = array_namespace(splitting.inputs)
     n_samples, n_in, n_out = program.shape
