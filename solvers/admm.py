@@ -37,7 +37,9 @@ from solvers.program import (
     Program,
     RegularisedProgram,
 )
+from solvers.reach import far
 from solvers.result import Certificate, SolveResult, judge
+from solvers.scaling import Scaling
 from solvers.splitting import Factor, Progress, Splitting, State, advance, prepare, start
 
 Array = Any
@@ -114,9 +116,10 @@ def solve_admm(
     started = time.perf_counter()
 
     dtype = program.inputs.dtype
-    splitting = _splitting(program, factor, dtype)
-    progress = Progress(start(splitting, factor, warm_start))
-    best = _Best(program)
+    scaling = Scaling.of(program, factor.sizes)
+    splitting = _splitting(scaling, factor, dtype)
+    progress = Progress(start(splitting, factor, scaling.warm_start(warm_start)))
+    best = _Best(program, scaling)
     history: list[dict[str, float]] = []
     check_at = _FIRST_CHECK
     while progress.iteration < max_iterations:
@@ -126,11 +129,11 @@ def solve_admm(
             break
         certified = best.offer(splitting, progress.state, tolerance, violation_tolerance)
         history.append(best.row(progress.iteration))
-        if bool(np.all(certified)):
+        if bool(np.all(certified | best.unreachable)):
             break
         if dtype != xp.float64 and _stalled(history, tolerance, violation_tolerance):
             dtype = xp.float64
-            splitting = _splitting(program, factor, dtype)
+            splitting = _splitting(scaling, factor, dtype)
             progress = replace(progress, state=progress.state.astype(dtype))
         check_at += max(25, min(progress.iteration // 4, 250))
 
@@ -142,28 +145,34 @@ def solve_admm(
     return SolveResult(
         weight=best.weight,
         multiplier=best.multiplier,
-        status=judge(certified, finite=finite, exhausted=progress.iteration >= max_iterations),
+        status=judge(
+            certified,
+            finite=finite,
+            exhausted=progress.iteration >= max_iterations,
+            unreachable=bool(np.any(best.unreachable & ~certified)),
+        ),
         certificate=certificate,
         certified=certified,
         iterations=progress.iteration,
         solver="admm",
         setup_seconds=0.0 if reused else factor.seconds,
         solve_seconds=time.perf_counter() - started,
-        penalty_parameter=progress.state.rho,
+        penalty_parameter=scaling.penalty_parameter_back(progress.state.rho),
         history=tuple(history),
     )
 
 
-def _splitting(program: Program, factor: Factor, dtype: Any) -> Splitting:
+def _splitting(scaling: Scaling, factor: Factor, dtype: Any) -> Splitting:
     """Build the splitting, with the relaxation and the emphasis of the module's docstring."""
+    program = scaling.program
     xp = array_namespace(program.inputs)
     if not isinstance(program, RegularisedProgram):
         tuning = {"relaxation": _RELAXATION_BALL, "emphasis": _EMPHASIS_BALL}
-        return Splitting.build(program, factor, dtype, **tuning)
+        return Splitting.build(scaling, factor, dtype, **tuning)
     ceilings = xp.any(~program.active, axis=0)
     one = xp.ones(ceilings.shape, dtype=xp.float64, device=device(program.inputs))
     emphasis = xp.where(ceilings, _EMPHASIS_CEILING * one, one)
-    return Splitting.build(program, factor, dtype, emphasis=emphasis)
+    return Splitting.build(scaling, factor, dtype, emphasis=emphasis)
 
 
 def check_limits(tolerance: float, violation_tolerance: float, max_iterations: int) -> None:
@@ -207,8 +216,10 @@ class _Best:
     the regularised form both are kept unit by unit.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, scaling: Scaling) -> None:
         self.program = program
+        self.scaling = scaling
+        self.far = far(program)
         self.weight: Array = None
         self.multiplier: Array = None
         self.certificate: Certificate
@@ -219,9 +230,9 @@ class _Best:
     ) -> np.ndarray:
         """Judge the current point, keep what is better, and tell which units are certified."""
         program = self.program
-        xp = array_namespace(program.inputs)
-        weight = xp.astype(state.w, program.inputs.dtype)
-        for multiplier in _multipliers(splitting, state, weight):
+        weight = self.scaling.weight_back(state.w)
+        for scaled in _multipliers(splitting, state):
+            multiplier = self.scaling.multiplier_back(scaled)
             bound = program.dual_bound(multiplier)
             if self.multiplier is None:
                 self.multiplier, self._bound = multiplier, bound
@@ -236,6 +247,11 @@ class _Best:
             self.weight = _choose(done, self.weight, weight)
         self.certificate = program.certificate_beside(self.weight, self._bound)
         return self.certificate.within(tolerance, violation_tolerance)
+
+    @property
+    def unreachable(self) -> np.ndarray:
+        """Tell which units (shape (): whether the layer) have a bound no weights of use have."""
+        return np.asarray(self._bound > self.far)
 
     def row(self, iteration: int) -> dict[str, float]:
         """One line of the history: the worst unit's gap and violation."""
@@ -252,8 +268,8 @@ def _choose(mask: np.ndarray, first: Array, second: Array) -> Array:
     return xp.where(like(np.asarray(mask), first), first, second)
 
 
-def _multipliers(splitting: Splitting, state: State, weight: Array) -> list[Array]:
-    """Candidates for the certificate's bound.
+def _multipliers(splitting: Splitting, state: State) -> list[Array]:
+    """Candidates for the certificate's bound, in the solver's units.
 
     ADMM's own and, in the regularised form, the same with the fit's exact gradient on Omega.
     """
@@ -262,9 +278,7 @@ def _multipliers(splitting: Splitting, state: State, weight: Array) -> list[Arra
     program: LayerProgram = splitting.program
     if not isinstance(program, RegularisedProgram):
         return [own]
-    gradient = (
-        2
-        * program.fit_weight
-        * (splitting.inputs @ xp.astype(weight, state.q.dtype) - splitting.level)
-    )
+    # What is returned, as the program's dtype rounds it.
+    weight = xp.astype(xp.astype(state.w, program.inputs.dtype), state.q.dtype)
+    gradient = 2 * program.fit_weight * (splitting.inputs @ weight - splitting.level)
     return [own, xp.where(program.active, gradient, own)]

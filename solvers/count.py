@@ -39,9 +39,12 @@ _NEAREST = 1e-6  # relative change of lambda below which counts are not told apa
 _STRIDE = math.log(4.0)
 _WIDEST = math.log(1e6)  # of lambda, either way from where the search begins
 _SMALL_RADIUS = 0.05  # where an exact fit's search begins, relative to the targets
+_SMALLEST_RADIUS = 1e-4  # below, a fit counts as exact
+_LEAST_WEIGHT = 1e-250  # of lambda: places stay where exponentials are finite
 _FINER = 0.3  # part of the tolerance for (11), whose objective has the fit beside the penalty
 _FINEST = 0.1  # the same again, for an answer that is not certified with the first
 _SMALLEST_SHARE, _SMALLEST = 100, 8  # zeros that may be set: one in 100 weights, or 8
+_FARTHER = 4  # times as many, once the search has come to an end beside the count
 _FEW, _FEW_SHARE = 16, 16  # units of the first search, and one in so many
 
 
@@ -175,7 +178,10 @@ def _finish(program: Program, search: _Search, found: list[PathPoint], zeros: in
     """Choose the nearest point, set what is left to set, and see to its certificate."""
     best = min(found, key=lambda point: abs(point.zeros - zeros))
     for finer in (_FINEST, None):
-        exact = None if best.zeros == zeros else _set_smallest(search, found, zeros, program)
+        exact = None
+        if best.zeros != zeros:
+            # The search is over: from farther away too, the certificate tells whether it may be.
+            exact = _set_smallest(search, found, zeros, program, _FARTHER)
         final = _settled(program, best, search.limits) if exact is None else exact
         if final.result.status is Status.SOLVED or finer is None:
             break
@@ -220,14 +226,14 @@ def _slack(counted: np.ndarray, program: Program) -> int:
 
 
 def _set_smallest(
-    search: _Search, found: list[PathPoint], zeros: int, program: Program
+    search: _Search, found: list[PathPoint], zeros: int, program: Program, farther: int = 1
 ) -> PathPoint | None:
     """Set the smallest weights of the nearest point with too few zeros to zero.
 
     None where there is no such point near enough, or the certificate of no outcome holds; nor for a
     penalty whose zeros come in groups.
     """
-    slack = _slack(search.counted, program) if program.penalty.separable else 0
+    slack = farther * _slack(search.counted, program) if program.penalty.separable else 0
     near = [point for point in reversed(found) if 0 < zeros - point.zeros <= slack]
     for point in sorted(near, key=lambda point: zeros - point.zeros):
         weight = to_numpy(point.result.weight).copy()
@@ -294,7 +300,8 @@ def _first_place(program: Program, size: float) -> float:
         return -math.log(program.fit_weight)
     if program.penalty.separable:
         return -math.log(_first_weight(program, size))
-    return math.log(program.epsilon if program.epsilon > 0 else _SMALL_RADIUS * size)
+    exact = program.epsilon < _SMALLEST_RADIUS * size
+    return math.log(_SMALL_RADIUS * size if exact else program.epsilon)
 
 
 def _regularised(program: ConstrainedProgram, fit_weight: float) -> RegularisedProgram:
@@ -306,9 +313,11 @@ def _regularised(program: ConstrainedProgram, fit_weight: float) -> RegularisedP
 def _first_weight(program: ConstrainedProgram, size: float) -> float:
     """|W|_1 / epsilon^2, which weighs penalty and fit alike; without old weights by scale alone."""
     xp = array_namespace(program.inputs)
-    epsilon = program.epsilon if program.epsilon > 0 else _SMALL_RADIUS * size
+    # An epsilon that is nothing, or next to it, is no place to look for a number of zeros from.
+    exact = program.epsilon < _SMALLEST_RADIUS * size
+    epsilon = _SMALL_RADIUS * size if exact else program.epsilon
     penalty = float(xp.sum(program._old_penalty()))
     if penalty == 0:
         inputs = float(xp.sqrt(xp.sum(xp.astype(program.inputs, xp.float64) ** 2)))
         penalty = size * math.sqrt(len(program.penalised) * program.shape[2]) / (inputs or 1.0)
-    return penalty / epsilon**2
+    return min(max(penalty / epsilon / epsilon, _LEAST_WEIGHT), 1 / _LEAST_WEIGHT)

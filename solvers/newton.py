@@ -34,7 +34,9 @@ from solvers.newton_block import solve_block
 from solvers.newton_work import Points, Shared, Units, Work, holds_single
 from solvers.penalties import L1, ElasticNet
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram
+from solvers.reach import far
 from solvers.result import Certificate, SolveResult, judge
+from solvers.scaling import Scaling
 from solvers.splitting import (
     Factor,
     Progress,
@@ -56,12 +58,13 @@ _METRIC, _RELAXATION = 4.0, 1.8  # as they serve best from a distance
 _OWN_SHARE = 0.5  # a unit's own estimates are asked for this part of the tolerances
 _TIGHTER, _FINEST_SHARE = 0.1, 1e-5
 _REFINEMENTS = 5
-_ROOT_STEPS = 40
-_LONGEST = 3.0  # change of log s
+_ROOT_STEPS = 60
+_LONGEST, _DOUBLINGS = 3.0, 4  # change of log s, the first and how often it may double
 _INSIDE = 0.25  # of the room that there is inside the ball, where to aim
 _LEAST_ROOM, _MOST_ROOM = 1e-14, 0.04
 _USUAL_SLOPE = 0.7  # of log r over log s, until two points tell
 _FAR = 15.0  # a slack e^15 times the first looks like one without end
+_LARGEST_SLACK, _LONGEST_LOG, _TINY = 1e290, 667.0, 5e-324
 BLOCK = 32  # units whose products are taken together
 _KEPT = 2**28  # bytes of the units' Gram matrices that stay from one slack to the next
 _PROXIMAL = 30.0  # first sigma and tau, relative to what ADMM balanced
@@ -142,15 +145,19 @@ def solve_newton(
     reused = factor is not None
     factor = prepare(program.inputs) if factor is None else factor
     started = time.perf_counter()
-    single = _holds_single(program)
-    near = _near(program, max_iterations, warm_start, factor, single=single)
-    rho = near.rho
-    finish = _Finish.build(program, near, factor, limits, max_iterations, threads, single=single)
+    scaling = Scaling.of(program, factor.sizes)
+    single = _holds_single(scaling.program)
+    warm_start = scaling.warm_start(warm_start)
+    near = _near(scaling, max_iterations, warm_start, factor, single=single)
+    rho = scaling.penalty_parameter_back(near.rho)
+    finish = _Finish.build(
+        program, scaling, near, factor, limits, max_iterations, threads, single=single
+    )
     del near  # three arrays of the responses' size
-    if isinstance(program, ConstrainedProgram):
-        _solve_ball(program, finish)
+    if isinstance(scaling.program, ConstrainedProgram):
+        _solve_ball(scaling.program, finish)
     else:
-        _solve_units(program, finish)
+        _solve_units(scaling.program, finish)
     weight, multiplier, certificate = finish.judged()
     certified = certificate.within(tolerance, violation_tolerance)
     steps = int(finish.points.steps.max())
@@ -158,7 +165,12 @@ def solve_newton(
     return SolveResult(
         weight=weight,
         multiplier=multiplier,
-        status=judge(certified, finite=finite, exhausted=steps >= max_iterations),
+        status=judge(
+            certified,
+            finite=finite,
+            exhausted=steps >= max_iterations,
+            unreachable=bool(np.any((certificate.dual_bound > finish.far) & ~certified)),
+        ),
         certificate=certificate,
         certified=certified,
         iterations=steps,
@@ -171,7 +183,7 @@ def solve_newton(
 
 
 def _near(
-    program: Program,
+    scaling: Scaling,
     max_iterations: int,
     warm_start: SolveResult | None,
     factor: Factor,
@@ -183,10 +195,11 @@ def _near(
     In single precision where the data's range allows (`single`), which is enough for a start. Where
     even so an iterate is not finite, the start is where ADMM began.
     """
+    program = scaling.program
     xp = array_namespace(program.inputs)
     dtype = xp.float32 if single else program.inputs.dtype
     tau = metric(program, factor, _METRIC)
-    splitting = Splitting.build(program, factor, dtype, tau, _RELAXATION)
+    splitting = Splitting.build(scaling, factor, dtype, tau, _RELAXATION)
     first = BALL_STEPS if isinstance(program, ConstrainedProgram) else UNIT_STEPS
     steps = min(max_iterations, first if warm_start is None else WARM_STEPS)
     progress = Progress(start(splitting, factor, warm_start))
@@ -203,9 +216,13 @@ def _holds_single(program: Program) -> bool:
 
 @dataclass(eq=False)
 class _Finish:
-    """Runs the units, a block of them at a time, and has the program judge them."""
+    """Runs the units, a block of them at a time, and has the program judge them.
 
-    program: Program
+    `given` is the caller's program, `scaling` the same in the units of everything else here.
+    """
+
+    given: Program
+    scaling: Scaling
     shared: Shared
     floor: np.ndarray
     scale: np.ndarray
@@ -214,12 +231,14 @@ class _Finish:
     max_steps: int
     threads: int
     history: list[dict[str, float]]
+    far: np.ndarray
     verdict: tuple[Array, Array, Certificate] | None = None
     works: dict[int, Work] = field(default_factory=dict)
 
     @staticmethod
     def build(
-        program: Program,
+        given: Program,
+        scaling: Scaling,
         near: State,
         factor: Factor,
         limits: tuple[float, float],
@@ -229,13 +248,14 @@ class _Finish:
         single: bool,
     ) -> _Finish:
         """State what the units share in float64, and the points they start from."""
+        program = scaling.program
         _, n_in, n_out = program.shape
         inputs = to_numpy(program.inputs)
-        weight = np.zeros(n_in)
-        weight[program.penalised] = 1.0
+        weight = np.ones(n_in) if scaling.weights is None else scaling.weights.copy()
+        weight[list(program.free_rows)] = 0.0
         ridge = program.penalty.ridge if isinstance(program.penalty, ElasticNet) else 0.0
         gram = to_numpy(factor.gram) if len(inputs) >= n_in else None
-        shared = Shared.of(inputs, weight, ridge * weight, gram, single=single)
+        shared = Shared.of(inputs, weight, ridge * weight**2, gram, single=single)
         rho = np.broadcast_to(to_numpy(near.rho).astype(np.float64), (n_out,))
         tau = rho * metric(program, factor, _METRIC)
         u = np.ascontiguousarray(to_numpy(near.w).T, dtype=np.float64)
@@ -245,12 +265,15 @@ class _Finish:
         if isinstance(program, ConstrainedProgram):
             # One certificate for all: what a unit may miss is its share of the whole.
             sizes = np.full(n_out, np.linalg.norm(sizes) / math.sqrt(n_out))
-            floor = np.full(n_out, float(np.abs(u[:, program.penalised]).sum()) / n_out)
+            floor = np.full(n_out, float((np.abs(u) @ weight).sum()) / n_out)
         else:
-            floor = 1e-6 * np.broadcast_to(to_numpy(program._old_penalty()), (n_out,))
+            old = scaling.objective * to_numpy(given._old_penalty())
+            floor = 1e-6 * np.broadcast_to(old, (n_out,))
         sizes = np.where(sizes > 0, sizes, program._scale_floor())
         points = Points.at(u, nu, _PROXIMAL / rho, _PROXIMAL * tau)
-        return _Finish(program, shared, floor, sizes, points, limits, max_steps, threads, [])
+        return _Finish(
+            given, scaling, shared, floor, sizes, points, limits, max_steps, threads, [], far(given)
+        )
 
     def run(self, slack: float, share: float, units: np.ndarray | None = None) -> None:
         """Solve all units, or those named, to a share of the tolerances."""
@@ -280,7 +303,7 @@ class _Finish:
 
     def _units(self, block: np.ndarray) -> Units:
         """The data of some units."""
-        program = self.program
+        program = self.scaling.program
         support = program.support
 
         def rows(array: Array, dtype: type) -> np.ndarray:
@@ -298,22 +321,22 @@ class _Finish:
 
     def rounded(self) -> bool:
         """Tell whether float32 alone keeps points from their certificate: finer ones are vain."""
-        inputs = self.program.inputs
+        inputs = self.given.inputs
         if inputs.dtype != array_namespace(inputs).float32:
             return False
-        exact = like(np.ascontiguousarray(self.points.u.T), inputs)
-        certificate = self.program.certificate(exact, self.judged()[1])
+        sizes = self.scaling.sizes.columns / self.scaling.response
+        exact = like(np.ascontiguousarray((self.points.u / sizes).T), inputs)
+        certificate = self.given.certificate(exact, self.judged()[1])
         return bool(certificate.within(*self.limits).all())
 
     def judged(self) -> tuple[Array, Array, Certificate]:
         """Weights in the data's dtype, multipliers and the program's certificate of the two."""
         if self.verdict is not None:
             return self.verdict
-        inputs = self.program.inputs
-        dtype = to_numpy(inputs[:1, :1]).dtype
-        weight = like(np.ascontiguousarray(self.points.u.T, dtype=dtype), inputs)
-        multiplier = like(self.points.nu.T, inputs)
-        certificate = self.program.certificate(weight, multiplier)
+        scaling = self.scaling
+        weight = scaling.weight_back(like(np.ascontiguousarray(self.points.u.T), self.given.inputs))
+        multiplier = scaling.multiplier_back(like(self.points.nu.T, self.given.inputs))
+        certificate = self.given.certificate(weight, multiplier)
         self.history.append(
             {
                 "iteration": int(self.points.steps.max()),
@@ -326,14 +349,15 @@ class _Finish:
 
 
 def _solve_units(program: RegularisedProgram, finish: _Finish) -> None:
-    """Solve the units that are not certified, more tightly each time, until all are."""
+    """Solve the units that are not certified, more tightly each time, until all that can be are."""
     share, least = _OWN_SHARE, 0.5 * _TIGHTER * _OWN_SHARE
     for _ in range(_REFINEMENTS):
-        certified = finish.judged()[2].within(*finish.limits)
+        certificate = finish.judged()[2]
+        done = certificate.within(*finish.limits) | (certificate.dual_bound > finish.far)
         # What rounding to float32 adds may still fit beside a smaller error of the unit's own.
-        if certified.all() or (share < least and finish.rounded()):
+        if done.all() or (share < least and finish.rounded()):
             break
-        finish.run(1 / (2 * program.fit_weight), share, np.flatnonzero(~certified))
+        finish.run(1 / (2 * program.fit_weight), share, np.flatnonzero(~done))
         share *= _TIGHTER
 
 
@@ -345,13 +369,20 @@ def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> None:
     trail: list[tuple[float, float]] = []  # (log s, log(r / aim)) of finite slacks so far
     for _ in range(_ROOT_STEPS):
         finish.run(slack, share)
-        if finish.judged()[2].within(*finish.limits).all() or refined == _REFINEMENTS:
+        certificate = finish.judged()[2]
+        if certificate.within(*finish.limits).all() or refined == _REFINEMENTS:
             break
         residual = float(np.linalg.norm(finish.points.residual))
+        if not math.isfinite(residual):
+            break
+        if bool(certificate.dual_bound > finish.far):
+            if epsilon == 0:
+                _fit_best(finish, residual)
+            break
         if aim == epsilon > 0 and slack < math.inf:
             room = _room(finish, slack, epsilon)
             aim = epsilon * math.exp(-_INSIDE * room)
-        error = math.log(max(residual, 1e-300) / aim) if epsilon > 0 else 0.0
+        error = _log(residual) - _log(aim) if epsilon > 0 else 0.0
         settled = epsilon == 0 or (slack == math.inf and residual <= epsilon)
         if settled or abs(error) <= share * min(finish.limits[1], room):
             if finish.rounded():
@@ -365,7 +396,31 @@ def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> None:
                 # Where the objective is flat, residuals are less accurate than gaps are.
                 share = max(_TIGHTER * share, _FINEST_SHARE)
                 trail = trail[-1:]
-            slack = _next_slack(trail, tried_infinity=slack == math.inf)
+            before, slack = slack, _next_slack(trail, tried_infinity=slack == math.inf)
+            if slack == before:
+                break
+
+
+def _fit_best(finish: _Finish, residual: float) -> None:
+    """Where an exact fit is out of reach, find the best one, beside the multiplier that proves it.
+
+    At a slack s the bound is the penalty plus r^2 / s: beyond `far`, penalties weigh nothing.
+    """
+    proof = finish.points.nu.copy()
+    beyond = float(finish.far) * finish.scaling.objective
+    finish.run(_held(residual * residual / beyond), _OWN_SHARE)
+    finish.points.nu = proof
+    finish.verdict = None
+
+
+def _log(value: float) -> float:
+    """Logarithm of a number >= 0, that of the smallest positive one for 0."""
+    return math.log(max(value, _TINY))
+
+
+def _held(slack: float) -> float:
+    """Keep a slack above 0 and below infinity, where logarithms and quotients are finite."""
+    return min(max(slack, 1 / _LARGEST_SLACK), _LARGEST_SLACK)
 
 
 def _room(finish: _Finish, slack: float, epsilon: float) -> float:
@@ -375,7 +430,7 @@ def _room(finish: _Finish, slack: float, epsilon: float) -> float:
     delta epsilon |nu_Omega| to the gap, with |nu_Omega| = epsilon / s.
     """
     objective = float(np.sum(np.abs(finish.points.u) @ finish.shared.weight))
-    room = finish.limits[0] * objective * slack / epsilon**2
+    room = finish.limits[0] * objective * slack / epsilon / epsilon
     return min(max(room, _LEAST_ROOM), _MOST_ROOM)
 
 
@@ -385,7 +440,7 @@ def _first_slack(program: ConstrainedProgram, points: Points) -> float:
         return 0.0
     active = to_numpy(program.active).T
     force = math.hypot(*(np.linalg.norm(nu[on]) for nu, on in zip(points.nu, active, strict=True)))
-    return program.epsilon / force if force > 0 else program.epsilon**2
+    return _held(program.epsilon / force if force > 0 else program.epsilon * program.epsilon)
 
 
 def _plausible(trail: list[tuple[float, float]]) -> bool:
@@ -406,13 +461,32 @@ def _next_slack(trail: list[tuple[float, float]], *, tried_infinity: bool) -> fl
     below = max((s for s, e in trail if e < 0), default=-math.inf)
     above = min((s for s, e in trail if e > 0), default=math.inf)
     following = here - error / _USUAL_SLOPE
-    if len(trail) > 1 and trail[-1][1] != trail[-2][1] and here != trail[-2][0]:
+    if len(trail) > 1 and here != trail[-2][0]:
         before, error_before = trail[-2]
         slope = (error - error_before) / (here - before)
+        # Where r is flat, from far inside the ceilings to far beyond what can be fitted, steps
+        # double: a few of them reach a slack at which the bound proves that there is no root.
+        longest = _LONGEST * 2.0 ** min(len(trail) - 2, _DOUBLINGS)
         # r rises with s and |nu| = r / s falls: the slope lies in [0, 1].
-        step = -error / min(slope, 1.0) if slope > 0 else -math.copysign(_LONGEST, error)
-        following = here + min(max(step, -_LONGEST), _LONGEST)
-    if not below < following < above:
+        step = -error / min(slope, 1.0) if slope > 0 else -math.copysign(longest, error)
+        following = here + min(max(step, -longest), longest)
+    if not below < following < above or _slow(trail):
         following = (below + above) / 2 if math.isfinite(below + above) else here - 2 * error
-    far = following > trail[0][0] + _FAR and above == math.inf
-    return math.inf if far and not tried_infinity else math.exp(following)
+    endless = following > trail[0][0] + _FAR and above == math.inf
+    if endless and not tried_infinity:
+        return math.inf
+    return _held(math.exp(min(max(following, -_LONGEST_LOG), _LONGEST_LOG)))
+
+
+def _slow(trail: list[tuple[float, float]]) -> bool:
+    """Tell whether the last step halved neither the bracket there was before it nor the error."""
+
+    def width(part: list[tuple[float, float]]) -> float:
+        below = max((s for s, e in part if e < 0), default=-math.inf)
+        return min((s for s, e in part if e > 0), default=math.inf) - below
+
+    *earlier, (_, error) = trail
+    before = width(earlier)
+    if not math.isfinite(before):
+        return False
+    return width(trail) > 0.5 * before and abs(error) > 0.5 * min(abs(e) for _, e in earlier)

@@ -30,7 +30,8 @@ from solvers.newton_work import Points, Shared, Units, Work, precision_for
 
 _GROWTH = 5.0  # of sigma and tau after an outer step
 _STIFFEST = 1e11  # largest tau relative to where it started
-_FINEST = 1e-11  # of the optimality conditions in u, whose scale is 1
+_LOOSEST = 1e30  # the same of sigma, whose inverse counts for nothing long before
+_FINEST = 1e-11  # of the optimality conditions in u, relative to their boxes
 _INNER = 0.1  # of the smaller tolerance, which the optimality conditions in u are solved to
 _SOME = 1000  # samples that rounding is measured on
 _COARSE = 3e-5  # of gap and violation, that products in float32 are good for
@@ -72,7 +73,7 @@ def solve_block(
     rough = 2 * max(accuracy, _INNER * _COARSE)
     now = points.take(slice(None))
     now.u[~units.allowed] = 0.0
-    stiffest = now.tau * _STIFFEST
+    stiffest, loosest = now.tau * _STIFFEST, now.sigma * _LOOSEST
     centre_u, centre_nu = now.u.copy(), now.nu.copy()
     precision = precision_for(shared, slack, accuracy)
     fine = np.full(len(now.u), precision is np.float64)
@@ -133,7 +134,7 @@ def solve_block(
                 now.tau[b] /= _GROWTH**2
             elif not within[b]:
                 centre_u[b], centre_nu[b] = now.u[b], now.nu[b]
-                now.sigma[b] *= _GROWTH
+                now.sigma[b] = min(now.sigma[b] * _GROWTH, loosest[b])
                 now.tau[b] = min(now.tau[b] * _GROWTH, stiffest[b])
         lost = ~np.isfinite(z).all(axis=1)
         done = within | (now.steps >= max_steps) | (stalled >= _STALLED) | lost
@@ -155,7 +156,7 @@ def _duals(shared: Shared, nu: np.ndarray, fine: np.ndarray) -> np.ndarray:
 def _noise(
     shared: Shared, units: Units, b: int, u: np.ndarray, z: np.ndarray, slack: float
 ) -> float:
-    """How far the rounding of a unit's z moves X^T nu on Omega, where nu = (z - y) / s.
+    """How far the rounding of a unit's z moves X^T nu on Omega, where nu = (z - y) / s, by box.
 
     From some samples alone: sums of roundings grow with the root of their number.
     """
@@ -163,7 +164,7 @@ def _noise(
     inputs = shared.inputs[part]
     rounding = np.where(units.active[b, part], z[part] - inputs @ u, 0.0)
     growth = math.sqrt(len(z) / len(inputs))
-    return growth * float(np.abs(rounding @ inputs).max(initial=0.0)) / slack
+    return growth * float((np.abs(rounding @ inputs) / shared.box).max(initial=0.0)) / slack
 
 
 def _apart(

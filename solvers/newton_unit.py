@@ -101,8 +101,8 @@ class Inner:
         Their inputs.
     level, centre_nu : array, shape (|K|,)
         v and nu_k there.
-    weight, ridge, centre_u : array, shape (|W|,)
-        The penalty of each input, zero for a free one, and u_k.
+    weight, ridge, box, centre_u : array, shape (|W|,)
+        The penalty of each input, zero for a free one, what its dual is measured by, and u_k.
     fitted : array, shape (|W|, |W|)
         G.
     slope : float
@@ -119,6 +119,7 @@ class Inner:
     centre_nu: np.ndarray
     weight: np.ndarray
     ridge: np.ndarray
+    box: np.ndarray
     centre_u: np.ndarray
     fitted: np.ndarray
     slope: float
@@ -136,7 +137,7 @@ def minimise(
     accuracy: float,
     max_steps: int,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Minimise F over W from x, to `accuracy` in the optimality conditions.
+    """Minimise F over W from x, to `accuracy` of the boxes in the optimality conditions.
 
     Parameters
     ----------
@@ -165,7 +166,7 @@ def minimise(
         free = (x != 0) | (weight == 0)
         moving = free | (np.abs(gradient) > weight)
         force = np.where(moving, gradient + weight * theta, 0.0)
-        largest = float(np.max(np.abs(force), initial=0.0))
+        largest = float(np.max(np.abs(force) / inner.box, initial=0.0))
         lost = not math.isfinite(largest)
         if largest <= accuracy or steps >= max_steps or idle > _IDLE or lost:
             return x, z, steps

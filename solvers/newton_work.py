@@ -40,6 +40,8 @@ class Shared:
         X in float64.
     weight, ridge : array, shape (n_in,)
         The penalty of each input; both zero for a free one.
+    box : array, shape (n_in,)
+        What an input's dual is measured by: its weight, or the smallest weight for a free one.
     lengths : array, shape (n_in,)
         Norm of each input over the samples.
     exact : array, shape (n_samples, n_in)
@@ -53,6 +55,7 @@ class Shared:
     inputs: np.ndarray
     weight: np.ndarray
     ridge: np.ndarray
+    box: np.ndarray
     lengths: np.ndarray
     exact: np.ndarray
     single: np.ndarray | None
@@ -71,7 +74,9 @@ class Shared:
         inputs = np.ascontiguousarray(exact, dtype=np.float64)
         lengths = np.sqrt(np.einsum("ji,ji->i", inputs, inputs))
         rough = exact.astype(np.float32, copy=False) if single else None
-        return Shared(inputs, weight, ridge, lengths, exact, rough, gram)
+        # The projection that makes a free input's dual vanish moves the others' by as much.
+        box = np.where(weight > 0, weight, weight[weight > 0].min(initial=math.inf))
+        return Shared(inputs, weight, ridge, box, lengths, exact, rough, gram)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +225,7 @@ class Work:
             centre_nu[samples],
             shared.weight[self.inputs],
             shared.ridge[self.inputs],
+            shared.box[self.inputs],
             centre_u[self.inputs],
             self.fitted,
             0.0 if math.isinf(slack) else tau / (1 + tau * slack),
@@ -255,7 +261,7 @@ class Work:
         pushed[self.seen] = False
         self.extra |= pushed
         size = np.abs(c)
-        outside = units.allowed[b] & (size > shared.weight + accuracy)
+        outside = units.allowed[b] & (size > shared.weight + accuracy * shared.box)
         outside[self.inputs] = False
         if outside.any():
             near = units.allowed[b] & (size > shared.weight * (1 - _MARGIN))

@@ -23,6 +23,7 @@ from numba import njit
 Array = Any
 
 _BISECTIONS = 60
+_SMALLEST_RIDGE = 1e-300
 
 
 class Penalty(Protocol):
@@ -43,7 +44,15 @@ class Penalty(Protocol):
         ...
 
     def prox(self, weight: Array, step: Array) -> Array:
-        """Minimise penalty(u) + |u - weight|^2 / (2 step); `step` scalar or (n_out,)."""
+        """Minimise penalty(u) + |u - weight|^2 / (2 step).
+
+        `step` is a scalar, one for each unit (n_out,), one for each input (n_in, 1), or one for
+        each weight (n_in, n_out), which divides its own square.
+        """
+        ...
+
+    def in_unit(self, unit: float) -> Penalty:
+        """Return the penalty p with ``p(u) = penalty(unit u) / unit``."""
         ...
 
     def conjugate(self, dual: Array) -> Array:
@@ -102,11 +111,15 @@ class L1:
         return xp.sum(xp.abs(weight), axis=0)
 
     def prox(self, weight: Array, step: Array) -> Array:
-        """Shrink towards zero by `step`, a number or one for each unit."""
-        if is_numpy_array(weight):
+        """Shrink towards zero by `step`."""
+        if is_numpy_array(weight) and np.ndim(step) < 2:
             return _shrunk(weight, np.broadcast_to(step, weight.shape[1:]))
         xp = array_namespace(weight)
         return weight - xp.clip(weight, -step, step)
+
+    def in_unit(self, unit: float) -> L1:
+        """Return this penalty: it is homogeneous."""
+        return self
 
     def conjugate(self, dual: Array) -> Array:
         """Return zero for each unit: `dual` lies in the box."""
@@ -152,6 +165,10 @@ class ElasticNet:
         """Shrink by `step`, then divide by 1 + ridge step."""
         xp = array_namespace(weight)
         return (weight - xp.clip(weight, -step, step)) / (1 + self.ridge * step)
+
+    def in_unit(self, unit: float) -> ElasticNet:
+        """Return the same with the ridge in that unit, kept positive and finite."""
+        return ElasticNet(min(max(self.ridge * unit, _SMALLEST_RIDGE), 1 / _SMALLEST_RIDGE))
 
     def conjugate(self, dual: Array) -> Array:
         """Return ``sum_i (|c_i| - 1)_+^2 / (2 ridge)`` of each unit."""
@@ -221,12 +238,15 @@ class Group:
         return self.weight * xp.sum(self._norms(weight))
 
     def prox(self, weight: Array, step: Array) -> Array:
-        """Shrink each row's norm by ``weight * step``; `step` must be a scalar."""
+        """Shrink each row's norm by ``weight * step``, a scalar or one for each input (n_in, 1)."""
         xp = array_namespace(weight)
-        norms = self._norms(weight)
+        norms = self._norms(weight)[:, None]
         kept = xp.maximum(norms - self.weight * step, xp.zeros_like(norms))
-        factor = kept / xp.where(norms > 0, norms, xp.ones_like(norms))
-        return factor[:, None] * weight
+        return kept / xp.where(norms > 0, norms, xp.ones_like(norms)) * weight
+
+    def in_unit(self, unit: float) -> Group:
+        """Return this penalty: it is homogeneous."""
+        return self
 
     def conjugate(self, dual: Array) -> Array:
         """Return zero: `dual` lies in the product of balls."""

@@ -17,6 +17,7 @@ class Status(Enum):
     SOLVED = "solved"
     INEXACT = "inexact"
     ITERATION_LIMIT = "iteration limit"
+    UNREACHABLE = "unreachable"
     NUMERICAL_ERROR = "numerical error"
 
     @property
@@ -32,10 +33,18 @@ _REMEDY = {
         "ask for less (tolerance), or solve in float64"
     ),
     Status.ITERATION_LIMIT: (
-        "raise max_iterations, go on from this result (warm_start), or ask for less (tolerance)"
+        "raise max_iterations, go on from this result (warm_start), ask for less (tolerance), or "
+        "use solve_newton, which also tells what cannot be reached"
+    ),
+    Status.UNREACHABLE: (
+        "the dual bound proves that only weights of a million times the usual objective, if any, "
+        "come within epsilon of the targets and under the ceilings: raise epsilon to 1 + 2 v times "
+        "what it is (to 2 v |Y| if it is 0), v the ball_violation that solve_newton's certificate "
+        "shows, or raise the ceilings"
     ),
     Status.NUMERICAL_ERROR: (
-        "an iterate was not finite: check the data's range, or solve in float64"
+        "no finite point was found: start afresh (without warm_start), use another solver, or "
+        "check the data's range"
     ),
 }
 
@@ -123,7 +132,9 @@ class SolveResult:
     history: tuple[dict[str, float], ...] = field(default=())
 
 
-def judge(certified: np.ndarray, *, finite: bool, exhausted: bool) -> Status:
+def judge(
+    certified: np.ndarray, *, finite: bool, exhausted: bool, unreachable: bool = False
+) -> Status:
     """Choose the status from the certificate.
 
     Parameters
@@ -134,9 +145,13 @@ def judge(certified: np.ndarray, *, finite: bool, exhausted: bool) -> Status:
         Whether the returned point, and the iterate behind it, are finite.
     exhausted : bool
         Whether the solver used up its iterations (rather than stopping by itself).
+    unreachable : bool
+        Whether the bound proves that no weights of use meet the constraints (`solvers.reach`).
     """
     if not finite:
         return Status.NUMERICAL_ERROR
     if bool(np.all(certified)):
         return Status.SOLVED
+    if unreachable:
+        return Status.UNREACHABLE
     return Status.ITERATION_LIMIT if exhausted else Status.INEXACT

@@ -51,9 +51,10 @@ import numpy as np
 from array_api_compat import array_namespace, device, is_numpy_array
 from numba import njit
 
-from solvers.arrays import like
+from solvers.arrays import like, to_numpy
 from solvers.program import ConstrainedProgram, LayerProgram, Program
 from solvers.result import SolveResult
+from solvers.scaling import Scaling, Sizes
 
 Array = Any
 Walk = Callable[["Splitting", "State", int], "State"]
@@ -69,20 +70,24 @@ _SMALL = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """What all solves on the same inputs share: the smaller Gram matrix.
+    """What all solves on the same inputs share: the smaller Gram matrix and the inputs' sizes.
 
     Attributes
     ----------
     gram : array, shape (r, r), float64
-        X^T X when X is tall, X X^T when it is wide; r = min(P, N).
+        X^T X when X is tall, X X^T when it is wide, of the inputs in a solver's units
+        (`solvers.scaling`); r = min(P, N).
     squared_norm : float
-        |X|_F^2.
+        |X|_F^2 of the same.
+    sizes : Sizes
+        The units.
     seconds : float
         Wall time it took.
     """
 
     gram: Array
     squared_norm: float
+    sizes: Sizes
     seconds: float
 
 
@@ -102,8 +107,11 @@ def prepare(inputs: Array) -> Factor:
     started = time.perf_counter()
     xp = array_namespace(inputs)
     wide = xp.astype(inputs, xp.float64)
+    squares = xp.sum(wide * wide, axis=0) / inputs.shape[0]
+    sizes = Sizes.of(to_numpy(xp.sqrt(squares)))
+    wide = sizes.divide(wide)
     gram = wide.T @ wide if inputs.shape[0] >= inputs.shape[1] else wide @ wide.T
-    return Factor(gram, float(xp.linalg.trace(gram)), time.perf_counter() - started)
+    return Factor(gram, float(xp.linalg.trace(gram)), sizes, time.perf_counter() - started)
 
 
 def metric(program: LayerProgram, factor: Factor, size: float = METRIC) -> float:
@@ -114,7 +122,11 @@ def metric(program: LayerProgram, factor: Factor, size: float = METRIC) -> float
 
 @dataclass(frozen=True, eq=False)
 class Splitting:
-    """A program's data in the working dtype, with the metric, its inverse and what steers steps."""
+    """A program's data in the working dtype, with the metric, its inverse and what steers steps.
+
+    The program is in a solver's units (`solvers.scaling`), where `weights`, shape (n_in, 1), are
+    the penalty's; None if all are 1.
+    """
 
     program: Program
     inputs: Array
@@ -124,17 +136,19 @@ class Splitting:
     penalised: Array | None
     relaxation: float
     emphasis: float | Array = 1.0
+    weights: Array | None = None
 
     @staticmethod
     def build(
-        program: Program,
+        scaling: Scaling,
         factor: Factor,
         dtype: Any,
         tau: float | None = None,
         relaxation: float = RELAXATION,
         emphasis: float | Array = 1.0,
     ) -> Splitting:
-        """Cast a program to the dtype to iterate in."""
+        """Cast a program in a solver's units to the dtype to iterate in."""
+        program = scaling.program
         xp = array_namespace(program.inputs)
         tau = metric(program, factor) if tau is None else tau
         order = factor.gram.shape[0]
@@ -145,6 +159,9 @@ class Splitting:
             mask = np.ones((program.shape[1], 1), dtype=bool)
             mask[list(program.free_rows)] = False
             penalised = like(mask, program.inputs)
+        weights = scaling.weights
+        if weights is not None:
+            weights = xp.astype(like(weights, program.inputs)[:, None], dtype)
         return Splitting(
             program,
             xp.astype(program.inputs, dtype, copy=False),
@@ -154,6 +171,7 @@ class Splitting:
             penalised,
             relaxation,
             emphasis,
+            weights,
         )
 
     def project(self, a: Array, c: Array) -> tuple[Array, Array]:
@@ -172,9 +190,16 @@ class Splitting:
             # Before the shrinkage: an entry held at zero must not count in its group's norm.
             t = xp.where(self.program.support, t, xp.zeros_like(t))
         if self.penalised is None:
-            return self.program.penalty.prox(t, 1 / rho)
-        shrunk = self.program.penalty.prox(xp.where(self.penalised, t, xp.zeros_like(t)), 1 / rho)
+            return self._shrunk(t, rho)
+        shrunk = self._shrunk(xp.where(self.penalised, t, xp.zeros_like(t)), rho)
         return xp.where(self.penalised, shrunk, t)
+
+    def _shrunk(self, t: Array, rho: Array) -> Array:
+        """Minimise penalty(w u) + rho |u - t|^2 / 2, by the penalty's own prox at w t."""
+        penalty, weights = self.program.penalty, self.weights
+        if weights is None:
+            return penalty.prox(t, 1 / rho)
+        return penalty.prox(weights * t, weights * weights / rho) / weights
 
     def shrinkage(self, z: Array, q: Array, rho: Array) -> Array:
         """What the prox of g / (rho tau) at z - q leaves of the distance to the targets.
@@ -319,7 +344,7 @@ def _relax(z, q, level, active, shrinkage, alpha):  # type: ignore[no-untyped-de
 
 
 def start(splitting: Splitting, factor: Factor, warm_start: SolveResult | None) -> State:
-    """First point: the warm start's, or the old weights, which are feasible."""
+    """First point: the warm start's, in a solver's units, or the old weights', often feasible."""
     program = splitting.program
     xp = array_namespace(splitting.inputs)
     n_samples, n_in, n_out = program.shape
@@ -328,16 +353,9 @@ def start(splitting: Splitting, factor: Factor, warm_start: SolveResult | None) 
     rms_input = math.sqrt(factor.squared_norm / (n_samples * n_in)) or 1.0
     rms_response = norm(splitting.level) / math.sqrt(n_samples * n_out)
     rho0 = rms_input * math.sqrt(n_in) / rms_response if rms_response > 0 else 1.0
+    rho0 *= _mean_weight(splitting)
     rho = xp.full((() if shared else (n_out,)), rho0, dtype=dtype, device=device(splitting.inputs))
     if warm_start is not None:
-        for name, array, want in (
-            ("weights", warm_start.weight, (n_in, n_out)),
-            ("a multiplier", warm_start.multiplier, (n_samples, n_out)),
-        ):
-            if tuple(array.shape) != want:
-                raise ValueError(
-                    f"warm_start: want {name} of shape {want}, got {tuple(array.shape)}"
-                )
         if (
             warm_start.penalty_parameter is not None
             and warm_start.penalty_parameter.shape == rho.shape
@@ -358,6 +376,24 @@ def start(splitting: Splitting, factor: Factor, warm_start: SolveResult | None) 
         q = xp.zeros_like(splitting.level)
     z = splitting.inputs @ u
     return State(u, z, p, q, u, rho)
+
+
+def _mean_weight(splitting: Splitting) -> float:
+    """Mean weight of the penalty, where the old weights are; 1 where the penalty has none."""
+    program, weights = splitting.program, splitting.weights
+    if weights is None:
+        return 1.0
+    xp = array_namespace(weights)
+    old = (
+        xp.ones_like(splitting.inputs[:1, :].T)
+        if program.old_weight is None
+        else program.old_weight
+    )
+    size = xp.abs(xp.astype(old, xp.float64))
+    if splitting.penalised is not None:
+        size = xp.where(splitting.penalised, size, xp.zeros_like(size))
+    total = float(xp.sum(size))
+    return float(xp.sum(weights * size)) / total if total > 0 else 1.0
 
 
 def residuals(
@@ -393,13 +429,14 @@ def residuals(
 def balance(state: State, primal: Array, dual: Array) -> State:
     """Change rho so that the two relative residuals shrink together.
 
-    Residuals that are rounding tell nothing: a unit that is done keeps its rho.
+    A primal residual that is rounding tells nothing: a unit that is done keeps its rho. A dual one
+    beside a primal one that is not (constraints that cannot be met leave such) counts as rounding.
     """
     xp = array_namespace(primal)
     rounding = _ROUNDING * xp.finfo(state.rho.dtype).eps
-    measurable = (primal > rounding) & (dual > rounding)
+    measurable = primal > rounding
     ratio = xp.where(measurable, primal, xp.ones_like(primal)) / xp.where(
-        measurable, dual, xp.ones_like(dual)
+        measurable, xp.maximum(dual, rounding * xp.ones_like(dual)), xp.ones_like(dual)
     )
     factor = xp.clip(xp.sqrt(ratio), 1 / _LARGEST_FACTOR, _LARGEST_FACTOR)
     small = (factor < _DEADBAND) & (factor > 1 / _DEADBAND)

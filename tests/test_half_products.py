@@ -9,6 +9,7 @@ from instances import of_a_layer
 
 from solvers import half_products, prepare
 from solvers.half_products import half_walk
+from solvers.scaling import Scaling
 from solvers.splitting import Progress, Splitting, advance, start, step
 
 
@@ -22,7 +23,7 @@ def always(monkeypatch):
 def in_float32(seed, form, **options):
     program = of_a_layer(seed, form, dtype=np.float32, **options)
     factor = prepare(program.inputs)
-    return factor, Splitting.build(program, factor, np.float32)
+    return factor, Splitting.build(Scaling.of(program, factor.sizes), factor, np.float32)
 
 
 def states(form, steps, **options):

@@ -11,6 +11,7 @@ from bench.problems import correlated, in_single_precision, relu2
 from solvers import Status, prepare, solve_admm
 from solvers.admm import _splitting
 from solvers.increments import step_by_increments, walk_by_increments
+from solvers.scaling import Scaling
 from solvers.splitting import Splitting, plain_walk, start, step
 
 FORMS = ("constrained", "regularised")
@@ -20,7 +21,8 @@ STATE = ("u", "z", "p", "q", "w")
 def under_way(program, steps=30):
     """A splitting of the program, and its state after plain steps."""
     factor = prepare(program.inputs)
-    splitting = Splitting.build(program, factor, program.inputs.dtype, relaxation=1.8)
+    scaling = Scaling.of(program, factor.sizes)
+    splitting = Splitting.build(scaling, factor, program.inputs.dtype, relaxation=1.8)
     return splitting, plain_walk(splitting, start(splitting, factor, None), steps)
 
 
@@ -118,6 +120,9 @@ def test_units_without_ceilings_keep_their_penalty_low():
     everywhere = replace(program, active=np.ones_like(program.active))
     result = solve_admm(everywhere, tolerance=1e-3)
     assert result.status is Status.SOLVED
-    splittings = [_splitting(each, prepare(each.inputs), float) for each in (program, everywhere)]
+    splittings = []
+    for each in (program, everywhere):
+        factor = prepare(each.inputs)
+        splittings.append(_splitting(Scaling.of(each, factor.sizes), factor, float))
     np.testing.assert_array_equal(splittings[0].emphasis, np.where(program.active.all(0), 1, 2))
     np.testing.assert_array_equal(splittings[1].emphasis, np.ones(4))
