@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import joblib
-from safetensors import SafetensorError
 from threadpoolctl import threadpool_limits
 
 from retrain.bounds import Direct, OutputBound, cascade_bound, output_bound
@@ -21,7 +20,8 @@ from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import net_trim as net_trim_method
 from retrain.methods.amounts import layers_named
 from retrain.methods.net_trim_options import NetTrimOptions
-from retrain.run import RunDirectory, open_run, read_record
+from retrain.run import RUN_FILE, RunDirectory, open_run, read_record
+from retrain.run_record import check_finished
 from retrain.stream import LayerSpec, LayerStream, Passage
 from retrain.subject import Subject, has_classes, reopen, subject_of
 from solvers.arrays import to_numpy
@@ -311,17 +311,14 @@ def load(path: str | Path, model: Any = None) -> Run:
     record = read_record(directory)
     if record.get("state") != "finished":
         raise ValueError(f"run: {str(path)!r} is not finished; repeat its command to resume it")
-    try:
-        return Run(
-            model=reopen(record["model"], directory, model),
-            layers=tuple(LayerReport.from_json(entry) for entry in record["layers"]),
-            bounds={name: OutputBound.from_json(entry) for name, entry in record["bounds"].items()},
-            record=record,
-            directory=directory,
-        )
-    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"run: {str(path)!r} is damaged ({what}); repeat its command") from error
+    checked = check_finished(record, f"run: {directory / RUN_FILE}")
+    return Run(
+        model=reopen(checked.record.model, directory, model),
+        layers=checked.layers,
+        bounds=checked.bounds,
+        record=record,
+        directory=directory,
+    )
 
 
 def select(

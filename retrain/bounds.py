@@ -39,6 +39,7 @@ from array_api_compat import array_namespace
 
 from retrain.chain import Chain, activate
 from retrain.layer_report import LayerReport
+from retrain.records import read_as
 from retrain.stream import LayerStream, Norm, Passage, layer
 from solvers.arrays import norm as frobenius
 from solvers.arrays import to_numpy
@@ -134,9 +135,8 @@ class OutputBound:
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> OutputBound:
-        """Read what `to_json` gave; older records have no `direct_reason`."""
-        record = {"direct_reason": None, **record}
-        return OutputBound(**{name: record[name] for name in OutputBound.__dataclass_fields__})
+        """Read what `to_json` gave; what older records lack is None (`retrain.records`)."""
+        return read_as(OutputBound, record, "output bound")
 
 
 def discrepancy(stream: LayerStream, name: str) -> float:

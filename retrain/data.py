@@ -10,7 +10,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib
+import lzma
 import math
+import struct
 import sys
 import zipfile
 import zlib
@@ -22,11 +24,18 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from retrain.files import READ_ERRORS, first_line
+
 FORMS = (
     "FILE.npz, FILE.npy, mnist:DIR, mnist-test:DIR, digits, digits-test or package.module:factory"
 )
 _DEFLATE_LIMIT = 1032
 """No deflate stream expands by more than this, so a larger claim in a header is a lie."""
+_LONGEST = 2**48
+"""No axis of an array in a file is as long: with this bound, lengths and their products stay
+printable, and numpy's own integers hold them."""
+_MOST_AXES = 32
+"""numpy's own limit is 64; networks take samples of four axes or so."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,28 +241,41 @@ def _existing(path: Path) -> Path:
 def _npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Read ``x`` and ``y`` of an npz file."""
     _existing(path)
+    arrays = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            sizes = {
-                info.filename.removesuffix(".npy"): info
-                for info in archive.infolist()
-                if info.filename.endswith(".npy")
-            }
-            if "x" not in sizes:
-                held = ", ".join(sorted(sizes)) or "nothing"
-                raise ValueError(f"data: {str(path)!r} has no array 'x'; it holds {held}")
-            arrays = {}
+            members = _members(archive, path)
             for key in ("x", "y"):
-                if key not in sizes:
+                if key not in members:
                     continue
-                info = sizes[key]
+                info = members[key]
+                if info.flag_bits & 1:
+                    raise ValueError(
+                        f"data: {key!r} in {str(path)!r} is encrypted; save it without a password"
+                    )
                 if info.file_size > _DEFLATE_LIMIT * max(path.stat().st_size, 1):
                     raise ValueError(f"data: {key!r} in {str(path)!r} claims more than it can hold")
                 with archive.open(info) as member:
                     arrays[key] = _npy(member, info.file_size, f"{path}:{key}", None)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise ValueError(f"data: {str(path)!r} is not a readable npz file ({error})") from error
+    except READ_ERRORS as error:
+        if str(error).startswith("data: "):
+            raise  # one of our own checks
+        raise ValueError(
+            f"data: {str(path)!r} is not a readable npz file ({first_line(error)})"
+        ) from error
     return arrays["x"], arrays.get("y")
+
+
+def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """Arrays of an npz file by name; ``x`` is among them."""
+    names = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+    members = {info.filename.removesuffix(".npy"): info for info in names}
+    if "x" not in members:
+        held = ", ".join(sorted(members)) or "nothing"
+        raise ValueError(f"data: {str(path)!r} has no array 'x'; it holds {held:.200}")
+    if len(members) < len(names):
+        raise ValueError(f"data: {str(path)!r} has an array twice")
+    return members
 
 
 def _npy(file: IO[bytes], size: int, name: str, limit: int | None) -> np.ndarray:
@@ -266,15 +288,20 @@ def _npy(file: IO[bytes], size: int, name: str, limit: int | None) -> np.ndarray
             shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
         else:
             raise ValueError(f"version {version} is for structured arrays")
-    except ValueError as error:
-        text = str(error).split("\n")[0]
-        raise ValueError(f"data: {name!r} is not a readable .npy array ({text})") from error
+    except (zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError):
+        raise  # of the archive around it
+    except READ_ERRORS as error:
+        raise ValueError(
+            f"data: {name!r} is not a readable .npy array ({first_line(error)})"
+        ) from error
     if dtype.hasobject:
         raise ValueError(f"data: {name!r} holds pickled objects, wanted numbers; nothing was read")
     if dtype.kind not in "fiub":
         raise ValueError(f"data: {name!r} is of dtype {dtype}, wanted real numbers")
+    if any(not 0 <= length < _LONGEST for length in shape):
+        raise ValueError(f"data: {name!r} has a header that lies: a length is beyond any file's")
     claimed = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or claimed != size - file.tell():
+    if claimed != size - file.tell() or len(shape) > _MOST_AXES:
         raise ValueError(
             f"data: {name!r} is truncated or its header lies: shape {shape} of {dtype} needs "
             f"{claimed} bytes, the file has {size - file.tell()}"
@@ -340,7 +367,7 @@ def _idx(path: Path, ndim: int, limit: int | None) -> np.ndarray:
             raw = _read_exactly(cast("IO[bytes]", file), math.prod(shape), str(path))
             if math.prod(shape) == claimed and file.read(1):
                 raise ValueError(f"data: {str(path)!r} has more bytes than its header says")
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError, struct.error) as error:
         raise ValueError(f"data: {str(path)!r} is no whole gzip file ({error})") from error
     return np.frombuffer(raw, np.uint8).reshape(shape)
 

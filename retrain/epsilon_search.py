@@ -21,6 +21,7 @@ from retrain.data import Data
 from retrain.identity import run_identity
 from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.run import LAYERS, RUN_FILE, open_run, read_record
+from retrain.run_record import check_finished
 from retrain.subject import Subject, has_classes
 from solvers.root import next_place
 
@@ -304,8 +305,10 @@ def _finished(place: Path | None, epsilon: float) -> dict[str, Any] | None:
     if place is None or not (place / RUN_FILE).is_file():
         return None
     record = read_record(place)
-    done = record.get("state") == "finished"
-    return record if done and record["options"]["relative_epsilon"] == epsilon else None
+    if record.get("state") != "finished":
+        return None
+    options = check_finished(record, f"run: {place / RUN_FILE}").record.options
+    return record if options.get("relative_epsilon") == epsilon else None
 
 
 def _counting(on_layer: OnLayer | None, trials: int) -> OnLayer | None:

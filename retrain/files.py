@@ -1,13 +1,51 @@
-"""Write files whole or not at all."""
+"""Write files whole or not at all; what reading a damaged one raises."""
 
 from __future__ import annotations
 
 import glob
 import json
+import lzma
 import math
 import os
+import pickle
+import struct
+import tokenize
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
+
+READ_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    RuntimeError,
+    StopIteration,
+    SyntaxError,
+    SystemError,
+    TypeError,
+    ValueError,
+    lzma.LZMAError,
+    pickle.PickleError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What readers of other packages (numpy, torch, Pillow, zipfile) raise on damaged bytes. The type
+says where the reader stumbled, not what is wrong with the file, so each of them means "damaged"."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, at most 200 characters; its type without one."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
 
 
 def write_whole(path: Path, content: bytes) -> None:

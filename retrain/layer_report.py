@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import msgspec
+
+from retrain.records import Count, Positive, read_as
 from retrain.stream import Array
+from solvers.result import Status
+
+_STATUSES = tuple(status.value for status in Status)
 
 
 @dataclass(frozen=True)
@@ -40,17 +45,17 @@ class LayerReport:
 
     name: str
     kind: str
-    shape: tuple[int, int]
+    shape: tuple[Positive, Positive]
     follows: str
     method: str
-    weights: int
-    zeros_before: int
-    zeros: int
-    rows: int
-    total_rows: int
+    weights: Positive
+    zeros_before: Count
+    zeros: Count
+    rows: Count
+    total_rows: Count
     status: str
     certified: bool
-    dense_units: int
+    dense_units: Count
     error: float
     relative_error: float
     seconds: float
@@ -71,42 +76,65 @@ class LayerReport:
         return {**asdict(self), "shape": list(self.shape), "sparsity": self.sparsity}
 
     @staticmethod
-    def from_json(record: dict[str, Any]) -> LayerReport:
-        """Read what `to_json` gave.
+    def from_json(record: Any, what: str = "layer report", at: str = "") -> LayerReport:
+        """Read what `to_json` gave; `what` and `at` are as for `retrain.records.read_as`.
 
         Raises
         ------
         ValueError
-            If a field is missing or of another type.
+            If a field is missing, of another type, or contradicts another.
         """
-        if not isinstance(record, dict):
-            raise ValueError(f"layer report: want named fields, got a {type(record).__name__}")
-        missing = [entry.name for entry in fields(LayerReport) if entry.name not in record]
-        if missing:
-            raise ValueError(f"layer report: lacks {', '.join(missing)}")
-        values: dict[str, Any] = {}
-        for entry in fields(LayerReport):
-            value = record[entry.name]
-            if entry.type == "float" and value is None:
-                value = math.nan  # which JSON cannot hold
-            if not _is_of(value, str(entry.type)):
-                raise ValueError(f"layer report: {entry.name}: want {entry.type}, got {value!r}")
-            values[entry.name] = tuple(value) if entry.name == "shape" else value
-        return LayerReport(**values)
+        report = read_as(LayerReport, record, what, at)
+        place = f"{at}.details" if at else "details"
+        if report.method == "lobs":
+            read_as(_LobsDetails, report.details, what, place)
+        else:
+            details = read_as(_NetTrimDetails, report.details, what, place)
+            if report.certified and details.form == "constrained" and details.incomplete:
+                raise ValueError(f"{what}: `{place}`: is certified, but lacks what the bound reads")
+        if report.status not in _STATUSES:
+            raise ValueError(
+                f"{what}: `{f'{at}.' if at else ''}status`: got {report.status!r:.80}, want one of "
+                f"{', '.join(_STATUSES)}"
+            )
+        if report.zeros > report.weights or report.zeros_before > report.weights:
+            raise ValueError(f"{what}: `{at or 'zeros'}`: has more zeros than weights")
+        return report
 
 
-def _is_of(value: Any, annotation: str) -> bool:
-    """Whether a JSON value is of a field's type; true and false are no numbers."""
-    if annotation == "tuple[int, int]":
-        return isinstance(value, list) and [type(size) for size in value] == [int, int]
-    kinds: dict[str, tuple[type, ...]] = {
-        "str": (str,),
-        "int": (int,),
-        "float": (int, float),
-        "bool": (bool,),
-        "dict[str, Any]": (dict,),
-    }
-    return type(value) in kinds[annotation]
+class _NetTrimDetails(msgspec.Struct, frozen=True):
+    """Details of a Net-Trim layer that reports and bounds read."""
+
+    scheme: str | None = None
+    form: str | None = None
+    epsilon: float | None = None
+    relative_epsilon: float | None = None
+    gap: float | None = None
+    ball_violation: float | None = None
+    ceiling_violation: float | None = None
+    ceiling_norm: float | None = None
+    target_norm: float | None = None
+    asked_zeros: Count | None = None
+    asked_sparsity: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.asked_zeros is None) != (self.asked_sparsity is None):
+            raise ValueError("want asked_zeros and asked_sparsity together")
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether a number that the direct bound is made of is missing."""
+        names = ("epsilon", "ball_violation", "ceiling_violation", "ceiling_norm", "target_norm")
+        return any(getattr(self, name) is None for name in names)
+
+
+class _LobsDetails(msgspec.Struct, frozen=True):
+    """Details of an L-OBS layer that reports read."""
+
+    method: str
+    pattern: str
+    rms_error: float | None
+    relative_layer_error: float | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,8 +37,4 @@ def load(path: str | Path, model: Any = None) -> api.Run | TrainedRun:
         return api.load(directory, model)
     if record.get("state") != "finished":
         raise ValueError(f"run: {str(path)!r} is not finished; repeat its command to resume it")
-    try:
-        return load_trained(directory, record, model)
-    except (KeyError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"run: {str(path)!r} is damaged ({what}); repeat its command") from error
+    return load_trained(directory, record, model)

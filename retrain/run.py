@@ -20,16 +20,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from retrain.files import plain, write_json, write_whole
+from retrain.files import READ_ERRORS, first_line, plain, write_json, write_whole
 from retrain.identity import differences
 from retrain.layer_report import LayerReport, LayerResult
+from retrain.records import parse_json, read_as, read_json
 from retrain.stream import LayerSpec, LayerStream
 from solvers.arrays import to_numpy
 
@@ -40,7 +42,6 @@ CHECKPOINT_FILE = "checkpoint.pt"
 HISTORY_FILE = "history.jsonl"
 LAYERS = "layers"
 FORMAT = 1
-_LARGEST_RECORD = 64 * 2**20  # bytes of a run.json anyone would write
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ class RunDirectory:
             return None
         try:
             return _read_layer(path, spec)
-        except (SafetensorError, OSError, TypeError, ValueError, RecursionError) as error:
+        except (SafetensorError, *READ_ERRORS) as error:
             raise ValueError(
-                f"run: {path} is damaged ({error}); delete it, and the layer is done again"
+                f"run: {path} is damaged ({first_line(error)}); delete it, and the layer is done "
+                "again"
             ) from error
 
     def finished(self, stream: LayerStream) -> dict[str, LayerResult]:
@@ -125,8 +127,9 @@ def _read_layer(path: Path, spec: LayerSpec) -> LayerResult:
         for name in names:
             if file.get_slice(name).get_shape() != shape:
                 raise ValueError(f"it does not have layer {spec.name!r}'s shape")
-        report = LayerReport.from_json(json.loads((file.metadata() or {}).get("report", "{}")))
+        said = parse_json((file.metadata() or {}).get("report", "{}"), "its report")
         weights = [file.get_tensor(name) for name in names]
+    report = LayerReport.from_json(said, "its report")
     if (report.name, report.shape) != (spec.name, spec.shape):
         raise ValueError(f"its report is not of layer {spec.name!r}")
     if not all(np.isfinite(weight).all() for weight in weights):
@@ -209,22 +212,26 @@ def read_record(path: str | Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If there is none, or it is none of ours.
+        If there is none, it is damaged, or it is not of this package.
     """
     file = Path(path) / RUN_FILE
     if not file.is_file():
         raise ValueError(f"run: {str(path)!r} holds no {RUN_FILE}")
-    if file.stat().st_size > _LARGEST_RECORD:
-        raise ValueError(f"run: {file} is too large for a run's record")
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"run: {file} is damaged ({error}); delete the directory to start anew"
-        ) from error
+        record = read_json(file, f"run: {file}")
+    except ValueError as error:
+        raise ValueError(f"{error}; delete the directory to start anew") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"run: {file} is not a run's record of format {FORMAT}")
+    read_as(_Head, record, f"run: {file}")
     return record
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """What the record of every run says, finished or not."""
+
+    state: Literal["running", "finished"] = "running"
+    kind: str = ""
 
 
 def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:

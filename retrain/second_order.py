@@ -26,6 +26,7 @@ from retrain.methods import lobs as method
 from retrain.methods.amounts import Amount, layers_named
 from retrain.methods.lobs_options import LobsOptions, stage_amounts
 from retrain.run import LAYERS, RUN_FILE, open_run, read_record
+from retrain.run_record import check_finished
 from retrain.stream import LayerStream
 from retrain.subject import subject_of
 
@@ -249,12 +250,12 @@ def _is_finished(directory: Path, stream: LayerStream, options: LobsOptions) -> 
     if not (directory / RUN_FILE).is_file():
         return False
     record = read_record(directory)
-    identity = record.get("identity", {})
-    return (
-        record.get("state") == "finished"
-        and identity.get("network and data") == stream.fingerprint
-        and identity.get("options") == json.loads(json.dumps(_settings(options)))
-    )
+    if record.get("state") != "finished":
+        return False
+    identity = check_finished(record, f"run: {directory / RUN_FILE}").record.identity
+    return identity.get("network and data") == stream.fingerprint and identity.get(
+        "options"
+    ) == json.loads(json.dumps(_settings(options)))
 
 
 def _read_back(directory: Path, network: Any, on_layer: OnLayer | None) -> Run:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from retrain.chain import Chain, ChainStream
 from retrain.data import Data
-from retrain.files import write_whole
+from retrain.files import READ_ERRORS, first_line, write_whole
 from retrain.run import MODEL_FILE
+from retrain.run_record import ChainModel, Dense, ModuleModel
 from retrain.stream import LayerStream
 from solvers.arrays import to_numpy
 
@@ -110,31 +111,35 @@ def check_device(device: str) -> None:
         raise ValueError(f"device: cannot compute on {device!r} here ({reason})") from error
 
 
-def reopen(description: Mapping[str, Any], directory: Path, model: Any = None) -> Any:
+def reopen(described: ChainModel | ModuleModel, directory: Path, model: Any = None) -> Any:
     """Build a finished run's network from its directory.
 
     Raises
     ------
     ValueError
-        If the architecture is not in the run and `model` is not given, or the file does not fit.
+        If the architecture is not in the run and `model` is not given, or the file is damaged or
+        does not fit.
     """
     path = directory / MODEL_FILE
     if not path.is_file():
         raise ValueError(f"run: {str(directory)!r} has no {MODEL_FILE}")
-    if description["kind"] == "chain":
-        with safe_open(path, framework="numpy") as file:
-            weights = [file.get_tensor(str(index)) for index in range(len(description["biases"]))]
-        return Chain(tuple(weights), tuple(description["biases"]), tuple(description["follows"]))
+    if isinstance(described, ChainModel):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                weights = [file.get_tensor(str(index)) for index in range(len(described.biases))]
+            return Chain(tuple(weights), tuple(described.biases), tuple(described.follows))
+        except (SafetensorError, *READ_ERRORS) as error:
+            raise ValueError(f"run: {path} is damaged ({first_line(error)})") from error
     from retrain.adapters.description import build_module
     from retrain.adapters.load import fill, load_model
 
-    if model is None and description["dense_layers"]:
-        model = _dense_chain(description["dense_layers"])
-    elif model is None and description.get("description"):  # older runs have no entry
-        model = build_module(description["description"])
+    if model is None and described.dense_layers:
+        model = _dense_chain(described.dense_layers)
+    elif model is None and described.description:  # older runs have no entry
+        model = build_module(described.description)
     if model is not None:
-        return fill(model, path, description["names"])
-    if description["plain"]:
+        return fill(model, path, described.names)
+    if described.plain:
         return load_model(path).module
     raise ValueError(
         "model: the run was of a torch module that is no plain chain of dense layers; pass the "
@@ -142,7 +147,7 @@ def reopen(description: Mapping[str, Any], directory: Path, model: Any = None) -
     )
 
 
-def _dense_chain(layers: list[dict[str, Any]]) -> Any:
+def _dense_chain(layers: list[Dense]) -> Any:
     """Build the chain that --arch auto had read, whose code no user has."""
     import torch
 
@@ -152,13 +157,7 @@ def _dense_chain(layers: list[dict[str, Any]]) -> Any:
     dtypes[str(torch.float64)] = torch.float64
     return DenseChain(
         [
-            DenseLayer(
-                layer["name"],
-                tuple(layer["shape"]),
-                layer["bias"],
-                dtypes[layer["dtype"]],
-                layer["activation"],
-            )
+            DenseLayer(layer.name, layer.shape, layer.bias, dtypes[layer.dtype], layer.activation)
             for layer in layers
         ]
     )

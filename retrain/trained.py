@@ -9,9 +9,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from retrain.run import HISTORY_FILE, MODEL_FILE
+import msgspec
+
+from retrain.records import Count, Positive, parse_json, read_as
+from retrain.run import HISTORY_FILE, MODEL_FILE, RUN_FILE
 
 KIND = "training"
 
@@ -47,6 +50,83 @@ class TrainedRun:
         return value
 
 
+class _Model(msgspec.Struct, frozen=True):
+    """How the network is built again."""
+
+    description: dict[str, Any] | None
+    reason: str
+
+
+class _Cost(msgspec.Struct, frozen=True):
+    """Size of a network."""
+
+    parameters: Count
+    forward: float
+
+
+class _Costs(msgspec.Struct, frozen=True):
+    dense: _Cost
+    final: _Cost
+
+
+class _Figures(msgspec.Struct, frozen=True):
+    """What a network does on a data set."""
+
+    samples: Positive
+    loss: float | None
+    accuracy: float | None
+    labels: str | None = None
+    reason: str | None = None
+
+
+class _Weights(msgspec.Struct, frozen=True):
+    count: Count
+    zeros: Count
+
+
+class _Record(msgspec.Struct, frozen=True):
+    """The record of a finished training run."""
+
+    state: Literal["finished"]
+    kind: Literal["training"]
+    identity: dict[str, Any]
+    title: str
+    recipe: dict[str, dict[str, Any] | str]
+    method: dict[str, Any]
+    model: _Model
+    epochs: Count
+    ended: bool
+    train: _Figures | None
+    test: _Figures | None
+    weights: _Weights
+    cost: _Costs
+    parameters_pruned: float
+    operations_pruned: float
+    load: float
+    dense_load: float
+    seconds: float
+
+
+class _Line(msgspec.Struct, frozen=True):
+    """A line of the history."""
+
+    epoch: Positive
+    loss: float | None
+    penalty: float | None
+    accuracy: float | None
+    test_loss: float | None
+    test_accuracy: float | None
+    learning_rate: float | None
+    parameters: Count
+    operations: float
+    parameters_pruned: float
+    operations_pruned: float
+    load: float
+    dense_load: float
+    seconds: float
+    method: dict[str, Any]
+
+
 def load_trained(directory: Path, record: Mapping[str, Any], model: Any = None) -> TrainedRun:
     """Read a finished training run.
 
@@ -66,20 +146,23 @@ def load_trained(directory: Path, record: Mapping[str, Any], model: Any = None) 
     from retrain.adapters.description import load_described
     from retrain.adapters.load import fill
 
+    try:
+        checked = read_as(_Record, record, f"run: {directory / RUN_FILE}")
+    except ValueError as error:
+        raise ValueError(f"{error}; repeat its command") from error
     path = directory / MODEL_FILE
     if not path.is_file():
         raise ValueError(f"run: {str(directory)!r} has no {MODEL_FILE}")
-    described = record["model"]["description"]
     if model is not None:
         network = fill(model, path, {name: name for name in model.state_dict()})
-    elif described is not None:
-        network = load_described(described, path)
+    elif checked.model.description is not None:
+        network = load_described(checked.model.description, path)
     else:
         raise ValueError(
-            f"model: the run could not describe its network ({record['model']['reason']}); pass "
+            f"model: the run could not describe its network ({checked.model.reason}); pass "
             "the architecture, retrain.load(DIR, model)"
         )
-    return TrainedRun(network, read_history(directory, record["epochs"]), dict(record), directory)
+    return TrainedRun(network, read_history(directory, checked.epochs), dict(record), directory)
 
 
 def read_history(directory: Path, epochs: int) -> list[dict[str, Any]]:
@@ -91,14 +174,16 @@ def read_history(directory: Path, epochs: int) -> list[dict[str, Any]]:
         If they are not there.
     """
     path = directory / HISTORY_FILE
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        history = [json.loads(line) for line in lines[:epochs]]
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"run: {path} is damaged ({error})") from error
-    numbers = [entry.get("epoch") if isinstance(entry, dict) else None for entry in history]
-    if numbers != list(range(1, epochs + 1)):
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    if len(lines) < epochs:
         raise ValueError(f"run: {path} is damaged: want a line for each of {epochs} epochs")
+    history: list[dict[str, Any]] = []
+    for number, line in enumerate(lines[:epochs], start=1):
+        what = f"run: {path}, line {number}"
+        entry = parse_json(line, what)
+        if read_as(_Line, entry, what).epoch != number:
+            raise ValueError(f"run: {path} is damaged: want a line for each of {epochs} epochs")
+        history.append(entry)
     return history
 
 

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from retrain.adapters.description import described
 from retrain.adapters.export import write_export
 from retrain.adapters.save import save_model
-from retrain.files import plain, write_whole
+from retrain.files import READ_ERRORS, plain, write_whole
 from retrain.identity import surroundings
 from retrain.run import (
     CHECKPOINT_FILE,
@@ -213,7 +213,7 @@ class _Run:
             self.history = read_history(path, checkpoint.epochs)
         try:
             self.method.reshape(self.training, checkpoint.description)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except READ_ERRORS as error:
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"checkpoint: its description does not fit ({what})") from error
         self._join()
@@ -352,7 +352,8 @@ def _is_finished(path: Path) -> bool:
 def _again(path: Path, begun: Start, export: bool, on_epoch: OnEpoch | None) -> TrainedRun:
     """Return a run that is finished already."""
     record = read_record(path)
-    described = record["model"]["description"] is not None
+    model = record.get("model")
+    described = isinstance(model, Mapping) and model.get("description") is not None
     run = load_trained(path, record, None if described else begun.training.model)
     if export and not (path / EXPORT_FILE).exists():
         write_export(run.model, begun.sample, path / EXPORT_FILE)

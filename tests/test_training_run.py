@@ -420,7 +420,7 @@ def test_loading_what_is_not_there_or_not_whole(folder, stopped):
     retrain.train(tables(), out=stopped)
     record = read_record(stopped)
     (stopped / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k != "model"}))
-    with pytest.raises(ValueError, match=r"is damaged \(KeyError: 'model'\)"):
+    with pytest.raises(ValueError, match=r"run.json: lacks `model`; repeat its command"):
         retrain.load(stopped)
     (stopped / "model.safetensors").unlink()
     (stopped / "run.json").write_text(json.dumps(record))

@@ -24,6 +24,7 @@ from torch import nn
 
 from retrain.adapters.blocks import PadChannels, StackChannels, Sum
 from retrain.adapters.load import fill
+from retrain.files import READ_ERRORS, first_line
 
 _CONVOLUTION = (
     "in_channels",
@@ -177,7 +178,12 @@ def _build(description: Any, name: str, depth: int, budget: list[int]) -> nn.Mod
             if list(children) != [str(number) for number in range(len(children))]:
                 raise ValueError(f"description: {name}: a Sum's modules are called 0, 1, ...")
             return Sum(*children.values())
-        return nn.Sequential(children)
+        try:
+            return nn.Sequential(children)
+        except KeyError as error:  # an attribute of every module, such as forward
+            raise ValueError(
+                f"description: {name}: a module cannot be called so: {error}"
+            ) from error
     layers = {layer.__name__: layer for layer in LAYERS}
     if kind not in layers:
         raise ValueError(f"description: {name}: no such kind {kind!r:.80}")
@@ -192,8 +198,8 @@ def _make(layer: type[nn.Module], arguments: Any, name: str) -> nn.Module:
     values = {key: _value(value, f"{name}.{key}") for key, value in arguments.items()}
     try:
         return layer(**values)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        text = str(error).split("\n")[0]
+    except READ_ERRORS as error:
+        text = first_line(error)
         raise ValueError(
             f"description: {name}: {layer.__name__} cannot be made ({text})"
         ) from error

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
-import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from torch import Tensor, fx
 
 from retrain.adapters.dense import WAY_OUT, DenseChain, DenseLayer
 from retrain.adapters.tensors import FLOATS
+from retrain.files import READ_ERRORS, first_line
 
 _ACTIVATIONS = {
     torch.ops.aten.relu.default: "relu",
@@ -53,26 +51,16 @@ def load_exported(path: Path) -> tuple[DenseChain, dict[str, str]]:
     was_disabled, logger.disabled = logger.disabled, True
     try:
         program = torch.export.load(path)
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        AssertionError,
-        EOFError,
-        OSError,
-        pickle.PickleError,
-        struct.error,
-        zipfile.BadZipFile,
-    ) as error:
-        text = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        layers, tensors = _layers(program)
+        chain = DenseChain(layers)
+        chain.load_state_dict(tensors, assign=True)
+    except READ_ERRORS as error:
+        if str(error).startswith("model: "):
+            raise  # one of our own checks
+        text = first_line(error)
         raise ValueError(f"model: {str(path)!r} is no whole exported program ({text})") from error
     finally:
         logger.disabled = was_disabled
-    layers, tensors = _layers(program)
-    chain = DenseChain(layers)
-    chain.load_state_dict(tensors, assign=True)
     return chain, {name: name for name in tensors}
 
 

@@ -7,9 +7,7 @@ exported program that they trust (``--trust``).
 
 from __future__ import annotations
 
-import pickle
 import re
-import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -27,6 +25,7 @@ from retrain.adapters.exported import load_exported
 from retrain.adapters.find import evaluation_copy
 from retrain.adapters.tensors import FLOATS, check_finite
 from retrain.data import import_factory
+from retrain.files import READ_ERRORS, first_line
 
 STATE_DICTS = (".pt", ".pth", ".th", ".bin", ".ckpt")
 _NESTED = ("state_dict", "model_state_dict", "model")
@@ -36,24 +35,6 @@ _INSTEAD = (
     "save its state dict instead, torch.save(model.state_dict(), FILE), and "
     "give the architecture with --arch package.module:factory"
 )
-
-READ_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-    EOFError,
-    ImportError,
-    MemoryError,
-    OSError,
-    pickle.PickleError,
-    struct.error,
-    zipfile.BadZipFile,
-)
-"""What torch's reader can raise on bytes that are not what they claim."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +197,7 @@ def _members(path: Path) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, EOFError, ValueError, OSError, NotImplementedError):
+    except READ_ERRORS:
         return set()
     return {name.partition("/")[2] or name for name in names} | {
         name.rpartition("/")[2].removesuffix(".json") for name in names
@@ -349,5 +330,4 @@ def _exported(path: Path, arch: str, trust: bool) -> LoadedModel:
 def _line(error: BaseException) -> str:
     """Return the telling line of an error; torch's advice to load without safety is not it."""
     told = re.search(r"WeightsUnpickler error:\s*(\S[^\n]*)", str(error))
-    text = told[1] if told else str(error).strip() or type(error).__name__
-    return text.split("\n")[0][:200]
+    return told[1][:200] if told else first_line(error)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from retrain.adapters.load import READ_ERRORS
-from retrain.files import write_whole
+from retrain.files import READ_ERRORS, first_line, write_whole
+from retrain.records import Count, read_as
 from retrain.trainers.training import Stateful, Training
 
 FORMAT = 1
@@ -42,8 +42,8 @@ class Checkpoint:
         Of the model, the optimiser, the schedule, the parts, the generators.
     """
 
-    epochs: int
-    steps: int
+    epochs: Count
+    steps: Count
     ended: bool
     description: dict[str, Any]
     states: dict[str, Any]
@@ -75,7 +75,8 @@ def restore(training: Training, others: Mapping[str, Stateful], states: Mapping[
         for name, wanted in (("parts", training.parts), ("others", others)):
             _check_same(states[name], wanted, name)
         if (training.schedule is None) != (states["schedule"] is None):
-            raise ValueError("schedule: one has a schedule, the other has none")
+            raise ValueError("checkpoint: schedule: one has a schedule, the other has none")
+        _check_kinds(states_of(training, others), states, "")
         training.model.load_state_dict(states["model"])
         training.optimizer.load_state_dict(states["optimizer"])
         if training.schedule is not None:
@@ -84,8 +85,10 @@ def restore(training: Training, others: Mapping[str, Stateful], states: Mapping[
             part.load_state_dict(states["parts"][name])
         for name, other in others.items():
             other.load_state_dict(states["others"][name])
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        text = str(error).split("\n")[0]
+    except READ_ERRORS as error:
+        if isinstance(error, ValueError) and str(error).startswith("checkpoint: "):
+            raise  # one of the checks above
+        text = first_line(error)
         raise ValueError(f"checkpoint: does not fit ({type(error).__name__}: {text})") from error
 
 
@@ -124,16 +127,12 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         entries = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(entries, dict) or entries.pop("format", None) != FORMAT:
             raise ValueError(f"it is no checkpoint of format {FORMAT}")
-        checkpoint = Checkpoint(**entries)
-        if checkpoint.epochs < 0 or checkpoint.steps < 0 or not isinstance(checkpoint.states, dict):
-            raise ValueError("its counts make no sense")
+        return read_as(Checkpoint, entries, "its entries")
     except READ_ERRORS as error:
-        text = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
-            f"checkpoint: {path} is damaged ({text}); delete it, and the same command starts the "
-            "training anew"
+            f"checkpoint: {path} is damaged ({first_line(error)}); delete it, and the same command "
+            "starts the training anew"
         ) from error
-    return checkpoint
 
 
 def entries_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -180,6 +179,9 @@ def _check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     parameters = [parameter for group in groups for parameter in group["params"]]
     for number, parameter in zip(numbered, parameters, strict=True):
         for key, value in saved["state"].get(number, {}).items():
+            real = value.is_floating_point() if isinstance(value, Tensor) else True
+            if not real or not isinstance(value, Tensor | float | int | None):
+                raise ValueError(f"checkpoint: {key} of parameter {number} is not made of numbers")
             if not isinstance(value, Tensor) or value.numel() == 1:
                 continue
             # An optimiser of several objectives stacks their moments in front.
@@ -188,6 +190,30 @@ def _check_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                     f"checkpoint: {key} of parameter {number} has shape {tuple(value.shape)}, the "
                     f"parameter {tuple(parameter.shape)}"
                 )
+
+
+def _check_kinds(own: Any, saved: Any, where: str) -> None:
+    """Refuse a state where another kind of value stands than in the training's own states.
+
+    Only what both have is compared: a part may have more to say after some epochs than before.
+    """
+    if isinstance(own, Mapping):
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"checkpoint: {where} is a {type(saved).__name__}, want a mapping")
+        for key in own.keys() & saved.keys():
+            _check_kinds(own[key], saved[key], f"{where}.{key}" if where else str(key))
+    elif isinstance(own, list) and isinstance(saved, list):
+        for number, (mine, theirs) in enumerate(zip(own, saved, strict=False)):
+            _check_kinds(mine, theirs, f"{where}.{number}")
+    elif own is not None and _kind(saved) != _kind(own):
+        raise ValueError(
+            f"checkpoint: {where} is a {type(saved).__name__}, want a {type(own).__name__}"
+        )
+
+
+def _kind(value: Any) -> type:
+    """Return a value's type, the same one for whole numbers and others."""
+    return float if type(value) is int else Tensor if isinstance(value, Tensor) else type(value)
 
 
 def _check_plain(value: Any, where: str) -> None:

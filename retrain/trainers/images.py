@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from retrain.data import parse_normalise
+from retrain.files import READ_ERRORS, first_line
 from retrain.trainers.batches import Rows
 
 KINDS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -114,13 +115,12 @@ class ImageFolder(Rows):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (
-            UnidentifiedImageError,
-            OSError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ) as error:
-            raise ValueError(f"data: {str(path)!r} is not a readable image ({error})") from error
+                if min(image.size) < 1:
+                    raise ValueError("it has no pixels")
+        except (*READ_ERRORS, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"data: {str(path)!r} is not a readable image ({first_line(error)})"
+            ) from error
         scale = 8 / 7 * self.size / min(image.size)
         width, height = (max(round(scale * side), self.size) for side in image.size)
         left, top = (width - self.size) // 2, (height - self.size) // 2

@@ -11,6 +11,8 @@ from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar
 
+import msgspec
+
 Options = TypeVar("Options")
 
 
@@ -101,48 +103,28 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     ValueError
         If it is of another type.
     """
-    found = _converted(value, hint)
-    if found is _NO:
-        raise ValueError(f"recipe: {where}: want {_say(hint)}, got {value!r:.80}")
-    return found
+    try:
+        if _has_nan(value):
+            raise ValueError("NaN is not a number to compute with")
+        return msgspec.convert(value, hint, strict=True)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"recipe: {where}: want {_say(hint)}, got {_shown(value)}") from error
 
 
-_NO = object()
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_nan, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_has_nan, value))
+    return isinstance(value, float) and math.isnan(value)
 
 
-def _converted(value: Any, hint: Any) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        tried = (_converted(value, entry) for entry in arguments)
-        return next((found for found in tried if found is not _NO), _NO)
-    if origin is Literal:
-        return value if any(value == e and type(value) is type(e) for e in arguments) else _NO
-    if origin is tuple or hint is tuple:
-        return _tuple(value, arguments)
-    if origin in (dict, Mapping) or hint in (dict, Mapping):
-        return dict(value) if isinstance(value, Mapping) else _NO
-    if hint is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if number and not math.isnan(value) else _NO
-    if hint in (None, types.NoneType):
-        return None if value is None else _NO
-    return value if type(value) is hint else _NO
-
-
-def _tuple(value: Any, arguments: tuple[Any, ...]) -> Any:
-    if not isinstance(value, list | tuple):
-        return _NO
-    if not arguments:
-        return tuple(value)
-    if arguments[-1] is Ellipsis:
-        entries = [_converted(entry, arguments[0]) for entry in value]
-    elif len(arguments) != len(value):
-        return _NO
-    else:
-        entries = [_converted(e, hint) for e, hint in zip(value, arguments, strict=True)]
-    return _NO if any(entry is _NO for entry in entries) else tuple(entries)
+def _shown(value: Any) -> str:
+    """Show a value of a file, which may be nested as deep as it likes."""
+    try:
+        return f"{value!r:.80}"
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deeply"
 
 
 def _say(hint: Any) -> str:

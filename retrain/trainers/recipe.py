@@ -23,6 +23,7 @@ Built-in recipes are the files in `recipes/`, and go by their names. Listing the
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import tomllib
 from collections.abc import Callable, Mapping
@@ -279,10 +280,7 @@ def _find(source: str | Path) -> Path:
 
 def _tables(path: Path, depth: int = 0) -> dict[str, Any]:
     """Read a file, on top of the recipe that it is based on."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"recipe: {path.name} is not a TOML file ({error})") from error
+    tables = _read_toml(path)
     if "base" not in tables:
         return tables
     if not isinstance(tables["base"], str) or depth == 8:
@@ -297,6 +295,23 @@ def _tables(path: Path, depth: int = 0) -> dict[str, Any]:
     return base
 
 
+def _read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; editors on Windows put a byte order mark before it."""
+    if path.stat().st_size > _LARGEST:
+        raise ValueError(f"recipe: {path.name} is too large for a recipe")
+    content = path.read_bytes()
+    if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise ValueError(f"recipe: {path.name} is not a TOML file (UTF-16; save it as UTF-8)")
+    try:
+        tables = tomllib.loads(content.decode("utf-8-sig"))
+        repr(tables)  # which fails where messages and records would: nested too deeply
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"recipe: {path.name} is not a TOML file ({what})") from error
+    return tables
+
+
+_LARGEST = 2**20  # bytes of a recipe that a person would write
 _CHOOSING = ("name", "architecture", "factory")
 
 

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import joblib
+import msgspec
 import numpy as np
 from filelock import FileLock, Timeout
 from threadpoolctl import threadpool_limits
 
 from retrain.files import write_whole
+from retrain.records import Count, parse_json, read_as
 from retrain.verify import (
     gates,
     gates_dynamics,
@@ -286,7 +288,7 @@ def _keep(directory: Path, name: str, fingerprint: str, index: int, row: Row) ->
         "seconds": row.seconds,
         **row_to_json(row),
     }
-    with _rows_file(directory, name).open("a") as file:
+    with _rows_file(directory, name).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
@@ -297,27 +299,45 @@ def _kept(directory: Path, name: str, fingerprint: str) -> dict[int, Row]:
     if not path.exists():
         return rows
     whole = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        what = f"out: {path}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line a crash cut short
-        if record["fingerprint"] != fingerprint:
-            continue
+            value = parse_json(line, what)
+        except ValueError:
+            continue  # the line that a crash cut short
+        try:
+            kept = read_as(_KeptRow, value, what)
+            if kept.fingerprint != fingerprint:
+                continue
+            rows[kept.index] = Row(
+                case=kept.case,
+                measured=_numbers(kept.measured),
+                bound=_numbers(kept.bound),
+                printed=None if kept.printed is None else _numbers(kept.printed),
+                details=kept.details,
+                seconds=kept.seconds,
+            )
+        except ValueError as error:
+            raise ValueError(f"{error}; delete the file, and its cases are done again") from error
         whole.append(line)
-        rows[record["index"]] = Row(
-            case=record["case"],
-            measured=_numbers(record["measured"]),
-            bound=_numbers(record["bound"]),
-            printed=None if record["printed"] is None else _numbers(record["printed"]),
-            details=record["details"],
-            seconds=record["seconds"],
-        )
-    write_whole(path, "".join(f"{line}\n" for line in whole).encode())
+    write_whole(path, b"".join(line + b"\n" for line in whole))
     return rows
 
 
-def _numbers(record: dict[str, Any]) -> Numbers:
+class _KeptRow(msgspec.Struct, frozen=True):
+    """A line of the rows of an earlier run; an infinity is a word (`retrain.verify.statement`)."""
+
+    fingerprint: str
+    index: Count
+    seconds: float
+    case: dict[str, Any]
+    measured: dict[str, float | str]
+    bound: dict[str, float | str]
+    printed: dict[str, float | str] | None
+    details: dict[str, Any]
+
+
+def _numbers(record: dict[str, float | str]) -> Numbers:
     return {name: float(value) for name, value in record.items()}
 
 
