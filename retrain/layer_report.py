@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from retrain.records import Count, Positive, read_as
+from retrain.records import Count, Positive, Size, read_as
 from retrain.stream import Array
 from solvers.result import Status
 
@@ -133,8 +133,8 @@ class _LobsDetails(msgspec.Struct, frozen=True):
 
     method: str
     pattern: str
-    rms_error: float | None
-    relative_layer_error: float | None
+    rms_error: Size | None
+    relative_layer_error: Size | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,8 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 """A whole number of at least 0."""
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 """A whole number of at least 1."""
+Size = Annotated[float, msgspec.Meta(ge=0)]
+"""A number of at least 0."""
 
 LARGEST = 64 * 2**20
 """Bytes of the largest record that is read; a run's own are thousands of times smaller."""

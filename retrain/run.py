@@ -14,9 +14,10 @@ refused. A lock held by a process dies with it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ CHECKPOINT_FILE = "checkpoint.pt"
 HISTORY_FILE = "history.jsonl"
 LAYERS = "layers"
 FORMAT = 1
+_DIGEST = "sha256"  # key of the digest in a layer's report
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,9 @@ class RunDirectory:
             f"weight.{group}": np.ascontiguousarray(to_numpy(weight))
             for group, weight in enumerate(result.weights)
         }
-        report = json.dumps(plain(result.report.to_json()), allow_nan=False)
-        content = save(tensors, metadata={"report": report})
+        said = plain(result.report.to_json())
+        said[_DIGEST] = _digest(said, tensors.values())
+        content = save(tensors, metadata={"report": json.dumps(said, allow_nan=False)})
         write_whole(self.layer_path(result.report.name), content)
 
     def read_layer(self, spec: LayerSpec) -> LayerResult | None:
@@ -129,12 +132,23 @@ def _read_layer(path: Path, spec: LayerSpec) -> LayerResult:
                 raise ValueError(f"it does not have layer {spec.name!r}'s shape")
         said = parse_json((file.metadata() or {}).get("report", "{}"), "its report")
         weights = [file.get_tensor(name) for name in names]
+    digest = said.pop(_DIGEST, None) if isinstance(said, dict) else None
+    if digest is not None and digest != _digest(said, weights):  # older runs' files have none
+        raise ValueError("its bytes are not those that were written")
     report = LayerReport.from_json(said, "its report")
     if (report.name, report.shape) != (spec.name, spec.shape):
         raise ValueError(f"its report is not of layer {spec.name!r}")
     if not all(np.isfinite(weight).all() for weight in weights):
         raise ValueError("it has NaN or infinite weights")
     return LayerResult(weights, report)
+
+
+def _digest(report: Mapping[str, Any], weights: Iterable[np.ndarray]) -> str:
+    """Hash a layer's report and weights: a certificate must not stand beside altered weights."""
+    digest = hashlib.sha256(json.dumps(report, sort_keys=True).encode())
+    for weight in weights:
+        digest.update(np.ascontiguousarray(weight).data)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -77,6 +77,10 @@ class Theorem(msgspec.Struct, frozen=True):
     frobenius: float | None
     reason: str | None
 
+    def __post_init__(self) -> None:
+        if (self.spectral is None) != (self.frobenius is None):
+            raise ValueError("want spectral and frobenius together")
+
 
 class Tried(msgspec.Struct, frozen=True):
     """A trial of a search for one epsilon."""

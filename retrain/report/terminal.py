@@ -105,7 +105,7 @@ _LOBS: _Columns = {
     "method": _method,
     "kept": lambda report: f"{report.weights - report.zeros:,} of {report.weights:,}",
     "zeros": lambda report: f"{100 * report.sparsity:.2f} %",
-    "rms error": lambda report: f"{report.details['rms_error']:.4g}",
+    "rms error": lambda report: _number(report.details["rms_error"], ".4g"),
     "relative": lambda report: _number(_relative_rms(report), ".4f"),
     "activated": lambda report: f"{report.relative_error:.4f}",
     **_LAST,
@@ -185,7 +185,7 @@ def asked_lines(record: dict[str, Any]) -> list[str]:
         share = 100 * entry["details"]["asked_sparsity"]
         lines.append(
             f"{entry['name']}: asked for {asked:,} zeros ({share:.2f} %): {outcome}, at relative "
-            f"epsilon {_number(entry['details']['relative_epsilon'], '.4f')}"
+            f"epsilon {_number(entry['details'].get('relative_epsilon'), '.4f')}"
         )
     search = record.get("search")
     if search is not None:
@@ -247,6 +247,8 @@ def bound_line(bound: OutputBound) -> str:
 def theorem_line(theorems: dict[str, Any]) -> str:
     """Say what theorem 3.2 of L-OBS gives, root mean squared over the samples as in the paper."""
     scale = 1 / math.sqrt(theorems["rows"])
+    if theorems["measured"] is None:
+        return "the accumulated error is not finite"
     measured = f"accumulated error {scale * theorems['measured']:.4g}"
     if theorems.get("defect") is not None:
         return f"{measured}; DEFECT: {theorems['defect']}"
