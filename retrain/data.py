@@ -14,6 +14,7 @@ import lzma
 import math
 import struct
 import sys
+import traceback
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -192,9 +193,8 @@ def import_factory(spec: str, argument: str) -> Callable[[], Any]:
     if added:
         sys.path.insert(0, here)
     try:
-        target: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{argument}: {spec!r}: {error}") from error
+        with _Told(argument, f"importing {module_name}"):
+            target: Any = importlib.import_module(module_name)
     finally:
         if added:
             sys.path.remove(here)
@@ -205,6 +205,50 @@ def import_factory(spec: str, argument: str) -> Callable[[], Any]:
     if not callable(target):
         raise ValueError(f"{argument}: {spec!r} is a {type(target).__name__}, wanted a callable")
     return cast("Callable[[], Any]", target)
+
+
+def call_factory(spec: str, argument: str) -> Any:
+    """Call what ``package.module:factory`` names, without arguments.
+
+    Raises
+    ------
+    ValueError
+        As `import_factory`; or if the call fails, whatever it raised, with its place.
+    """
+    factory = import_factory(spec, argument)
+    with _Told(argument, f"calling {spec}()"):
+        return factory()
+
+
+class _Told:
+    """Tell whatever a user's own module or factory raises, SystemExit too, in one line.
+
+    Ctrl-C passes, and so do errors of our own.
+    """
+
+    def __init__(self, argument: str, what: str) -> None:
+        self.argument, self.what = argument, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
+        if not isinstance(error, Exception | SystemExit):
+            return
+        own = isinstance(error, ValueError | FileNotFoundError)
+        if own and str(error).startswith(f"{self.argument}: "):
+            return
+        where = ""
+        for frame, line in traceback.walk_tb(trace):
+            file = Path(frame.f_code.co_filename)
+            if not file.is_relative_to(Path(__file__).parent) and file.suffix == ".py":
+                where = f", {file.name} line {line}"
+        text = " ".join(first_line(error).split())
+        raise ValueError(
+            f"{self.argument}: {self.what} failed: {type(error).__name__}: {text}{where}"
+        ) from error
 
 
 # --- sources ------------------------------------------------------------------------------------
@@ -224,8 +268,8 @@ def _read(source: str, limit: int | None) -> tuple[np.ndarray, np.ndarray | None
         with path.open("rb") as file:
             return _npy(file, path.stat().st_size, str(path), limit), None
     if rest:
-        made = import_factory(source, "data")()
-        data = as_data(made, name=source)
+        with _Told("data", f"calling {source}()"):
+            data = as_data(import_factory(source, "data")(), name=source)
         return data.x, data.y
     raise ValueError(f"data: got {source!r}, wanted {FORMS}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from retrain.bounds import OutputBound
 from retrain.layer_report import LayerReport
@@ -93,15 +94,37 @@ class Tried(msgspec.Struct, frozen=True):
     seconds: float
 
 
+class Asked(msgspec.Struct, frozen=True):
+    """What was searched for: a sparsity, or a drop of accuracy."""
+
+    sparsity: float | UnsetType = UNSET
+    zeros: Count | UnsetType = UNSET
+    max_drop: float | UnsetType = UNSET
+
+
+class Got(msgspec.Struct, frozen=True):
+    """What was found."""
+
+    sparsity: float
+    zeros: Count | UnsetType = UNSET
+    drop: float | UnsetType | None = UNSET
+
+
 class Search(msgspec.Struct, frozen=True):
     """A search for one epsilon."""
 
-    asked: dict[str, float | None]
-    got: dict[str, float | None]
+    asked: Asked
+    got: Got
     met: bool
     relative_epsilon: float
     chosen: Positive
     trials: list[Tried]
+
+    def __post_init__(self) -> None:
+        of_sparsity = UNSET not in (self.asked.sparsity, self.asked.zeros, self.got.zeros)
+        of_drop = UNSET not in (self.asked.max_drop, self.got.drop)
+        if of_sparsity == of_drop or (of_drop and self.asked.sparsity is not UNSET):
+            raise ValueError("want a sparsity and its zeros, or a drop, asked for and got")
 
 
 class Stage(msgspec.Struct, frozen=True):

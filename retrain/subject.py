@@ -70,7 +70,7 @@ class Subject(Protocol):
 
 
 def subject_of(model: Any, device: str | None = None) -> Subject:
-    """Wrap a model.
+    """Open a model; DataParallel, torch.compile and the like around a module are taken off.
 
     Raises
     ------
@@ -84,12 +84,14 @@ def subject_of(model: Any, device: str | None = None) -> Subject:
     from torch import nn
 
     from retrain.adapters.load import LoadedModel
+    from retrain.adapters.wrappers import unwrapped
 
     if device is not None:
         check_device(device)
     if isinstance(model, LoadedModel):
         return _ModuleSubject(model.module, model.names, str(model.path), model.note, device)
     if isinstance(model, nn.Module):
+        model = unwrapped(model)
         names = {name: name for name in model.state_dict()}
         return _ModuleSubject(model, names, None, "", device)
     raise ValueError(f"model: want a torch module or a retrain.Chain, got {type(model).__name__}")

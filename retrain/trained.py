@@ -145,6 +145,7 @@ def load_trained(directory: Path, record: Mapping[str, Any], model: Any = None) 
     """
     from retrain.adapters.description import load_described
     from retrain.adapters.load import fill
+    from retrain.adapters.wrappers import unwrapped
 
     try:
         checked = read_as(_Record, record, f"run: {directory / RUN_FILE}")
@@ -154,6 +155,7 @@ def load_trained(directory: Path, record: Mapping[str, Any], model: Any = None) 
     if not path.is_file():
         raise ValueError(f"run: {str(directory)!r} has no {MODEL_FILE}")
     if model is not None:
+        model = unwrapped(model)
         network = fill(model, path, {name: name for name in model.state_dict()})
     elif checked.model.description is not None:
         network = load_described(checked.model.description, path)

@@ -153,7 +153,7 @@ HEADERS = {
     "unclosed": "{'descr': '<f4', 'fortran_order': False, 'shape': (20, 5",
     "negative": "{'descr': '<f4', 'fortran_order': False, 'shape': (-20, -5), }",
     "huge": "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000000, 5), }",
-    "huge and empty": "{'descr': '<f4', 'fortran_order': False, 'shape': (0, 900000000000000000), }",
+    "huge and empty": "{'descr': '<f4', 'fortran_order': False, 'shape': (0, 90000000000000000), }",
     "overflowing": "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 4000 + ",), }",
     "many axes": "{'descr': '<f4', 'fortran_order': False, 'shape': (" + "1, " * 40 + "100), }",
     "objects": "{'descr': '|O', 'fortran_order': False, 'shape': (20, 5), }",

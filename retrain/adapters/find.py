@@ -18,6 +18,7 @@ from torch import fx, nn
 from retrain.adapters.gain import describe
 from retrain.adapters.operations import operation
 from retrain.adapters.tensors import FLOATS
+from retrain.adapters.wrappers import check_plain_weights, unwrapped
 from retrain.stream import Follows, LayerSpec
 
 # A ReLU commutes with whatever only moves entries about or picks the largest of some: since it is
@@ -100,15 +101,18 @@ def layer_table(model: nn.Module) -> tuple[FoundLayer, ...]:
 
 
 def evaluation_copy(model: nn.Module) -> nn.Module:
-    """Copy a module and put the copy into evaluation mode.
+    """Copy a module, without wrappers around it, and put the copy into evaluation mode.
 
     Raises
     ------
     ValueError
-        If it is no module, is a single bare layer, or cannot be copied.
+        If it is no module, is a single bare layer, has weights that are computed at each call
+        (pruning masks, weight norm), or cannot be copied.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got a {type(model).__name__}, wanted a torch module")
+    model = unwrapped(model)
+    check_plain_weights(model)
     if type(model) in (nn.Linear, nn.Conv2d):
         raise ValueError("model: got a single layer; wrap it in torch.nn.Sequential")
     try:
@@ -266,8 +270,13 @@ def _describe_layer(name: str, module: nn.Module) -> FoundLayer:
 def _weights_reason(name: str, module: nn.Module, tied: Mapping[str, str]) -> str | None:
     """Why a module's weights cannot be replaced, whatever the network does with them."""
     label = type(module).__name__
-    if hasattr(module, "parametrizations"):
-        return "its weight is parametrised; remove the parametrisation first"
+    parametrised = getattr(module, "parametrizations", None)
+    if isinstance(parametrised, nn.ModuleDict):
+        return (
+            "its weight is parametrised; remove the parametrisation first: "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+            f"(model.get_submodule({name!r}), {next(iter(parametrised))!r})"
+        )
     if type(module) not in (nn.Linear, nn.Conv2d):
         return f"{label} layers are not retrained"
     if module._forward_hooks or module._forward_pre_hooks:

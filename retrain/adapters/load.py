@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,18 @@ from retrain.adapters.dense import read_chain
 from retrain.adapters.exported import load_exported
 from retrain.adapters.find import evaluation_copy
 from retrain.adapters.tensors import FLOATS, check_finite
-from retrain.data import import_factory
+from retrain.adapters.wrappers import (
+    check_plain_names,
+    shorter_names,
+    unwrapped,
+    without_wrappers,
+)
+from retrain.data import call_factory
 from retrain.files import READ_ERRORS, first_line
 
 STATE_DICTS = (".pt", ".pth", ".th", ".bin", ".ckpt")
 _NESTED = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
+_DEEPEST = 8  # levels of a checkpoint that are searched for tensors
 _OTHERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
 _INSTEAD = (
     "save its state dict instead, torch.save(model.state_dict(), FILE), and "
@@ -60,23 +66,34 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, *, arch: str = "auto", activation: str = "relu", trust: bool = False
+    path: str | Path,
+    *,
+    arch: str = "auto",
+    activation: str = "relu",
+    trust: bool = False,
+    key: str | None = None,
 ) -> LoadedModel:
     """Load a network.
 
     Parameters
     ----------
     path : str or Path
-        ``.safetensors``; a state dict ``.pt``, ``.pth``, ``.th``, ``.bin`` or ``.ckpt`` (also
-        nested under ``state_dict``, ``model_state_dict`` or ``model``, and with the ``module.`` of
-        data parallel training before every name); or an exported program ``.pt2``.
+        ``.safetensors``; a state dict ``.pt``, ``.pth``, ``.th``, ``.bin`` or ``.ckpt``; or an
+        exported program ``.pt2``. The state dict may be inside of a checkpoint, under
+        ``state_dict``, ``model_state_dict`` or ``model``, or as its only mapping of tensors. What
+        wrappers put into names (``module.``, ``_orig_mod.``) is dropped, and so is any prefix of
+        all names (``model.``) without which they fit `arch`.
     arch : str, optional
         ``"auto"`` reads a chain of dense layers off the shapes. ``package.module:factory`` names a
-        callable that builds the module; the tensors are then loaded into it.
+        callable that builds the module; the tensors are then loaded into it. A wrapper around
+        it (DataParallel, torch.compile) is taken off.
     activation : str, optional
         What stands between the layers of a chain read with ``"auto"``.
     trust : bool, optional
         Allow a ``.pt2``: loading one can run code that is in the file.
+    key : str, optional
+        Which mapping of tensors of a checkpoint to take: ``net``, or ``teacher.net`` of a nested
+        one.
 
     Returns
     -------
@@ -101,11 +118,17 @@ def load_model(
             f"({', '.join(STATE_DICTS)})"
         )
     if path.suffix == ".pt2" or _members(path) & {"archive_format", "serialized_exported_program"}:
+        if key is not None:
+            raise ValueError(
+                f"key: got {key!r}, but {path.name!r} is an exported program; leave it"
+            )
         return _exported(path, arch, trust)
-    tensors, ordered = read_tensors(path)
-    short = {_without_prefix(name, tensors): name for name in tensors}
-    renamed = {ours: tensors[theirs] for ours, theirs in short.items()}
+    tensors, ordered, taken = _tensors_and_key(path, key)
+    from_key = f"from {taken!r}" if taken and taken not in _NESTED else ""
     if arch == "auto":
+        check_plain_names(tensors)
+        short = dict(zip(without_wrappers(tensors), tensors, strict=True))
+        renamed = {ours: tensors[theirs] for ours, theirs in short.items()}
         chain, names = read_chain(renamed, activation=activation, ordered=ordered)
         names = {ours: short[theirs] for ours, theirs in names.items()}
         layers = chain.dense_layers
@@ -113,19 +136,71 @@ def load_model(
         note = f"read as dense layers {'-'.join(map(str, widths))}"
         if len(layers) > 1:
             note += f", assuming {activation} between them"
+        note += f", {from_key}" if from_key else ""
         module: nn.Module = chain
     else:
-        module = import_factory(arch, "arch")()
-        if not isinstance(module, nn.Module):
-            raise ValueError(f"arch: {arch!r} returned a {type(module).__name__}, wanted a module")
-        _fill(module, renamed, repr(arch))
-        names, note = short, ""
+        module = made_module(arch)
+        names = _names_that_fit(module, tensors)
+        prefix = _dropped(names)
+        _fill(module, {ours: tensors[theirs] for ours, theirs in names.items()}, repr(arch))
+        said = [f"read {from_key}"] if from_key else []
+        said += [f"names are without their prefix {prefix!r}"] if prefix else []
+        note = ", ".join(said)
     check_finite(module)
     return LoadedModel(module.eval(), names, path, note)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
+def made_module(arch: str) -> nn.Module:
+    """Build the module that ``package.module:factory`` makes, without wrappers around it.
+
+    Raises
+    ------
+    ValueError
+        If the factory is not found, fails, or returns something else.
+    """
+    module = call_factory(arch, "arch")
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"arch: {arch!r} returned a {type(module).__name__}, wanted a module")
+    return unwrapped(module)
+
+
+def _names_that_fit(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return names for a file's tensors, each with its own: those that are the module's.
+
+    Where none of `shorter_names` fits, the names without wrappers, which `_fill` then refuses.
+    """
+    own = module.state_dict()
+    for names in shorter_names(tensors):
+        if not any(_misfits(own, names)):
+            return dict(zip(names, tensors, strict=True))
+    if not any(_misfits(own, tensors)):
+        return dict(zip(tensors, tensors, strict=True))
+    check_plain_names([name for name in tensors if name not in own])
+    return dict(zip(without_wrappers(tensors), tensors, strict=True))
+
+
+def _misfits(own: Collection[str], names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the module's names that a file lacks, and those that it has besides."""
+    # Files from before torch 0.4.1 lack this counter, which nothing in evaluation reads.
+    missing = [n for n in own if n not in names and not n.endswith("num_batches_tracked")]
+    return missing, [name for name in names if name not in own]
+
+
+def _dropped(names: Mapping[str, str]) -> str:
+    """Return the prefix that was dropped from all names and that no wrapper had put there."""
+    kept = dict(zip(without_wrappers(names.values()), names, strict=True))
+    theirs, ours = next(iter(kept.items()))
+    return theirs.removesuffix(ours) if theirs.endswith(ours) else ""
+
+
+def read_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], bool]:
     """Read a file's tensors to the CPU without running code that is in it.
+
+    Parameters
+    ----------
+    path : Path
+    key : str, optional
+        As `load_model`.
 
     Returns
     -------
@@ -139,7 +214,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     ValueError
         As `load_model`.
     """
+    tensors, ordered, _ = _tensors_and_key(path, key)
+    return tensors, ordered
+
+
+def _tensors_and_key(path: Path, key: str | None) -> tuple[dict[str, Tensor], bool, str]:
+    """Read tensors, whether their order means something, and the key they were under."""
+    taken = ""
     if path.suffix == ".safetensors":
+        if key is not None:
+            raise ValueError(f"key: got {key!r}, but a safetensors file has no keys; leave it")
         try:
             tensors: Any = load_file(path)
         except (SafetensorError, *READ_ERRORS) as error:
@@ -147,12 +231,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
                 f"model: {str(path)!r} is not a whole safetensors file ({_line(error)})"
             ) from error
     else:
-        tensors = _unpickle(path)
-        if isinstance(tensors, Mapping):
-            for key in _NESTED:
-                if isinstance(tensors.get(key), Mapping):
-                    tensors = tensors[key]
-                    break
+        tensors, taken = _chosen(_unpickle(path), key, path)
     if not isinstance(tensors, Mapping):
         raise ValueError(
             f"model: {str(path)!r} holds a {type(tensors).__name__}, wanted a state dict (tensors "
@@ -162,7 +241,52 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], bool]:
         raise ValueError(f"model: {str(path)!r} holds no tensors")
     for name, tensor in tensors.items():
         _check_tensor(name, tensor)
-    return dict(tensors), path.suffix != ".safetensors"
+    return dict(tensors), path.suffix != ".safetensors", taken
+
+
+def _chosen(content: object, key: str | None, path: Path) -> tuple[object, str]:
+    """Choose the mapping of tensors of a checkpoint, and say under which key it was.
+
+    Without a key: what is under a usual one, else the only one; what is no checkpoint is returned
+    as it is, to be refused entry by entry.
+    """
+    found = dict(_mappings(content, "", _DEEPEST))
+    listed = ", ".join(name or "(the file itself)" for name in found) or "none"
+    if key is not None:
+        if key not in found:
+            raise ValueError(
+                f"key: {str(path)!r} has no mapping of tensors called {key!r}; there are {listed}"
+            )
+        return found[key], key
+    usual = [name for name in ("", *_NESTED) if name in found]
+    if usual:
+        return found[usual[0]], usual[0]
+    if len(found) == 1:
+        return next(iter(found.values())), next(iter(found))
+    if found:
+        raise ValueError(
+            f"model: {str(path)!r} has several mappings of tensors, {listed}; choose one, --key "
+            "NAME (key=NAME)"
+        )
+    if isinstance(content, Mapping):
+        nested = (content[name] for name in _NESTED if isinstance(content.get(name), Mapping))
+        return next(nested, content), ""
+    return content, ""
+
+
+def _mappings(content: object, name: str, depth: int) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Find the mappings of tensors by name in a checkpoint, with their dotted keys.
+
+    An optimiser's state is by parameter number, and so is not found.
+    """
+    if not isinstance(content, Mapping) or not content:
+        return
+    if all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+        yield name, content
+        return
+    for key, value in content.items() if depth else ():
+        if isinstance(key, str):
+            yield from _mappings(value, f"{name}.{key}" if name else key, depth - 1)
 
 
 def _unpickle(path: Path) -> object:
@@ -230,14 +354,6 @@ def _check_tensor(name: object, tensor: object) -> None:
         )
 
 
-def _without_prefix(name: str, names: Mapping[str, Tensor]) -> str:
-    """Drop what wrappers put before every name."""
-    for prefix in _PREFIXES:
-        if all(other.startswith(prefix) for other in names):
-            return name.removeprefix(prefix)
-    return name
-
-
 def fill(model: nn.Module, path: str | Path, names: Mapping[str, str]) -> nn.Module:
     """Load a file's tensors into a copy of a module.
 
@@ -273,9 +389,7 @@ def fill(model: nn.Module, path: str | Path, names: Mapping[str, str]) -> nn.Mod
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor], arch: str) -> None:
     """Load tensors into a module in the types that they have; compare names and shapes first."""
     own = module.state_dict(keep_vars=True)
-    # Files from before torch 0.4.1 lack this counter, which nothing in evaluation reads.
-    missing = [n for n in own if n not in tensors and not n.endswith("num_batches_tracked")]
-    extra = [name for name in tensors if name not in own]
+    missing, extra = _misfits(own, tensors)
     if missing or extra:
         parts = [
             f"{what} {', '.join(map(repr, names[:3]))}{' ...' if len(names) > 3 else ''}"

@@ -47,6 +47,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="load a .pt2 file, which can run code of whoever made it",
     )
+    parser.add_argument(
+        "--key",
+        metavar="NAME",
+        help="which mapping of tensors of a checkpoint to take, where it has several",
+    )
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -114,10 +119,16 @@ def load(options: argparse.Namespace) -> Any:
     """Load the network that the options name."""
     from retrain.adapters.load import load_model
 
+    if not options.model:
+        raise ValueError("model: got '', wanted a file or the directory of a finished run")
     if Path(options.model).is_dir():
         return _load_run(options)
     return load_model(
-        options.model, arch=options.arch, activation=options.activation, trust=options.trust
+        options.model,
+        arch=options.arch,
+        activation=options.activation,
+        trust=options.trust,
+        key=options.key,
     )
 
 
@@ -125,16 +136,18 @@ def _load_run(options: argparse.Namespace) -> LoadedModel:
     """Load the network of a finished run; what was trained on normalised data says so."""
     from torch import nn
 
-    from retrain.adapters.load import LoadedModel
-    from retrain.data import import_factory
+    from retrain.adapters.load import LoadedModel, made_module
     from retrain.loading import load as load_run
 
     path = Path(options.model)
-    run = load_run(path, None if options.arch == "auto" else import_factory(options.arch, "arch")())
+    if options.key is not None:
+        raise ValueError(f"key: got {options.key!r}, but {options.model!r} is a run; leave it")
+    run = load_run(path, None if options.arch == "auto" else made_module(options.arch))
     if not isinstance(run.model, nn.Module):
         raise ValueError(f"model: {options.model!r} is a run on a chain of arrays, wanted a module")
     note = f"read from the run {options.model}"
-    normalise = run.record.get("recipe", {}).get("data", {}).get("normalise")
+    recipe = run.record.get("recipe")
+    normalise = recipe["data"].get("normalise") if isinstance(recipe, dict) else None
     if normalise and not vars(options).get("normalise"):
         note += f", which trained with --normalise {normalise}"
     return LoadedModel(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from retrain.adapters.structure import training_structure, weights_hash
+from retrain.adapters.wrappers import unwrapped
 from retrain.data import Data, as_data, load_data
 from retrain.trainers.account import Cost, cost
 from retrain.trainers.batches import Rows
@@ -122,7 +123,7 @@ def _model(recipe: Recipe) -> nn.Module:
         raise ValueError(
             f"recipe: [model] {recipe.model.name!r} made a {type(model).__name__}, want a module"
         )
-    return model
+    return unwrapped(model)
 
 
 @dataclass(frozen=True, eq=False)
