@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import joblib
+import numpy as np
 from threadpoolctl import threadpool_limits
 
 from retrain.bounds import Direct, OutputBound, cascade_bound, output_bound
 from retrain.data import Data, as_data
 from retrain.identity import run_identity
+from retrain.labels import labels_for
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import net_trim as net_trim_method
 from retrain.methods.amounts import layers_named
@@ -23,7 +25,7 @@ from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.run import RUN_FILE, RunDirectory, open_run, read_record
 from retrain.run_record import check_finished
 from retrain.stream import LayerSpec, LayerStream, Passage
-from retrain.subject import Subject, has_classes, reopen, subject_of
+from retrain.subject import Subject, reopen, subject_of
 from solvers.arrays import to_numpy
 
 if TYPE_CHECKING:
@@ -108,9 +110,11 @@ def net_trim(
     Parameters
     ----------
     model : torch.nn.Module, Chain or LoadedModel
-        The trained network. It is not changed.
+        The trained network. It is not changed. Wrappers (DataParallel, DistributedDataParallel,
+        torch.compile) are taken off: the run's model and its names are those of the plain module.
     data : array, tensor, DataLoader, Data, or anything that yields batches
         Calibration inputs; (inputs, labels) pairs give accuracies too, and allow fine-tuning.
+        Labels are class numbers from 0, or what can be read as such (`retrain.labels`).
     out : path, optional
         Run directory: written as the run goes, resumed by the same call. Without one nothing is
         written.
@@ -431,24 +435,24 @@ def _copy_weights(source: LayerStream, target: LayerStream) -> None:
             target.commit(spec.name, source.weight(spec.name, group), group)
 
 
-def _accuracies(stream: LayerStream, data: Data) -> dict[str, float | None]:
-    """Accuracy before and after on labelled data; None for data without class labels."""
+def _accuracies(stream: LayerStream, data: Data) -> dict[str, Any]:
+    """Accuracy before and after; None with the `reason`, and `labels` where they were converted."""
+    labels = labels_for(stream, data.y)
+    said = {"labels": labels.note, "reason": labels.reason}
     return {
-        "before": _accuracy(stream, data, dense=True),
-        "after": _accuracy(stream, data, dense=False),
+        "before": _accuracy(stream, labels.classes, dense=True),
+        "after": _accuracy(stream, labels.classes, dense=False),
+        **{name: text for name, text in said.items() if text},
     }
 
 
-def _accuracy(stream: LayerStream, data: Data, *, dense: bool) -> float | None:
-    """Share of samples whose largest output is the label's; None without one label a sample."""
-    if data.y is None or not has_classes(data):
+def _accuracy(stream: LayerStream, classes: np.ndarray | None, *, dense: bool) -> float | None:
+    """Share of samples whose largest output is their class's; None without classes."""
+    if classes is None:
         return None
     hits, start = 0, 0
     for outputs in stream.outputs(dense=dense):
         values = to_numpy(outputs)
-        if values.ndim != 2 or values.shape[1] < 2:
-            return None
-        labels = data.y[start : start + len(values)]
-        hits += int((values.argmax(axis=1) == labels).sum())
+        hits += int((values.argmax(axis=1) == classes[start : start + len(values)]).sum())
         start += len(values)
     return hits / start

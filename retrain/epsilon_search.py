@@ -19,10 +19,11 @@ from typing import Any
 from retrain.api import OnLayer, Run
 from retrain.data import Data
 from retrain.identity import run_identity
+from retrain.labels import labels_for
 from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.run import LAYERS, RUN_FILE, open_run, read_record
 from retrain.run_record import check_finished
-from retrain.subject import Subject, has_classes
+from retrain.subject import Subject
 from solvers.root import next_place
 
 SMALLEST, LARGEST = 1e-4, 1.0  # relative epsilons: at 1 the first layer may as well be zero
@@ -236,8 +237,8 @@ def search_epsilon(
     ValueError
         If a drop is asked for without labelled held-out data, or the directory is unfit.
     """
-    if goal.max_drop is not None and (held_out is None or not has_classes(held_out)):
-        raise ValueError("max_drop: wants held-out data (evaluate) with a class for each sample")
+    if goal.max_drop is not None:
+        _check_classes(subject, held_out)
     started = time.perf_counter()
     target = None if out is None else Path(out)
     identity = {
@@ -284,6 +285,16 @@ def search_epsilon(
             subject.save(chosen.model, target)
             directory.write_record(outcome)
     return Run(chosen.model, chosen.layers, chosen.bounds, outcome, target)
+
+
+def _check_classes(subject: Subject, held_out: Data | None) -> None:
+    """Refuse held-out data on which no accuracy can drop."""
+    wanted = "max_drop: wants held-out data (evaluate) with a class for each sample"
+    if held_out is None:
+        raise ValueError(wanted)
+    labels = labels_for(subject.stream(held_out), held_out.y)
+    if labels.classes is None:
+        raise ValueError(f"{wanted}: {labels.reason}")
 
 
 def _within(goal: Goal, trial: Trial) -> bool:

@@ -53,7 +53,8 @@ def lobs(
     Parameters
     ----------
     model : torch.nn.Module, Chain or LoadedModel
-        The trained network. It is not changed.
+        The trained network. It is not changed. Wrappers (DataParallel, DistributedDataParallel,
+        torch.compile) are taken off: the run's model and its names are those of the plain module.
     data : array, tensor, DataLoader, Data, or anything that yields batches
         Calibration inputs, all of which are used; (inputs, labels) pairs give accuracies too, and
         allow fine-tuning.

@@ -21,6 +21,7 @@ from safetensors.numpy import save
 from retrain.chain import Chain, ChainStream
 from retrain.data import Data
 from retrain.files import READ_ERRORS, first_line, write_whole
+from retrain.labels import labels_for
 from retrain.run import MODEL_FILE
 from retrain.run_record import ChainModel, Dense, ModuleModel
 from retrain.stream import LayerStream
@@ -95,11 +96,6 @@ def subject_of(model: Any, device: str | None = None) -> Subject:
         names = {name: name for name in model.state_dict()}
         return _ModuleSubject(model, names, None, "", device)
     raise ValueError(f"model: want a torch module or a retrain.Chain, got {type(model).__name__}")
-
-
-def has_classes(data: Data) -> bool:
-    """Whether every sample is labelled with a class number."""
-    return data.y is not None and data.y.ndim == 1 and np.issubdtype(data.y.dtype, np.integer)
 
 
 def check_device(device: str) -> None:
@@ -246,17 +242,10 @@ class _ModuleSubject:
             raise ValueError("fine_tune: no parameter of the model requires a gradient")
         if data.y is None:
             raise ValueError(f"fine_tune: wants labels, and {data.name!r} has none")
-        if not has_classes(data):
+        labels = labels_for(stream, data.y)
+        if labels.classes is None:
             raise ValueError(
-                f"fine_tune: wants a class number for each sample, and the labels of "
-                f"{data.name!r} are {data.y.dtype} of shape {data.y.shape}"
-            )
-        outputs = next(stream.outputs(dense=True))
-        if outputs.ndim != 2 or data.y.min() < 0 or data.y.max() >= outputs.shape[1]:
-            raise ValueError(
-                f"fine_tune: wants labels from 0 to one less than the network's outputs, of shape "
-                f"{tuple(outputs.shape[1:])}; those of {data.name!r} are {data.y.min()} to "
-                f"{data.y.max()}"
+                f"fine_tune: wants a class number for each sample of {data.name!r}: {labels.reason}"
             )
 
     def fine_tune(
@@ -271,15 +260,20 @@ class _ModuleSubject:
         model = self.model(stream)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
 
-        def pair(source: Data) -> tuple[Any, Any]:
-            labels: Any = source.y
+        def pair(source: Data) -> tuple[Any, Any] | None:
+            classes = labels_for(stream, source.y).classes
+            if classes is None:
+                return None
             inputs = torch.as_tensor(fit_samples(model, source.x)).to(dtype)
-            return inputs, torch.as_tensor(labels.astype(np.int64))
+            return inputs, torch.as_tensor(classes)
 
-        trained = fine_tune(model, pair(data), epochs=epochs, device=self.device, seed=seed)
-        accuracies = {"calibration": evaluate(trained.model, pair(data))}
-        if held_out is not None and has_classes(held_out):
-            accuracies["held_out"] = evaluate(trained.model, pair(held_out))
+        training = pair(data)
+        assert training is not None  # check_fine_tune has seen to it
+        trained = fine_tune(model, training, epochs=epochs, device=self.device, seed=seed)
+        accuracies = {"calibration": evaluate(trained.model, training)}
+        testing = None if held_out is None else pair(held_out)
+        if testing is not None:
+            accuracies["held_out"] = evaluate(trained.model, testing)
         return FineTuned(trained.model, accuracies)
 
     def save(self, model: Any, directory: Path) -> None:

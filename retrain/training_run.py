@@ -299,7 +299,10 @@ class _Run:
         said = self.training.describe()  # of what is left after the last pruning
         final = cost(network, begun.sample)
         sets = {"train": begun.data, "test": begun.test}
-        figures = {name: _figures(network, pair, self.training) for name, pair in sets.items()}
+        figures = {
+            name: _figures(network, pair, self.training, begun.labels[name])
+            for name, pair in sets.items()
+        }
         network = network.cpu()
         description, reason = described(network)
         record: dict[str, Any] = {
@@ -338,11 +341,16 @@ def _zeros(network: nn.Module) -> dict[str, int]:
     return {"count": sum(weight.numel() for weight in weights), "zeros": zeros}
 
 
-def _figures(network: nn.Module, pair: Pair | None, training: Training) -> dict[str, Any] | None:
+def _figures(
+    network: nn.Module, pair: Pair | None, training: Training, labels: str
+) -> dict[str, Any] | None:
+    """Return what a network does on a data set; how its labels were read, or why no accuracy."""
     if pair is None:
         return None
     loss, accuracy = assess(network, pair, training.loss)
-    return {"loss": loss, "accuracy": accuracy, "samples": len(pair[0])}
+    reason = "" if accuracy is not None else "the loss has targets, not classes"
+    said = {name: text for name, text in (("labels", labels), ("reason", reason)) if text}
+    return {"loss": loss, "accuracy": accuracy, "samples": len(pair[0]), **said}
 
 
 def _is_finished(path: Path) -> bool:

@@ -318,7 +318,7 @@ def test_what_cannot_be_trained_is_refused_before_a_directory_is_made(folder):
     x = np.zeros((8, 12), np.float32)
     cases = [
         (tables(), {"data": x}, r"has no labels to train on"),
-        (tables(), {"data": (x, np.zeros(8))}, r"wants a class number for each sample"),
+        (tables(), {"data": (x, np.full(8, 0.5))}, r"wants a class number for each sample"),
         (tables(), {"data": (x, np.full(8, 4))}, r"outputs of shape \(4,\), but the labels are 4"),
         (tables(), {"data": (x, np.full(8, -1))}, r"the labels are -1 to -1"),
         (

@@ -139,7 +139,11 @@ def summary(record: dict[str, Any], bounds: dict[str, OutputBound]) -> list[str]
     ]
     lines += asked_lines(record)
     for name, accuracy in record["accuracy"].items():
-        if accuracy["before"] is None:
+        if accuracy.get("labels"):
+            lines.append(f"labels of {_data(name)}: {accuracy['labels']}")
+        if accuracy["before"] is None or accuracy["after"] is None:
+            if accuracy.get("reason"):
+                lines.append(f"no accuracy on {_data(name)}: {accuracy['reason']}")
             continue
         line = (
             f"accuracy on {_data(name)}: {100 * accuracy['before']:.2f} % before, "
@@ -264,7 +268,7 @@ def stage_line(stage: dict[str, Any]) -> str:
     """Sum up one stage of an iterative run."""
     parts = [f"{100 * (1 - stage['totals']['sparsity']):.2f} % kept"]
     for name, accuracy in stage["accuracy"].items():
-        if accuracy["before"] is None:
+        if accuracy["after"] is None:
             continue
         words = f"{_data(name)} {100 * accuracy['after']:.2f} %"
         if accuracy.get("fine_tuned") is not None:

@@ -35,6 +35,10 @@ def training_summary(record: dict[str, Any]) -> list[str]:
         said = f"loss {_number(found['loss'], '.4f')}"
         if found["accuracy"] is not None:
             said = f"accuracy {100 * found['accuracy']:.2f} %, {said}"
+        elif found.get("reason"):
+            said += f"; no accuracy: {found['reason']}"
+        if found.get("labels"):
+            said += f"; labels: {found['labels']}"
         lines.append(f"{words} data ({found['samples']:,} samples): {said}")
     lines.append(
         f"{final['parameters']:,} of {dense['parameters']:,} parameters left (pPR "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from retrain.adapters.structure import training_structure, weights_hash
 from retrain.adapters.wrappers import unwrapped
 from retrain.data import Data, as_data, load_data
+from retrain.labels import class_numbers, unfit_range
 from retrain.trainers.account import Cost, cost
 from retrain.trainers.batches import Rows
 from retrain.trainers.recipe import LOSSES, OPTIMIZERS, SCHEDULES, Named, Recipe, imported
@@ -44,6 +45,8 @@ class Start:
         Of the data sets.
     network : dict
         Of the network as it was made: its weights' hash, and what it computes.
+    labels : dict
+        How the data sets' labels were read; empty text where they were taken as they are.
     sample : Tensor, shape (1, ...)
         An input, on the training's device.
     dense : Cost
@@ -57,6 +60,7 @@ class Start:
     test: Pair | None
     fingerprints: dict[str, str | None]
     network: dict[str, Any]
+    labels: dict[str, str]
     sample: Tensor
     dense: Cost
 
@@ -109,6 +113,7 @@ def start(recipe: Recipe, device: torch.device, data: Any = None, test: Any = No
             "test": None if test_data is None else test_data.fingerprint,
         },
         network,
+        {"train": training_data.labels, "test": "" if test_data is None else test_data.labels},
         sample,
         dense,
     )
@@ -130,6 +135,7 @@ def _model(recipe: Recipe) -> nn.Module:
 class _Source:
     pair: Pair
     fingerprint: str
+    labels: str
 
 
 def _source(given: Any, recipe: Recipe, which: str) -> _Source | None:
@@ -141,29 +147,31 @@ def _source(given: Any, recipe: Recipe, which: str) -> _Source | None:
 
         folder = Path(source.removeprefix("images:"))
         images = ImageFolder(folder, table.size, normalise=table.normalise, limit=limit)
-        return _Source((images, images.labels), images.fingerprint)
+        return _Source((images, images.labels), images.fingerprint, "")
     if given is not None:
         data = as_data(given)
     elif source is not None:
         data = load_data(source, limit=limit, normalise=table.normalise)
     else:
         return None
-    return _Source(_pair(data, recipe), data.fingerprint)
+    pair, note = _pair(data, recipe)
+    return _Source(pair, data.fingerprint, note)
 
 
-def _pair(data: Data, recipe: Recipe) -> Pair:
-    """Return samples in float32 and targets as the loss takes them."""
+def _pair(data: Data, recipe: Recipe) -> tuple[Pair, str]:
+    """Return samples in float32 and targets as the loss takes them, and how labels were read."""
     if data.y is None:
         raise ValueError(f"data: {data.name!r} has no labels to train on")
     inputs = torch.from_numpy(np.ascontiguousarray(data.x, dtype=np.float32))
-    if recipe.training.loss == "cross-entropy":
-        if data.y.ndim != 1 or not np.issubdtype(data.y.dtype, np.integer):
-            raise ValueError(
-                f"data: cross-entropy wants a class number for each sample; the labels of "
-                f"{data.name!r} are {data.y.dtype} of shape {data.y.shape}"
-            )
-        return inputs, torch.from_numpy(data.y.astype(np.int64))
-    return inputs, torch.from_numpy(np.ascontiguousarray(data.y, dtype=np.float32))
+    if recipe.training.loss != "cross-entropy":
+        return (inputs, torch.from_numpy(np.ascontiguousarray(data.y, dtype=np.float32))), ""
+    labels = class_numbers(data.y)
+    if labels.classes is None:
+        raise ValueError(
+            f"data: cross-entropy wants a class number for each sample of {data.name!r}: "
+            f"{labels.reason}"
+        )
+    return (inputs, torch.from_numpy(labels.classes)), labels.note
 
 
 def _check_fit(model: nn.Module, sample: Tensor, targets: Tensor, loss: str) -> None:
@@ -179,11 +187,15 @@ def _check_fit(model: nn.Module, sample: Tensor, targets: Tensor, loss: str) -> 
     if not isinstance(outputs, Tensor):
         raise ValueError(f"recipe: [model] returns a {type(outputs).__name__}, want a tensor")
     if loss == "cross-entropy":
-        low, high = int(targets.min()), int(targets.max())
-        if outputs.ndim != 2 or low < 0 or high >= outputs.shape[1]:
+        if outputs.ndim != 2:
             raise ValueError(
-                f"recipe: [model] has outputs of shape {tuple(outputs.shape[1:])}, but the labels "
-                f"are {low} to {high}"
+                f"recipe: [model] has outputs of shape {tuple(outputs.shape[1:])}, and "
+                "cross-entropy wants one for each class"
+            )
+        unfit = unfit_range(targets.numpy(), outputs.shape[1])
+        if unfit:
+            raise ValueError(
+                f"recipe: [model] has outputs of shape {tuple(outputs.shape[1:])}, but {unfit}"
             )
     elif outputs.shape[1:] != targets.shape[1:]:
         raise ValueError(
