@@ -22,7 +22,7 @@ from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import net_trim as net_trim_method
 from retrain.methods.amounts import layers_named
 from retrain.methods.net_trim_options import NetTrimOptions
-from retrain.run import RUN_FILE, RunDirectory, open_run, read_record
+from retrain.run import RUN_FILE, RunDirectory, check_out, open_run, read_record
 from retrain.run_record import check_finished
 from retrain.stream import LayerSpec, LayerStream, Passage
 from retrain.subject import Subject, reopen, subject_of
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from retrain.epsilon_search import OnTrial
 
 OnLayer = Callable[[LayerReport, int], None]
+_MOST_EPOCHS = 10**6  # more would end in no one's lifetime
 Steps = Callable[[LayerStream, Sequence[str], Mapping[str, Sequence[Any]]], Iterator[LayerResult]]
 
 
@@ -155,6 +156,7 @@ def net_trim(
     """
     from retrain.epsilon_search import goal_of, search_epsilon
 
+    check_out(out)
     options = _options(options, settings)
     goal = goal_of(options, sparsity_of, max_drop, max_trials)
     subject, calibration = subject_of(model, device), as_data(data)
@@ -223,6 +225,8 @@ def drive(
     started = time.perf_counter()
     if fine_tune < 0:
         raise ValueError(f"fine_tune: want a number of epochs >= 0, got {fine_tune}")
+    if fine_tune > _MOST_EPOCHS:
+        raise ValueError(f"fine_tune: want at most {_MOST_EPOCHS} epochs, got {fine_tune}")
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(joblib.cpu_count()))
         stream = subject.stream(data)

@@ -19,6 +19,7 @@ from retrain.data import Data, load_data
 from retrain.files import json_bytes
 from retrain.methods.net_trim_options import Scheme
 from retrain.report.terminal import bound_line, output
+from retrain.run import check_out
 from retrain.trainers.states import seeded
 from retrain.trainers.supervised import train
 
@@ -50,6 +51,7 @@ def demo(
     quiet, as_json : bool
         Print nothing; print the two runs' records as JSON.
     """
+    check_out(out)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     training, test = load_data("digits"), load_data("digits-test")

@@ -128,6 +128,8 @@ def goal_of(
     """
     if sparsity_of not in ("layer", "network"):
         raise ValueError(f"sparsity_of: want 'layer' or 'network', got {sparsity_of!r}")
+    if max_trials < 1:
+        raise ValueError(f"max_trials: want at least 1, got {max_trials!r}")
     if max_drop is None and sparsity_of == "layer":
         return None
     what = "max_drop" if max_drop is not None else "sparsity_of"

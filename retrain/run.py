@@ -151,6 +151,17 @@ def _digest(report: Mapping[str, Any], weights: Iterable[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def check_out(out: str | Path | None) -> None:
+    """Refuse an empty text for a directory, which would mean the current one.
+
+    Raises
+    ------
+    ValueError
+    """
+    if out == "":
+        raise ValueError("out: got '', want a directory ('.' is the current one)")
+
+
 @contextmanager
 def open_run(
     path: str | Path, identity: Mapping[str, Any], names: tuple[str, ...]

@@ -24,8 +24,8 @@ from retrain.identity import run_identity
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import lobs as method
 from retrain.methods.amounts import Amount, layers_named
-from retrain.methods.lobs_options import LobsOptions, stage_amounts
-from retrain.run import LAYERS, RUN_FILE, open_run, read_record
+from retrain.methods.lobs_options import LobsOptions, check_stages, stage_amounts
+from retrain.run import LAYERS, RUN_FILE, check_out, open_run, read_record
 from retrain.run_record import check_finished
 from retrain.stream import LayerStream
 from retrain.subject import subject_of
@@ -98,6 +98,7 @@ def lobs(
     OSError
         If the run directory cannot be written. Finished layers are kept, and the call resumes.
     """
+    check_out(out)
     plan = plan_stages(options, sparsity, tolerance, stages, settings)
     calibration = as_data(data)
     held_out = None if evaluate is None else as_data(evaluate)
@@ -171,6 +172,8 @@ def plan_stages(
     if unknown:
         known = ", ".join(LobsOptions.__dataclass_fields__)
         raise ValueError(f"{unknown[0]}: no such option of lobs; there are {known}")
+    if stages is not None:
+        check_stages(stages)
     given = {} if options is None else asdict(options)
     given.update(settings)
     if sparsity is not None:

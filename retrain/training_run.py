@@ -33,6 +33,7 @@ from retrain.run import (
     HISTORY_FILE,
     MODEL_FILE,
     RunDirectory,
+    check_out,
     open_run,
     read_record,
 )
@@ -114,6 +115,7 @@ def train(
     OSError
         If the run directory cannot be written. Finished epochs are kept, and the call resumes.
     """
+    check_out(out)
     if isinstance(recipe, Recipe):
         chosen = recipe.changed(changes) if changes else recipe
     elif isinstance(recipe, Mapping):

@@ -253,7 +253,7 @@ def _chosen(content: object, key: str | None, path: Path) -> tuple[object, str]:
     found = dict(_mappings(content, "", _DEEPEST))
     listed = ", ".join(name or "(the file itself)" for name in found) or "none"
     if key is not None:
-        if key not in found:
+        if not key or key not in found:
             raise ValueError(
                 f"key: {str(path)!r} has no mapping of tensors called {key!r}; there are {listed}"
             )

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from retrain.cli import demo, layers, lobs, train, trim, verify
 from retrain.cli.shared import BAD_INPUT, DONE, INTERRUPTED
+from retrain.cli.streams import make_streams_safe
 
 COMMANDS = (layers, trim, lobs, train, verify, demo)
 
@@ -31,12 +32,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
+    make_streams_safe()
     parser = build_parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     if not sys.warnoptions:  # python -W ... shows them
         warnings.simplefilter("ignore")
-    if getattr(options, "threads", None):
+    if 0 < (getattr(options, "threads", None) or 0) <= 4096:  # others are refused later
         # Before numpy and torch start their pools.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ[name] = str(options.threads)

@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
+MOST_THREADS = 4096
+"""More threads or workers than any machine has cores; beyond, their libraries end in odd ways."""
+
 Amount = float | Mapping[str, float]
 """One number for all layers, or numbers by layer name or shell pattern."""
 
@@ -45,6 +48,23 @@ def check_amount(argument: str, amount: Amount | None, largest: float) -> None:
         if not (0 <= value <= largest and value < math.inf):
             limit = "in [0, 1]" if largest == 1 else ">= 0"
             raise ValueError(f"{argument}: want a number {limit}, got {value!r}")
+
+
+def check_parallel(jobs: int, threads: int | None, seed: int) -> None:
+    """Check a run's jobs, its threads (None: by the machine's cores) and its seed.
+
+    Raises
+    ------
+    ValueError
+        If one is out of range.
+    """
+    for name, value in (("jobs", jobs), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: want at least 1, got {value!r}")
+        if value is not None and value > MOST_THREADS:
+            raise ValueError(f"{name}: want at most {MOST_THREADS}, got {value!r}")
+    if not 0 <= seed < 2**63:  # numpy takes none below, torch none above
+        raise ValueError(f"seed: want a whole number from 0 to 2^63 - 1, got {seed!r}")
 
 
 def layers_named(amount: Amount | None) -> list[str] | None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import joblib
 
-from retrain.methods.amounts import Amount, amount_for, check_amount
+from retrain.methods.amounts import Amount, amount_for, check_amount, check_parallel
 from retrain.methods.moments import Calibration
 from retrain.stream import LayerSpec
 from solvers.obs import (
@@ -104,12 +104,9 @@ class LobsOptions:
                 raise ValueError("damping: the method 'best' has its own; want none")
         if not self.memory > 0:
             raise ValueError(f"memory: want a positive number, got {self.memory!r}")
-        if self.jobs < 1:
-            raise ValueError(f"jobs: want at least 1, got {self.jobs!r}")
+        check_parallel(self.jobs, self.threads, self.seed)
         if self.jobs > 1 and self.calibration != "dense":
             raise ValueError(f"jobs: {self.calibration} calibration takes layers one by one")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads: want at least 1, got {self.threads!r}")
 
     @property
     def threads_per_job(self) -> int:
@@ -143,6 +140,22 @@ def bytes_needed(spec: LayerSpec, options: LobsOptions) -> float:
     return 8.0 * (squares * n_in**2 + 8 * n_in * n_out)
 
 
+_MOST_STAGES = 1000  # each is a run of its own
+
+
+def check_stages(stages: int) -> None:
+    """Refuse a number of stages that is not from 1 to 1000.
+
+    Raises
+    ------
+    ValueError
+    """
+    if stages < 1:
+        raise ValueError(f"stages: want at least 1, got {stages!r}")
+    if stages > _MOST_STAGES:
+        raise ValueError(f"stages: want at most {_MOST_STAGES}, got {stages!r}")
+
+
 def stage_amounts(amount: Amount | Sequence[Amount], stages: int | None) -> list[Amount]:
     """Spread a sparsity over stages.
 
@@ -162,8 +175,7 @@ def stage_amounts(amount: Amount | Sequence[Amount], stages: int | None) -> list
     """
     entries: list[Amount] = list(amount) if isinstance(amount, Sequence) else [amount]
     stages = len(entries) if stages is None else stages
-    if stages < 1:
-        raise ValueError(f"stages: want at least 1, got {stages!r}")
+    check_stages(stages)
     if len(entries) == stages:
         return entries
     if len(entries) != 1:

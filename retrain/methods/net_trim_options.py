@@ -8,7 +8,7 @@ from typing import Literal
 
 import joblib
 
-from retrain.methods.amounts import Amount, amount_for, check_amount
+from retrain.methods.amounts import Amount, amount_for, check_amount, check_parallel
 from retrain.stream import LayerSpec
 from solvers import L1, Penalty
 
@@ -127,11 +127,11 @@ class NetTrimOptions:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}: want a positive finite number, got {value!r}")
-        for name in ("max_iterations", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: want at least 1, got {getattr(self, name)!r}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads: want at least 1, got {self.threads!r}")
+        if self.max_iterations < 1:
+            raise ValueError(f"max_iterations: want at least 1, got {self.max_iterations!r}")
+        if self.max_iterations >= 2**31:  # the kernels count in fixed widths
+            raise ValueError(f"max_iterations: want less than 2^31, got {self.max_iterations!r}")
+        check_parallel(self.jobs, self.threads, self.seed)
 
     @property
     def threads_per_job(self) -> int:

@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_limits
 
 from retrain.files import write_whole
 from retrain.records import Count, parse_json, read_as
+from retrain.run import check_out
 from retrain.verify import (
     gates,
     gates_dynamics,
@@ -133,6 +134,7 @@ def run(
         raise ValueError(f"jobs: want at least 1, got {jobs}")
     if seed < 0:
         raise ValueError(f"seed: want a number >= 0, got {seed}")
+    check_out(out)
     chosen = select(names, among)
     if out is None:
         return _run(chosen, level, None, jobs, seed, on_result)
