@@ -17,9 +17,11 @@ from retrain.adapters.save import save_model
 from retrain.api import Run, net_trim
 from retrain.data import Data, load_data
 from retrain.files import json_bytes
+from retrain.methods.amounts import check_parallel
 from retrain.methods.net_trim_options import Scheme
 from retrain.report.terminal import bound_line, output
 from retrain.run import check_out
+from retrain.subject import check_device
 from retrain.trainers.states import seeded
 from retrain.trainers.supervised import train
 
@@ -52,6 +54,9 @@ def demo(
         Print nothing; print the two runs' records as JSON.
     """
     check_out(out)
+    check_parallel(1, threads, seed)
+    if device is not None:
+        check_device(device)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     training, test = load_data("digits"), load_data("digits-test")

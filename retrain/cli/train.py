@@ -68,7 +68,9 @@ def _run(options: argparse.Namespace) -> int:
         if getattr(options, name) is None:
             raise ValueError(f"{'--' if name == 'out' else ''}{name}: is missing; retrain train -h")
     changes = _changes(options)
+    from retrain.methods.amounts import check_parallel
 
+    check_parallel(1, options.threads, 0 if options.seed is None else options.seed)
     from retrain.training_run import train
 
     first = os.environ.get("RANK", "0") == "0"

@@ -82,6 +82,7 @@ LOSSES: dict[str, str] = {
 }
 """Losses of outputs and targets, means over the samples."""
 
+_MOST_EPOCHS = 10**6  # more would end in no one's lifetime
 _TABLES = ("data", "model", "training", "optimizer", "schedule", "method")
 
 
@@ -119,6 +120,10 @@ class TrainingTable:
 
     def __post_init__(self) -> None:
         _at_least(0, epochs=self.epochs, seed=self.seed)
+        if self.epochs > _MOST_EPOCHS:
+            raise ValueError(f"epochs: want at most {_MOST_EPOCHS}, got {self.epochs}")
+        if self.seed >= 2**63:  # torch takes none beyond
+            raise ValueError(f"seed: want less than 2^63, got {self.seed}")
         _at_least(1, batch_size=self.batch_size)
         if self.precision == "float16" and not self.device.startswith("cuda"):
             raise ValueError("precision: float16 is for CUDA; use bfloat16 on a CPU")

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from threadpoolctl import threadpool_limits
 
 from retrain.files import write_whole
+from retrain.methods.amounts import check_parallel
 from retrain.records import Count, parse_json, read_as
 from retrain.run import check_out
 from retrain.verify import (
@@ -130,10 +131,7 @@ def run(
     """
     if level not in ("quick", "full"):
         raise ValueError(f"level: want 'quick' or 'full', got {level!r}")
-    if jobs < 1:
-        raise ValueError(f"jobs: want at least 1, got {jobs}")
-    if seed < 0:
-        raise ValueError(f"seed: want a number >= 0, got {seed}")
+    check_parallel(jobs, None, seed)
     check_out(out)
     chosen = select(names, among)
     if out is None:
