@@ -75,6 +75,20 @@ class LayerReport:
         """Return the fields, and the sparsity, as JSON values."""
         return {**asdict(self), "shape": list(self.shape), "sparsity": self.sparsity}
 
+    def check_certificate(self) -> None:
+        """Check that a certified layer has the numbers that the run's direct bound is made of.
+
+        Raises
+        ------
+        ValueError
+            If one is missing, as in a layer of an older version.
+        """
+        if not self.certified or self.details.get("form") != "constrained":
+            return
+        for name in ("epsilon", "residual", "ceiling_norm", "over"):
+            if self.details.get(name) is None:
+                raise ValueError(f"its report: `details`: lacks `{name}`")
+
     @staticmethod
     def from_json(record: Any, what: str = "layer report", at: str = "") -> LayerReport:
         """Read what `to_json` gave; `what` and `at` are as for `retrain.records.read_as`.
@@ -89,9 +103,7 @@ class LayerReport:
         if report.method == "lobs":
             read_as(_LobsDetails, report.details, what, place)
         else:
-            details = read_as(_NetTrimDetails, report.details, what, place)
-            if report.certified and details.form == "constrained" and details.incomplete:
-                raise ValueError(f"{what}: `{place}`: is certified, but lacks what the bound reads")
+            read_as(_NetTrimDetails, report.details, what, place)
         if report.status not in _STATUSES:
             raise ValueError(
                 f"{what}: `{f'{at}.' if at else ''}status`: got {report.status!r:.80}, want one of "
@@ -113,19 +125,14 @@ class _NetTrimDetails(msgspec.Struct, frozen=True):
     ball_violation: float | None = None
     ceiling_violation: float | None = None
     ceiling_norm: float | None = None
-    target_norm: float | None = None
+    residual: float | None = None
+    over: float | None = None
     asked_zeros: Count | None = None
     asked_sparsity: float | None = None
 
     def __post_init__(self) -> None:
         if (self.asked_zeros is None) != (self.asked_sparsity is None):
             raise ValueError("want asked_zeros and asked_sparsity together")
-
-    @property
-    def incomplete(self) -> bool:
-        """Whether a number that the direct bound is made of is missing."""
-        names = ("epsilon", "ball_violation", "ceiling_violation", "ceiling_norm", "target_norm")
-        return any(getattr(self, name) is None for name in names)
 
 
 class _LobsDetails(msgspec.Struct, frozen=True):

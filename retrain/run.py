@@ -136,6 +136,7 @@ def _read_layer(path: Path, spec: LayerSpec) -> LayerResult:
     if digest is not None and digest != _digest(said, weights):  # older runs' files have none
         raise ValueError("its bytes are not those that were written")
     report = LayerReport.from_json(said, "its report")
+    report.check_certificate()
     if (report.name, report.shape) != (spec.name, spec.shape):
         raise ValueError(f"its report is not of layer {spec.name!r}")
     if not all(np.isfinite(weight).all() for weight in weights):

@@ -77,6 +77,7 @@ class Theorem(msgspec.Struct, frozen=True):
     spectral: float | None
     frobenius: float | None
     reason: str | None
+    defect: str | None = None
 
     def __post_init__(self) -> None:
         if (self.spectral is None) != (self.frobenius is None):

@@ -63,8 +63,10 @@ def check_parallel(jobs: int, threads: int | None, seed: int) -> None:
             raise ValueError(f"{name}: want at least 1, got {value!r}")
         if value is not None and value > MOST_THREADS:
             raise ValueError(f"{name}: want at most {MOST_THREADS}, got {value!r}")
-    if not 0 <= seed < 2**63:  # numpy takes none below, torch none above
-        raise ValueError(f"seed: want a whole number from 0 to 2^63 - 1, got {seed!r}")
+    if seed < 0:
+        raise ValueError(f"seed: want a number >= 0, got {seed!r}")
+    if seed >= 2**63:  # torch takes none beyond
+        raise ValueError(f"seed: want a number below 2^63, got {seed!r}")
 
 
 def layers_named(amount: Amount | None) -> list[str] | None:
