@@ -480,7 +480,8 @@ def _callable_name(value: Any) -> str:
     if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return str(value)
     name = getattr(value, "__qualname__", value.__name__).removeprefix("_VariableFunctionsClass.")
-    return f"{value.__module__}.{name}" if getattr(value, "__module__", None) else name
+    home = (getattr(value, "__module__", None) or "").removeprefix("_")  # _operator is operator
+    return f"{home}.{name}" if home else name
 
 
 def _tensor(tensor: Tensor) -> str:
