@@ -315,6 +315,9 @@ _TOLD = 4  # differences that a message names; the others are counted
 _LONGEST = 72  # characters of a value in a message
 _HASHES = ("computation", "training", "weights", "network and data")
 """What follows from other entries, or says less than they do, is told after them, in this order."""
+_ADDED = ("weights", "computation", "data", "kernels", "environment", "code of retrain and solvers",
+          "arrays", "batch size", "tensor names", "training")  # fmt: skip
+"""Entries that every identity has now, and those of earlier versions lack."""
 
 
 def differences(before: Any, now: Any) -> str:
@@ -327,12 +330,12 @@ def differences(before: Any, now: Any) -> str:
     """
     if not isinstance(before, Mapping):
         return "it has no identity"
-    found = list(_differing({**now, **before}, now))
+    missing = [key for key in _ADDED if key in now and key not in before]
+    found = list(_differing({**{key: now[key] for key in missing}, **before}, now))
     found.sort(key=lambda pair: _rank(pair[0]))
     told = [text for _, text in found]
     if len(told) > _TOLD:
         told = [*told[: _TOLD - 1], told[-1], f"and {len(told) - _TOLD} more"]
-    missing = sorted(now.keys() - before.keys())
     if missing:
         told.append(f"an earlier version of retrain did not record its {', '.join(missing)}")
     return "; ".join(told)

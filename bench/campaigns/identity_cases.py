@@ -85,7 +85,7 @@ _TRIM = (
     ("--relative-epsilon", "", "--relative-epsilon 0.1", "relative_epsilon was 0.05, is 0.1", ""),
     ("--epsilon", "--epsilon 0.5", "--epsilon 0.6", "options.epsilon was 0.5, is 0.6", ""),
     ("--sparsity", "--sparsity 0.5", "--sparsity 0.6", "options.sparsity was 0.5, is 0.6", ""),
-    ("--sparsity-of", "", "--sparsity-of network", "search was not set|stages", "--sparsity 0.5"),
+    ("--sparsity-of", "", "--sparsity-of network", "search was not set", "--sparsity 0.5"),
     ("--max-drop", "--max-drop 5", "--max-drop 50", "search.max_drop was", "{drop}"),
     (
         "--max-trials",
@@ -229,7 +229,8 @@ class Net(nn.Module):
         self.fc3 = nn.Linear(12, 6)
         self.skip = 2.0
         self.shift = torch.full((12,), 0.5)
-        self.register_buffer("mask", torch.ones(12), persistent=False)
+        self.turn = torch.arange(144.0).reshape(12, 12).sin()
+        self.register_buffer("mask", torch.full((12,), 0.9), persistent=False)
         power = 2
         self.bend = lambda x: x**power
 
@@ -240,6 +241,7 @@ class Net(nn.Module):
         h = torch.tanh(h) * self.mask + self.shift
         h = scaled(self.bend(h)) + helpers.more(h)
         h = self.fc2(h) + self.skip * h
+        h = (h @ self.turn).float()
         h = F.leaky_relu(h, 0.1)
         h = F.layer_norm(h, (12,))
         return F.softmax(self.fc3(h), dim=1)
@@ -257,10 +259,15 @@ EDITS: tuple[tuple[str, str, str, str | None], ...] = (
     ("stride of the pool", "nn.MaxPool2d(2)", "nn.MaxPool2d(3, 2, 1)", r"pool was .*kernel_size"),
     ("dilation", "padding=1)", "padding=2, dilation=2)", r"conv was .*padding"),
     ("eps of the norm", "eps=1e-5", "eps=1e-2", r"norm was .*eps=1e-05.*eps=0.01"),
-    ("buffer", "torch.ones(12)", "torch.full((12,), 0.9)", "tensor"),
+    ("buffer", "(12,), 0.9)", "(12,), 0.8)", "tensor"),
     ("constant tensor", "(12,), 0.5)", "(12,), 0.75)", "tensor"),
-    ("constant in a call", "0.1)", "0.2)", r"leaky_relu\(#\d+, 0.1.*0.2"),
-    ("order", "* self.mask + self.shift", "* (self.mask + self.shift)", STEP),
+    ("constant in a call", "0.1)", "0.2)", r"negative_slope=0.1.*negative_slope=0.2"),
+    (
+        "order",
+        "torch.tanh(h) * self.mask + self.shift",
+        "(torch.tanh(h) + self.shift) * self.mask",
+        STEP,
+    ),
     ("axis of softmax", "dim=1", "dim=0", r"softmax.*dim=1.*dim=0"),
     ("global value", "GLOBAL = 0.25", "GLOBAL = 0.5", STEP),
     ("helper's file", "x + 0.125", "x - 0.125", STEP),
@@ -280,14 +287,14 @@ EDITS: tuple[tuple[str, str, str, str | None], ...] = (
     ),
     (
         "autocast",
-        "        h = self.fc2(h) +",
-        "        with torch.autocast('cpu', torch.bfloat16):\n            h = self.fc2(h) +",
+        "        h = (h @ self.turn)",
+        "        with torch.autocast('cpu', torch.bfloat16):\n            h = (h @ self.turn)",
         "computation",
     ),
     (
         "layout",
-        "        self.act = nn.ReLU()\n",
-        "        self.act = nn.ReLU()\n        self.fc1.weight.data = torch.randn(16, 12).T\n",
+        "        power = 2\n",
+        "        power = 2\n        self.fc1.weight.data = torch.randn(16, 12).T\n",
         WEIGHTS,
     ),
     ("dropout", "nn.Dropout(0.2)", "nn.Dropout(0.4)", None),

@@ -229,7 +229,7 @@ class _Writer:
         entries = [self._kind(kind, made=True)]
         if isinstance(module, torch.jit.ScriptModule):
             return f"{entries[0]} {_script(module)}"
-        for name, value in vars(module).items():
+        for name, value in sorted(vars(module).items()):  # a copy may have them in another order
             if name not in _NO_ATTRIBUTES and not self._ignored(module, name):
                 entries.append(f"{name}={self.text(value)}")
         for name, tensor in (*module._buffers.items(), *module._parameters.items()):
@@ -246,7 +246,9 @@ class _Writer:
         return _short("; ".join(entries))
 
     def _ignored(self, module: nn.Module, name: str) -> bool:
-        """Whether evaluation has no use for an attribute."""
+        """Whether an attribute is of the graph that ``code`` shows, or evaluation ignores it."""
+        if isinstance(module, fx.GraphModule) and (name.startswith("_") or name == "meta"):
+            return True
         if self._training:
             return False
         if name == "momentum":
@@ -341,7 +343,8 @@ class _Writer:
         maker, arguments, *rest = reduced
         parts = [] if maker.__module__ == "copyreg" else [maker]
         parts.append(tuple(part for part in arguments if part is not type(value)))
-        parts += [list(part) if isinstance(part, Iterator) else part for part in rest]
+        parts += [sorted(part.items()) if _attributes(part) else part for part in rest[:1]]
+        parts += [list(part) if isinstance(part, Iterator) else part for part in rest[1:]]
         return f"{kind}{''.join(self.text(part) for part in parts if part is not None)}"
 
     def _kind(self, kind: type, *, made: bool = False) -> str:
@@ -405,6 +408,11 @@ class _Writer:
 
 _MAKING = ("__init__", "__repr__", "extra_repr")
 _PLAIN = (type(None), type(...), bool, int, float, complex)
+
+
+def _attributes(state: Any) -> bool:
+    """Whether what pickle saves of an object is its attributes, whose order means nothing."""
+    return type(state) is dict and all(type(key) is str for key in state)
 
 
 def _code(code: types.CodeType, doc: str | None = None) -> Iterator[str]:
@@ -472,7 +480,8 @@ def _callable_name(value: Any) -> str:
     if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return str(value)
     name = getattr(value, "__qualname__", value.__name__).removeprefix("_VariableFunctionsClass.")
-    return f"{value.__module__}.{name}" if getattr(value, "__module__", None) else name
+    home = (getattr(value, "__module__", None) or "").removeprefix("_")  # _operator is operator
+    return f"{home}.{name}" if home else name
 
 
 def _tensor(tensor: Tensor) -> str:
