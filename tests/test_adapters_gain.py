@@ -114,6 +114,43 @@ def test_factors_that_are_exact(case):
     assert measured >= 0.9 * gain.value
 
 
+# Largest slopes, and how far above the sampled ones the factor may lie.
+SLOPES = {
+    "relu": (nn.ReLU(), 1.0),
+    "identity": (nn.Identity(), 1.0),
+    "tanh": (nn.Tanh(), 1.0),
+    "sigmoid": (nn.Sigmoid(), 0.25),
+    "gelu": (nn.GELU(), 1.1290),
+    "gelu by tanh": (nn.GELU("tanh"), 1.1290),
+    "silu": (nn.SiLU(), 1.0999),
+    "softplus": (nn.Softplus(), 1.0),
+    "softsign": (nn.Softsign(), 1.0),
+    "relu6": (nn.ReLU6(), 1.0),
+    "hardtanh": (nn.Hardtanh(), 1.0),
+    "logsigmoid": (nn.LogSigmoid(), 1.0),
+    "elu of 2.5": (nn.ELU(2.5), 2.5),
+    "elu of 0.5": (nn.ELU(0.5), 1.0),
+    "elu of -2": (nn.ELU(-2.0), 2.0),
+    "leaky of 0.01": (nn.LeakyReLU(), 1.0),
+    "leaky of 0.5": (nn.LeakyReLU(0.5), 1.0),
+    "leaky of -3": (nn.LeakyReLU(-3.0), 3.0),
+    "prelu of 0.25": (nn.PReLU(), 1.0),
+    "prelu of 4": (nn.PReLU(init=4.0), 4.0),
+}
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_elementwise_factors_are_the_largest_slope(name):
+    module, slope = SLOPES[name]
+    z = torch.cat([torch.linspace(-30, 30, 60_001), torch.linspace(-1e-3, 1e-3, 999)]).double()
+    z.requires_grad_()
+    (grad,) = torch.autograd.grad(module.double()(z).sum(), z)
+    measured = float(grad.abs().max())
+    gain, _ = gain_of(module.float(), (6,))
+    assert measured == pytest.approx(slope, rel=2e-3)
+    assert measured * (1 - 1e-9) <= gain.value <= slope * 1.002
+
+
 BOUNDS = {
     "dense of a ReLU": (nn.Sequential(nn.ReLU(), nn.Linear(6, 1)), (6,)),
     "deep": (
