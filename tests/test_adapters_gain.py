@@ -137,10 +137,10 @@ def test_a_layer_and_its_batch_norm_are_one_map():
 
 
 def test_a_layer_that_others_read_too_is_not_one_map_with_its_batch_norm():
-    linear, norm = uneven()
     both = lambda net, z: torch.cat([net.norm(net.inner(z)), net.inner(z)], 1)  # noqa: E731
     beside = lambda net, z: (lambda h: net.norm(h) + 5 * h)(net.inner(z))  # noqa: E731
     for tail in (both, beside):
+        linear, norm = uneven()
         gain, measured = gain_of(tail, (6,), inner=linear, norm=norm)
         if gain.value is not None:
             assert measured <= gain.value
