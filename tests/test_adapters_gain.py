@@ -8,7 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from retrain.adapters.patches import cover, frobenius_norm, spectral_norm
+from retrain.adapters.patches import (
+    conv_lipschitz,
+    cover,
+    frobenius_norm,
+    operator_norm,
+    spectral_norm,
+)
 from retrain.adapters.stream import TorchStream
 
 
@@ -112,6 +118,93 @@ def test_factors_that_are_exact(case):
     if case == "difference":  # −z − z cancels nothing: 2
         assert gain.value == 2
     assert measured >= 0.9 * gain.value
+
+
+def uneven():
+    """A layer and a batch norm whose scales undo each other: far from the product of norms."""
+    torch.manual_seed(4)
+    linear, norm = nn.Linear(6, 6), nn.BatchNorm1d(6).eval()
+    scales = 10.0 ** torch.linspace(-3, 3, 6)
+    with torch.no_grad():
+        linear.weight /= scales[:, None]
+        norm.weight.copy_(scales)
+    return linear, norm
+
+
+def test_a_layer_and_its_batch_norm_are_one_map():
+    gain, measured = gain_of(nn.Sequential(*uneven()), (6,))
+    assert measured <= gain.value <= 1.05 * measured
+
+
+def test_a_layer_that_others_read_too_is_not_one_map_with_its_batch_norm():
+    both = lambda net, z: torch.cat([net.norm(net.inner(z)), net.inner(z)], 1)  # noqa: E731
+    beside = lambda net, z: (lambda h: net.norm(h) + 5 * h)(net.inner(z))  # noqa: E731
+    for tail in (both, beside):
+        linear, norm = uneven()
+        gain, measured = gain_of(tail, (6,), inner=linear, norm=norm)
+        if gain.value is not None:
+            assert measured <= gain.value
+    assert gain.value is not None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding": 1}, {"stride": 2}, {"dilation": 2}, {"groups": 2}, {"kernel_size": (2, 5)}],
+    ids=str,
+)
+def test_a_convolution_is_bounded_by_its_frequencies(options):
+    """Between the norm of its matrix on an image and what the covering of patches gives."""
+    torch.manual_seed(3)
+    conv = nn.Conv2d(4, 6, **{"kernel_size": 3, **options}, bias=False).double()
+    pixels = torch.eye(4 * 12 * 11, dtype=torch.float64).reshape(-1, 4, 12, 11)
+    with torch.no_grad():
+        exact = float(torch.linalg.matrix_norm(conv(pixels).flatten(1), 2))
+    kernels = conv.weight.detach().chunk(conv.groups)
+    covered = conv_lipschitz(conv, [spectral_norm(kernel.flatten(1)) for kernel in kernels])
+    bound = operator_norm(conv, "spectral")
+    assert exact <= bound <= covered
+    if conv.stride == (1, 1):
+        assert bound <= 1.3 * exact
+        assert bound < 0.9 * covered
+    sizes = [frobenius_norm(kernel.flatten(1)) for kernel in kernels]
+    assert operator_norm(conv, "frobenius") == conv_lipschitz(conv, sizes)
+
+
+# Largest slopes, and how far above the sampled ones the factor may lie.
+SLOPES = {
+    "relu": (nn.ReLU(), 1.0),
+    "identity": (nn.Identity(), 1.0),
+    "tanh": (nn.Tanh(), 1.0),
+    "sigmoid": (nn.Sigmoid(), 0.25),
+    "gelu": (nn.GELU(), 1.1290),
+    "gelu by tanh": (nn.GELU("tanh"), 1.1290),
+    "silu": (nn.SiLU(), 1.0999),
+    "softplus": (nn.Softplus(), 1.0),
+    "softsign": (nn.Softsign(), 1.0),
+    "relu6": (nn.ReLU6(), 1.0),
+    "hardtanh": (nn.Hardtanh(), 1.0),
+    "logsigmoid": (nn.LogSigmoid(), 1.0),
+    "elu of 2.5": (nn.ELU(2.5), 2.5),
+    "elu of 0.5": (nn.ELU(0.5), 1.0),
+    "elu of -2": (nn.ELU(-2.0), 2.0),
+    "leaky of 0.01": (nn.LeakyReLU(), 1.0),
+    "leaky of 0.5": (nn.LeakyReLU(0.5), 1.0),
+    "leaky of -3": (nn.LeakyReLU(-3.0), 3.0),
+    "prelu of 0.25": (nn.PReLU(), 1.0),
+    "prelu of 4": (nn.PReLU(init=4.0), 4.0),
+}
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_elementwise_factors_are_the_largest_slope(name):
+    module, slope = SLOPES[name]
+    z = torch.cat([torch.linspace(-30, 30, 60_001), torch.linspace(-1e-3, 1e-3, 999)]).double()
+    z.requires_grad_()
+    (grad,) = torch.autograd.grad(module.double()(z).sum(), z)
+    measured = float(grad.abs().max())
+    gain, _ = gain_of(module.float(), (6,))
+    assert measured == pytest.approx(slope, rel=2e-3)
+    assert measured * (1 - 1e-9) <= gain.value <= slope * 1.002
 
 
 BOUNDS = {

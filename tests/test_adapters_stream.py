@@ -206,6 +206,7 @@ CONVOLUTIONS = [
     {"kernel_size": 3, "padding": "same", "dilation": 2},
     {"kernel_size": (2, 4), "padding": "same"},
     {"kernel_size": 3, "padding": "valid", "stride": 2},
+    {"kernel_size": 3, "padding": "valid"},
     {"kernel_size": 3, "groups": 2, "padding": 1, "bias": False},
     {"kernel_size": 1, "groups": 4},
     {"kernel_size": (3, 1), "stride": 3, "dilation": (1, 2), "groups": 2},

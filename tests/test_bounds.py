@@ -181,6 +181,38 @@ def test_a_cascade_on_sampled_rows_has_no_direct_bound(follows):
     assert part.bound is not None
 
 
+@pytest.mark.parametrize(
+    ("ending", "direct"),
+    [
+        (nn.Identity(), True),
+        (nn.ReLU(), True),
+        (nn.Tanh(), True),
+        (nn.Sigmoid(), True),
+        (nn.Softmax(1), True),
+        (nn.Flatten(), True),
+        (nn.Dropout(0.5), True),
+        (nn.GELU(), False),  # its slope reaches 1.13
+        (nn.SiLU(), False),
+        (nn.ELU(3.0), False),
+        (nn.LeakyReLU(-2.0), False),
+        (nn.BatchNorm1d(5), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_direct_bound_holds_through_slopes_of_at_most_one(ending, direct):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), ending).eval()
+    x = np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32)
+    run = retrain.net_trim(model, x, relative_epsilon=0.1, tolerance=1e-3)
+    bound = run.bounds["calibration"]
+    assert run.certified
+    assert (bound.direct is not None) == direct
+    if direct:
+        assert bound.measured <= bound.direct
+    else:
+        assert type(ending).__name__ in bound.direct_reason
+
+
 def test_a_cascade_on_as_many_sampled_rows_as_samples_has_no_direct_bound():
     """Tokens are more rows than samples: as many as samples are still not all."""
     torch.manual_seed(0)

@@ -53,7 +53,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "solvers/penalties.py": ("test_penalties.py", *_SOLVERS, "test_qp.py", "test_reference.py"),
     "solvers/free_row.py": _SOLVERS,
     "solvers/obs/": _OBS,
-    "retrain/bounds": ("test_bounds.py", "test_chain.py", "test_net_trim.py", "test_api.py"),
+    "retrain/bounds": (
+        "test_bounds.py",
+        "test_bounds_networks.py",
+        "test_chain.py",
+        "test_net_trim.py",
+        "test_api.py",
+    ),
+    "retrain/adapters/gain.py": (*_ADAPTERS, "test_bounds.py", "test_bounds_networks.py"),
     "retrain/adapters/": (*_ADAPTERS, "test_adapters_description.py"),
     "retrain/run.py": ("test_run.py", "test_checkpoints.py", "test_training_run.py"),
 }
