@@ -1,0 +1,1 @@
+"""Campaigns: thousands of random cases against one promise each."""
