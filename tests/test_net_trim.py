@@ -193,6 +193,7 @@ def test_regularised_units_fail_one_by_one():
             scheme="parallel",
             relative_epsilon=0.1,
             max_iterations=limit,
+            solver="admm",
         )["0"].report
         if 0 < report.dense_units < report.all_units:
             break

@@ -16,6 +16,7 @@ import argparse
 import json
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def network(seed: int, decades: float = DECADES) -> tuple[Row, list[tuple[Chain,
         factors = rng.standard_normal((n_samples, 3)) @ rng.standard_normal((3, widths[0]))
         inputs = 0.5 * inputs + factors
     weights = []
-    for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+    for n_in, n_out in pairwise(widths):
         size = np.where(rng.random((n_in + 1, n_out)) < 0.3, 1.0, 0.03) / np.sqrt(0.3 * n_in)
         weights.append(size * rng.standard_normal((n_in + 1, n_out)))
     sizes = 10 ** rng.uniform(-decades / 2, decades / 2, widths[0])

@@ -29,16 +29,14 @@ from bench.solvers import environment
 from solvers import L1, ElasticNet, Group, Penalty, SolveResult, solve_admm, solve_newton
 from solvers.program import ConstrainedProgram, Program
 
-LIMITS = {"tolerance": 1e-2, "violation_tolerance": 1e-3, "max_iterations": 5000}
+LIMITS: dict[str, Any] = {"tolerance": 1e-2, "violation_tolerance": 1e-3, "max_iterations": 5000}
 PROBLEMS = (
-    "iid-256x1000x64",
-    "correlated-256x1000x64",
-    "relu2-256x1000x64",
+    "iid-128x500x24",
+    "correlated-100x600x20",
+    "relu2-100x500x20",
     "known-64x400x20",
-    "digits-65x1000x100",
-    "iid-64x200x300",
-    "correlated-100x4000x40",
-    "relu2-30x300x12",
+    "digits-65x300x20",
+    "iid-64x200x100",
 )
 SOLVERS = {"newton": solve_newton, "admm": solve_admm}
 
@@ -115,9 +113,11 @@ def table(rows: list[Row]) -> str:
     ]
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        for last in (row["dtype"], ""):
-            key = (row["form"], row["penalty"], row["columns"], last)
-            groups.setdefault(key if last else ("all", "", row["columns"], ""), []).append(row)
+        for last in (str(row["dtype"]), ""):
+            key: tuple[str, ...] = (row["form"], row["penalty"], row["columns"], last)
+            if not last:
+                key = ("all", "", row["columns"], "")
+            groups.setdefault(key, []).append(row)
     for key in sorted(groups):
         by = {
             name: {_problem(row): row for row in groups[key] if row["solver"] == name}

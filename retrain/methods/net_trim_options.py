@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Literal
 
 import joblib
@@ -128,7 +127,7 @@ class NetTrimOptions:
             raise ValueError("link_normalised: gives an absolute epsilon its meaning; set epsilon")
         for name in ("tolerance", "violation_tolerance", "memory"):
             value = getattr(self, name)
-            if not (isinstance(value, Real) and value > 0 and math.isfinite(value)):
+            if not (isinstance(value, float | int) and value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}: want a positive finite number, got {value!r}")
         for name in ("max_iterations", "jobs"):
             if getattr(self, name) < 1:
