@@ -141,7 +141,7 @@ def net_trim(
         Called with each `retrain.epsilon_search.Trial` of such a search, and its Goal.
     options : NetTrimOptions, optional
         What to do; `settings` are its fields, given one by one or to replace some: ``scheme``,
-        ``relative_epsilon``, ``sparsity``, ...
+        ``relative_epsilon``, ``sparsity``, ... ``tolerance`` may be a pair (gap, violation).
 
     Returns
     -------
@@ -381,6 +381,14 @@ def _options(options: NetTrimOptions | None, settings: dict[str, Any]) -> NetTri
     if unknown:
         known = ", ".join(NetTrimOptions.__dataclass_fields__)
         raise ValueError(f"{unknown[0]}: no such option of Net-Trim; there are {known}")
+    pair = settings.get("tolerance")
+    if isinstance(pair, tuple | list):
+        if len(pair) != 2 or "violation_tolerance" in settings:
+            raise ValueError(
+                "tolerance: want a number, or the pair (gap, violation) without "
+                f"violation_tolerance, got {pair!r}"
+            )
+        settings = {**settings, "tolerance": pair[0], "violation_tolerance": pair[1]}
     if "epsilon" in settings and settings["epsilon"] is not None:
         settings.setdefault("relative_epsilon", None)
     return replace(options or NetTrimOptions(), **settings)

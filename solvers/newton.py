@@ -52,8 +52,9 @@ from solvers.units import map_units
 Array = Any
 
 # Steps of ADMM, in float32: from scratch, where one rho serves the whole layer and where each unit
-# has its own and may be done by then, and from a warm start.
-BALL_STEPS, UNIT_STEPS, WARM_STEPS = 80, 170, 10
+# has its own and may be done by then; where the columns' sizes differ, so that Newton's steps are
+# many; and from a warm start.
+BALL_STEPS, UNIT_STEPS, UNEVEN_STEPS, WARM_STEPS = 80, 170, 300, 10
 _METRIC, _RELAXATION = 4.0, 1.8  # as they serve best from a distance
 _OWN_SHARE = 0.5  # a unit's own estimates are asked for this part of the tolerances
 _TIGHTER, _FINEST_SHARE = 0.1, 1e-5
@@ -201,6 +202,8 @@ def _near(
     tau = metric(program, factor, _METRIC)
     splitting = Splitting.build(scaling, factor, dtype, tau, _RELAXATION)
     first = BALL_STEPS if isinstance(program, ConstrainedProgram) else UNIT_STEPS
+    if scaling.weights is not None:
+        first = UNEVEN_STEPS
     steps = min(max_iterations, first if warm_start is None else WARM_STEPS)
     progress = Progress(start(splitting, factor, warm_start))
     progress = advance(splitting, progress, steps - 1, half_walk(splitting))

@@ -56,6 +56,7 @@ _ROUNDING = 1e-13
 _SMALLEST_GAIN, _IDLE = 1e-16, 3
 _SHORT, _LONG, _DAMP, _FIRST_DAMPING = 0.1, 0.5, 10.0, 1e-5
 _ROOT_STEPS = 80
+_LIGHT = 1e-2  # of the whole slope: kinks that change it by less do not stop a step
 
 
 @dataclass(eq=False)
@@ -278,9 +279,11 @@ def _search(
     weight = inner.weight
     target = x + direction
     crossing = (x != 0) & (weight > 0) & (target * theta < 0)
-    cut = np.where(crossing, -x, direction)
+    # A kink that changes the slope by next to nothing is no reason to stop at it.
+    light = 2 * weight * np.abs(direction) < -_LIGHT * float(force @ direction)
+    cut = np.where(crossing & ~light, -x, direction)
     follow = cut if float(force @ cut) <= 0.1 * float(force @ direction) else direction
-    kinks = np.flatnonzero(crossing) if follow is direction else np.zeros(0, dtype=int)
+    kinks = np.flatnonzero(crossing if follow is direction else crossing & light)
     times = -x[kinks] / direction[kinks]
     order = np.argsort(times, kind="stable")
     kinks, times = kinks[order], times[order]
@@ -296,7 +299,7 @@ def _search(
     )
     new = x + t * follow
     if follow is cut and t == 1.0:
-        new[crossing] = 0.0
+        new[crossing & ~light] = 0.0
     if landed >= 0:
         new[kinks[landed]] = 0.0
     return new, t * dz, t * dg, t

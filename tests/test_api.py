@@ -375,7 +375,8 @@ def test_the_record_holds_all_that_a_report_needs(tmp_path):
         for name in ("objective", "dual_bound", "gap", "ball_violation", "ceiling_violation"):
             assert math.isfinite(details[name])
         assert details["gap"] <= details["tolerance"]
-        assert details["solver"] == "admm"
+        assert details["solver"] == "newton"
+        assert details["solver_because"].startswith("auto: ")
         assert details["iterations"] >= 1
     assert [layer["follows"] for layer in record["layers"]] == ["relu", "linear"]
     assert record["left"] == [{"name": "2", "kind": "linear", "reason": "not selected"}]

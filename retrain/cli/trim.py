@@ -108,9 +108,10 @@ def add_command(commands: Any) -> None:
     )
     trim.add_argument(
         "--solver",
-        choices=("admm", "newton"),
-        default="admm",
-        help="newton reaches tight tolerances and hard layers; default admm",
+        choices=("auto", "admm", "newton"),
+        default="auto",
+        help="default auto: newton, but admm where the penalty couples the units (group) or the "
+        "arrays are on another device than the processor",
     )
     trim.add_argument(
         "--tolerance",
@@ -217,6 +218,8 @@ def _penalty(text: str) -> Any:
 
 def _dry_run(stream: Any, names: list[str], settings: Any) -> int:
     """Say what would be retrained, on how many rows."""
+    from array_api_compat import device
+
     from retrain.methods.net_trim import rows_within
     from retrain.stream import layer
 
@@ -224,7 +227,8 @@ def _dry_run(stream: Any, names: list[str], settings: Any) -> int:
         spec = layer(stream, name)
         total = stream.count(name)
         itemsize = stream.weight(name).itemsize
-        most = rows_within(spec, settings.memory, itemsize, settings.solver)
+        solver, _ = settings.solver_on(str(device(stream.weight(name))))
+        most = rows_within(spec, settings.memory, itemsize, solver)
         rows = min(total, most)
         size = rows * settings.memory / most
         print(

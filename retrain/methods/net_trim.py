@@ -34,13 +34,13 @@ from typing import Any
 
 import joblib
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 from threadpoolctl import threadpool_limits
 
 from retrain.chain import activate
 from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods.layers import chosen, commit
-from retrain.methods.net_trim_options import NetTrimOptions, Solver
+from retrain.methods.net_trim_options import Chosen, NetTrimOptions
 from retrain.stream import Array, LayerSpec, LayerStream, changed, collect, sample_rows
 from solvers import SolveResult, Status, solve_admm, solve_count, solve_newton, trim_program
 from solvers.arrays import like, norm, on_host, to_numpy
@@ -145,7 +145,7 @@ def _link_scales(stream: LayerStream) -> dict[str, float]:
     return scales
 
 
-def rows_within(spec: LayerSpec, memory: float, itemsize: int, solver: Solver = "admm") -> int:
+def rows_within(spec: LayerSpec, memory: float, itemsize: int, solver: Chosen) -> int:
     """How many rows of a layer a solve can hold in `memory` bytes.
 
     A row takes its inputs three times (current, dense, one float64 slab) and, by ADMM, some sixteen
@@ -173,10 +173,10 @@ def _task(
     """State a layer's programs. `upstream`: whether a layer before it has changed (cascade)."""
     started = time.perf_counter()
     total = stream.count(spec.name)
-    itemsize = to_numpy(stream.weight(spec.name)[:1, :1]).itemsize
-    rows = sample_rows(
-        total, rows_within(spec, options.memory, itemsize, options.solver), options.seed
-    )
+    weight = stream.weight(spec.name)
+    itemsize = to_numpy(weight[:1, :1]).itemsize
+    solver, _ = options.solver_on(str(device(weight)))
+    rows = sample_rows(total, rows_within(spec, options.memory, itemsize, solver), options.seed)
     programs, epsilons = [], []
     for group in range(spec.groups):
         epsilon, program = _program(stream, spec, group, rows, options, scales, upstream=upstream)
@@ -310,7 +310,7 @@ def _norm_on(targets: Array, values: Array, spec: LayerSpec) -> float:
 def _solve(task: _Task, options: NetTrimOptions) -> _Answer:
     """Solve a layer's programs, or search for those whose solutions have the zeros wanted."""
     solve: Callable[..., SolveResult] = solve_admm
-    if options.solver == "newton":
+    if _chosen(task, options)[0] == "newton":
         solve = partial(solve_newton, threads=options.threads_per_job)
     limits = {
         "tolerance": options.tolerance,
@@ -333,6 +333,11 @@ def _solve(task: _Task, options: NetTrimOptions) -> _Answer:
         replace(task, programs=programs, epsilons=epsilons),
         tuple(point.result for point in points),
     )
+
+
+def _chosen(task: _Task, options: NetTrimOptions) -> tuple[Chosen, str]:
+    """The solver of a layer's programs, and why it."""
+    return options.solver_on(str(device(task.programs[0].inputs)))
 
 
 def _worker(task: _Task, options: NetTrimOptions) -> _Answer:
@@ -399,13 +404,20 @@ def _as_saved(
     certificate = program.certificate(saved, result.multiplier)
     certified = certificate.within(*limits)
     exhausted = result.status is Status.ITERATION_LIMIT
-    status = judge(certified, finite=True, exhausted=exhausted)
+    unreachable = result.status is Status.UNREACHABLE
+    status = judge(certified, finite=True, exhausted=exhausted, unreachable=unreachable)
     return replace(
         result, weight=saved, certificate=certificate, certified=certified, status=status
     )
 
 
-_SEVERITY = (Status.SOLVED, Status.INEXACT, Status.ITERATION_LIMIT, Status.NUMERICAL_ERROR)
+_SEVERITY = (
+    Status.SOLVED,
+    Status.INEXACT,
+    Status.ITERATION_LIMIT,
+    Status.UNREACHABLE,
+    Status.NUMERICAL_ERROR,
+)
 
 
 def _report(
@@ -450,6 +462,7 @@ def _report(
         "tolerance": options.tolerance,
         "violation_tolerance": options.violation_tolerance,
         "solver": results[0].solver,
+        "solver_because": _chosen(task, options)[1],
         "iterations": max(result.iterations for result in results),
         "setup_seconds": sum(result.setup_seconds for result in results),
         "solve_seconds": sum(result.solve_seconds for result in results),

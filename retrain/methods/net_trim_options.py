@@ -14,7 +14,8 @@ from solvers import L1, Penalty
 
 Scheme = Literal["parallel", "cascade"]
 Form = Literal["constrained", "regularised"]
-Solver = Literal["admm", "newton"]
+Solver = Literal["auto", "admm", "newton"]
+Chosen = Literal["admm", "newton"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ class NetTrimOptions:
     link_normalised : bool
         Read `epsilon` as that of the link-normalised network: epsilon_l = epsilon times the product
         of |W_j|_1 over the layers up to l. For chains.
-    solver : {"admm", "newton"}
+    solver : {"auto", "admm", "newton"}
         ADMM for all units at once, or `solvers.solve_newton`, which reaches tight tolerances and
-        hard layers that ADMM stops short of.
+        hard layers that ADMM stops short of. By default (auto) Newton, but ADMM where the penalty
+        couples the units (group) or the arrays are not in the processor's memory: `solver_on`.
     tolerance, violation_tolerance : float
         What a layer's certificate must meet, see `solvers.Certificate`.
     max_iterations : int
@@ -75,7 +77,7 @@ class NetTrimOptions:
     penalty: Penalty = field(default_factory=L1)
     penalise_bias: bool = False
     link_normalised: bool = False
-    solver: Solver = "admm"
+    solver: Solver = "auto"
     tolerance: float = 1e-2
     violation_tolerance: float = 1e-3
     max_iterations: int = 5000
@@ -111,8 +113,8 @@ class NetTrimOptions:
                 f"penalty: the {self.penalty.name} penalty couples the units, which the "
                 "regularised form solves one by one; use the constrained form"
             )
-        if self.solver not in ("admm", "newton"):
-            raise ValueError(f"solver: want 'admm' or 'newton', got {self.solver!r}")
+        if self.solver not in ("auto", "admm", "newton"):
+            raise ValueError(f"solver: want 'auto', 'admm' or 'newton', got {self.solver!r}")
         if self.solver == "newton" and not self.penalty.separable:
             raise ValueError(
                 f"solver: newton solves the units one by one, which the {self.penalty.name} "
@@ -125,7 +127,7 @@ class NetTrimOptions:
             raise ValueError("link_normalised: gives an absolute epsilon its meaning; set epsilon")
         for name in ("tolerance", "violation_tolerance", "memory"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if not (isinstance(value, float | int) and value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}: want a positive finite number, got {value!r}")
         if self.max_iterations < 1:
             raise ValueError(f"max_iterations: want at least 1, got {self.max_iterations!r}")
@@ -137,6 +139,22 @@ class NetTrimOptions:
     def threads_per_job(self) -> int:
         """Linear algebra threads of each job."""
         return self.threads or max(1, joblib.cpu_count() // self.jobs)
+
+    def solver_on(self, device: str) -> tuple[Chosen, str]:
+        """Choose the solver for arrays on a device, and say why.
+
+        Parameters
+        ----------
+        device : str
+            Where a layer's arrays are: ``"cpu"``, ``"cuda:0"``, ...
+        """
+        if self.solver != "auto":
+            return self.solver, "asked for"
+        if not self.penalty.separable:
+            return "admm", f"auto: the {self.penalty.name} penalty couples the units"
+        if device != "cpu":
+            return "admm", f"auto: the layer's arrays are on {device}"
+        return "newton", "auto: the penalty is separable and the layer's arrays are on the CPU"
 
     def zeros_for(self, spec: LayerSpec) -> list[int]:
         """Zeros wanted in each of a layer's groups, which add up to its share of all weights.

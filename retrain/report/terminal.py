@@ -17,7 +17,14 @@ from solvers.result import Status
 
 _REMEDIES = {
     Status.INEXACT.value: "ask for less (--tolerance), or save the network in float64",
-    Status.ITERATION_LIMIT.value: "raise --max-iterations, or ask for less (--tolerance)",
+    Status.ITERATION_LIMIT.value: (
+        "raise --max-iterations, ask for less (--tolerance), or use --solver newton"
+    ),
+    Status.UNREACHABLE.value: (
+        "no weights of use keep the responses so close: raise --relative-epsilon or --epsilon, or "
+        "save the network in float64"
+    ),
+    Status.NUMERICAL_ERROR.value: "use another --solver, or check the range of the data",
 }
 """What a person at the command line can do, where `Status.remedy` speaks of arguments."""
 
