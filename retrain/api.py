@@ -21,7 +21,7 @@ from retrain.methods import net_trim as net_trim_method
 from retrain.methods.amounts import layers_named
 from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.run import RunDirectory, open_run, read_record, versions
-from retrain.stream import LayerSpec, LayerStream, Passage
+from retrain.stream import LayerSpec, LayerStream, Passage, layer
 from retrain.subject import Subject, has_classes, reopen, subject_of
 from solvers.arrays import to_numpy
 
@@ -173,6 +173,11 @@ def net_trim(
             direct=cascade_bound,
         )
 
+    def check(stream: LayerStream) -> None:
+        names = select(stream.layers, layers, skip)
+        if goal is not None and goal.sparsity is not None and options.zeros == "stay":
+            _check_sparsity(stream, names, goal.sparsity)
+
     if goal is None:
         return run(options, out, on_layer)
     return search_epsilon(
@@ -188,10 +193,27 @@ def net_trim(
             "select": [layers, skip],
             "fine_tune": fine_tune,
         },
+        check=check,
         out=out,
         on_layer=on_layer,
         on_trial=on_trial,
     )
+
+
+def _check_sparsity(stream: LayerStream, names: Sequence[str], sparsity: float) -> None:
+    """Refuse a network's sparsity below the one that its layers have, whose zeros stay."""
+    specs = [layer(stream, name) for name in names]
+    zeros = sum(
+        int((to_numpy(stream.weight(spec.name, group))[: spec.shape[0]] == 0).sum())
+        for spec in specs
+        for group in range(spec.groups)
+    )
+    share = zeros / sum(spec.size for spec in specs)
+    if sparsity < share:
+        raise ValueError(
+            f"sparsity: got {sparsity:g}, but {share:.4g} of the weights are zero in the dense "
+            "network and stay; want more, or let them go (zeros='free', --free-zeros)"
+        )
 
 
 def drive(

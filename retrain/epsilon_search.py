@@ -22,6 +22,7 @@ from retrain.api import OnLayer, Run
 from retrain.data import Data
 from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.run import LAYERS, RUN_FILE, open_run, read_record, versions
+from retrain.stream import LayerStream
 from retrain.subject import Subject, has_classes
 from solvers.root import next_place
 
@@ -204,6 +205,7 @@ def search_epsilon(
     *,
     held_out: Data | None,
     settings: Mapping[str, Any],
+    check: Callable[[LayerStream], None],
     out: str | Path | None,
     on_layer: OnLayer | None,
     on_trial: OnTrial | None,
@@ -220,6 +222,8 @@ def search_epsilon(
         What is retrained, on what, and judged on what.
     settings : mapping
         All else that could change a weight, for the directory's identity.
+    check : callable
+        Refuses, before the first trial, what the stream cannot be asked for.
     out : path or None
         The directory.
     on_layer, on_trial : callable or None
@@ -241,6 +245,7 @@ def search_epsilon(
     started = time.perf_counter()
     target = None if out is None else Path(out)
     stream = subject.stream(data)
+    check(stream)
     identity = {
         "method": "net-trim",
         "search": asdict(goal),

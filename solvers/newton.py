@@ -247,7 +247,7 @@ class _Finish:
             sizes = np.full(n_out, np.linalg.norm(sizes) / math.sqrt(n_out))
             floor = np.full(n_out, float(np.abs(u[:, program.penalised]).sum()) / n_out)
         else:
-            floor = 1e-6 * np.broadcast_to(to_numpy(program._old_penalty()), (n_out,))
+            floor = 1e-6 * np.broadcast_to(to_numpy(program._penalty_floor()), (n_out,))
         sizes = np.where(sizes > 0, sizes, program._scale_floor())
         points = Points.at(u, nu, _PROXIMAL / rho, _PROXIMAL * tau)
         return _Finish(program, shared, floor, sizes, points, limits, max_steps, threads, [])

@@ -102,6 +102,9 @@ def add_command(commands: Any) -> None:
         "--penalise-bias", action="store_true", help="put biases under the penalty too"
     )
     trim.add_argument(
+        "--free-zeros", action="store_true", help="let weights that are zero become something else"
+    )
+    trim.add_argument(
         "--link-normalised",
         action="store_true",
         help="read --epsilon as the paper's, on the link-normalised network",
@@ -146,6 +149,7 @@ def _run(options: argparse.Namespace) -> int:
         fit_weight=options.fit_weight,
         penalty=_penalty(options.penalty),
         penalise_bias=options.penalise_bias,
+        zeros="free" if options.free_zeros else "stay",
         link_normalised=options.link_normalised,
         solver=options.solver,
         tolerance=gap,

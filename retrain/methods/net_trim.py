@@ -10,9 +10,10 @@ where Y^(l) is always the given network's. The first layer of a cascade is the p
 absolute epsilon takes the place of epsilon_r |Y|_F. The last layer, without activation, has every
 entry fitted and no ceiling.
 
-Not in the paper: biases (a free row), grouped layers (each group is a program of its own with its
-share of the ball), and the regularised form's default weight, lambda = |W_l|_1 / epsilon_l^2. With
-it the residual r of the optimum obeys
+Not in the paper: biases (a free row), weights that are zero in the dense network (held at zero by a
+mask; the dense weights meet it, so they stay feasible), grouped layers (each group is a program of
+its own with its share of the ball), and the regularised form's default weight, lambda =
+|W_l|_1 / epsilon_l^2. With it the residual r of the optimum obeys
 
     lambda r^2 <= |W_l|_1 - |What_l|_1 + lambda r_old^2,    so   r^2 <= epsilon_l^2 + r_old^2,
 
@@ -44,6 +45,7 @@ from retrain.methods.net_trim_options import NetTrimOptions, Solver
 from retrain.stream import Array, LayerSpec, LayerStream, changed, collect, sample_rows
 from solvers import SolveResult, Status, solve_admm, solve_count, solve_newton, trim_program
 from solvers.arrays import like, norm, on_host, to_numpy
+from solvers.count import held_zeros
 from solvers.newton import BLOCK
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram
 from solvers.result import judge
@@ -224,10 +226,20 @@ def _program(
         ceilings=ceilings,
         penalty=options.penalty,
         free_rows=(spec.shape[0],) if spec.bias and not options.penalise_bias else (),
+        support=_support(spec, old_weight) if options.zeros == "stay" else None,
         old_weight=old_weight,
         **form,
     )
     return epsilon, program
+
+
+def _support(spec: LayerSpec, old_weight: Array) -> Array | None:
+    """Where weights may be nonzero: where the dense ones are, and in the bias; None: everywhere."""
+    xp = array_namespace(old_weight)
+    support = old_weight != 0
+    if spec.bias:
+        support[-1, :] = True
+    return None if bool(xp.all(support)) else support
 
 
 def _fit_weight(
@@ -321,7 +333,9 @@ def _solve(task: _Task, options: NetTrimOptions) -> _Answer:
         return _Answer(task, tuple(solve(program, **limits) for program in task.programs))
     prunable = np.arange(task.spec.shape[0])
     points = [
-        solve_count(program, zeros, rows=prunable, solve=solve, **limits)
+        solve_count(
+            program, max(zeros, held_zeros(program, prunable)), rows=prunable, solve=solve, **limits
+        )
         for program, zeros in zip(task.programs, options.zeros_for(task.spec), strict=True)
     ]
     programs = tuple(point.program for point in points)
