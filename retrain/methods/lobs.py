@@ -59,6 +59,7 @@ from solvers.obs import (
     removal_path,
 )
 from solvers.result import Status
+from solvers.workers import workers
 
 _AGREEMENT = 1e-9
 _STORED = 1e-5  # what rounding a weight to float32 may add to a squared error at its tolerance
@@ -224,9 +225,7 @@ def _solve_all(
     tasks: Iterable[Task], options: LobsOptions
 ) -> Iterator[tuple[Task, tuple[Pruned | None, ...]]]:
     """Solve independent layers with joblib, yielding each as it is done; `jobs` are held."""
-    pool = joblib.Parallel(
-        n_jobs=options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered"
-    )
+    pool = workers(options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered")
     yield from pool(joblib.delayed(_worker)(task, options) for task in tasks)
 
 

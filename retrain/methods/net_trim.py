@@ -49,6 +49,7 @@ from solvers.count import held_zeros
 from solvers.newton import BLOCK
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram
 from solvers.result import judge
+from solvers.workers import workers
 
 _SLAB = 8192  # samples whose responses are held in float64 at a time
 
@@ -361,9 +362,7 @@ def _solve_all(tasks: Iterable[_Task], options: NetTrimOptions) -> Iterator[_Ans
     Tasks are stated one by one as workers take them, so that no more than `jobs` layers'
     activations are held. The backend is whatever ``joblib.parallel_config`` says.
     """
-    pool = joblib.Parallel(
-        n_jobs=options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered"
-    )
+    pool = workers(options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered")
     yield from pool(joblib.delayed(_worker)(task, options) for task in tasks)
 
 

@@ -37,6 +37,7 @@ from retrain.verify import (
     shrinknets,
 )
 from retrain.verify.statement import Level, Numbers, Result, Row, Statement, judge, row_to_json
+from solvers.workers import workers
 
 _PACKAGES = ("numpy", "scipy", "cvxpy", "joblib", "scikit-learn")
 HEADINGS = ("statement", "verdict", "checked", "measured", "", "bound", "margin", "seconds")
@@ -228,7 +229,7 @@ def _work(
     """Do the tasks in any order, yielding each as it is done."""
     tasks = list(tasks)
     by_name = {statement.name: statement for statement, _, _ in tasks}
-    pool = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+    pool = workers(jobs, return_as="generator_unordered", batch_size=1)
     calls = (joblib.delayed(_row)(statement, index, case, seed) for statement, index, case in tasks)
     for name, index, row in pool(calls):
         yield by_name[name], index, row
