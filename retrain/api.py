@@ -22,7 +22,7 @@ from retrain.methods.amounts import layers_named
 from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.run import RunDirectory, open_run, read_record, versions
 from retrain.stream import LayerSpec, LayerStream, Passage, layer
-from retrain.subject import Subject, has_classes, reopen, subject_of
+from retrain.subject import Subject, apart_from_caller, has_classes, reopen, subject_of
 from solvers.arrays import to_numpy
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class Run:
         return [defect for defect in found if defect is not None]
 
 
+@apart_from_caller()
 def net_trim(
     model: Any,
     data: Any,
@@ -310,6 +311,7 @@ def drive(
     return Run(model, tuple(reports), bounds, record, None if out is None else Path(out))
 
 
+@apart_from_caller()
 def load(path: str | Path, model: Any = None) -> Run:
     """Read a finished run back.
 

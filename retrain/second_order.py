@@ -26,9 +26,10 @@ from retrain.methods.amounts import Amount, layers_named
 from retrain.methods.lobs_options import LobsOptions, stage_amounts
 from retrain.run import LAYERS, RUN_FILE, open_run, read_record, versions
 from retrain.stream import LayerStream
-from retrain.subject import subject_of
+from retrain.subject import apart_from_caller, subject_of
 
 
+@apart_from_caller()
 def lobs(
     model: Any,
     data: Any,

@@ -7,7 +7,9 @@ imports torch only when it is given a torch module.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +24,18 @@ from retrain.files import write_whole
 from retrain.run import MODEL_FILE
 from retrain.stream import LayerStream
 from solvers.arrays import to_numpy
+
+
+@contextmanager
+def apart_from_caller() -> Iterator[None]:
+    """Compute apart from the modes that the caller has set in torch, if they have imported it."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    from retrain.adapters.modes import apart
+
+    with apart():
+        yield
 
 
 @dataclass(frozen=True, eq=False)

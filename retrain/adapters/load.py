@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from retrain.adapters.dense import read_chain
 from retrain.adapters.exported import load_exported
 from retrain.adapters.find import evaluation_copy
+from retrain.adapters.modes import apart
 from retrain.adapters.tensors import FLOATS, check_finite
 from retrain.data import import_factory
 
@@ -78,6 +79,7 @@ class LoadedModel:
     note: str = ""
 
 
+@apart()
 def load_model(
     path: str | Path, *, arch: str = "auto", activation: str = "relu", trust: bool = False
 ) -> LoadedModel:

@@ -122,7 +122,8 @@ def lobs(
             continue
         with threadpool_limits(options.threads_per_job):
             task = state_layer(stream, spec, options)
-            yield _finish(stream, *_solve(task, options), options)
+            result = _finish(stream, *_solve(task, options), options)
+        yield result  # what is done with it has the caller's threads
 
 
 def lobs_plan(

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from threadpoolctl import threadpool_limits
 
 from retrain.files import write_whole
+from retrain.subject import apart_from_caller
 from retrain.verify import (
     gates,
     gates_dynamics,
@@ -86,6 +87,7 @@ def select(names: Sequence[str], among: Sequence[Statement] | None = None) -> li
     return [statement for statement in known if statement.name in chosen]
 
 
+@apart_from_caller()
 def run(
     names: Sequence[str] = (),
     *,
