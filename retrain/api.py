@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +19,9 @@ from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import net_trim as net_trim_method
 from retrain.methods.amounts import layers_named
 from retrain.methods.net_trim_options import NetTrimOptions
+from retrain.prepare import prepare
 from retrain.run import RunDirectory, open_run, read_record, versions
-from retrain.stream import LayerSpec, LayerStream, Passage, layer
+from retrain.stream import LayerStream, Passage, layer
 from retrain.subject import Subject, apart_from_caller, has_classes, reopen, subject_of
 from solvers.arrays import to_numpy
 
@@ -175,9 +175,18 @@ def net_trim(
         )
 
     def check(stream: LayerStream) -> None:
-        names = select(stream.layers, layers, skip)
+        prepared = prepare(
+            subject, calibration, held_out, layers=layers, skip=skip, fine_tune=fine_tune, out=out
+        )
         if goal is not None and goal.sparsity is not None and options.zeros == "stay":
-            _check_sparsity(stream, names, goal.sparsity)
+            _check_sparsity(stream, prepared.names, goal.sparsity)
+        if goal is not None and goal.max_drop is not None and held_out is not None:
+            outputs = next(prepared.held_out.outputs(dense=True))
+            if outputs.ndim != 2 or outputs.shape[1] < 2:
+                raise ValueError(
+                    "max_drop: wants a network with an output for each class, to have an accuracy; "
+                    f"this one's outputs are of shape {tuple(outputs.shape[1:])}"
+                )
 
     if goal is None:
         return run(options, out, on_layer)
@@ -239,16 +248,12 @@ def drive(
     rows, if it has one; `theorems` what its paper proves, in numbers, on each data set.
     """
     started = time.perf_counter()
-    if fine_tune < 0:
-        raise ValueError(f"fine_tune: want a number of epochs >= 0, got {fine_tune}")
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(joblib.cpu_count()))
-        stream = subject.stream(data)
-        names = select(stream.layers, layers, skip)
-        # Before the first layer, so that what cannot be used is not found out after the last.
-        other = None if held_out is None else subject.stream(held_out)
-        if fine_tune:
-            subject.check_fine_tune(stream, data)
+        prepared = prepare(
+            subject, data, held_out, layers=layers, skip=skip, fine_tune=fine_tune, out=out
+        )
+        stream, other, names = prepared.stream, prepared.held_out, prepared.names
         identity = {
             "method": method,
             "network and data": stream.fingerprint,
@@ -270,7 +275,7 @@ def drive(
         accuracy = {"calibration": _accuracies(stream, data)}
         proven = {} if theorems is None else {"calibration": theorems(stream, passage)}
         if held_out is not None and other is not None:
-            _copy_weights(stream, other)
+            _copy_weights(stream, other, names)
             passage = other.passage()
             bounds["held_out"] = output_bound(other, passage=passage)
             accuracy["held_out"] = _accuracies(other, held_out)
@@ -349,38 +354,6 @@ def load(path: str | Path, model: Any = None) -> Run:
         raise ValueError(f"run: {str(path)!r} is damaged ({what}); repeat its command") from error
 
 
-def select(
-    layers: Sequence[LayerSpec],
-    chosen: str | Sequence[str] | None,
-    skip: str | Sequence[str] | None,
-) -> list[str]:
-    """Names of the layers to retrain: those that can be, match `chosen` and do not match `skip`.
-
-    Raises
-    ------
-    ValueError
-        If a pattern matches no layer, a layer named without a wildcard cannot be retrained, or
-        nothing is left.
-    """
-    names = [spec.name for spec in layers if spec.reason is None]
-    for argument, patterns in (("layers", _patterns(chosen)), ("skip", _patterns(skip))):
-        for pattern in patterns or []:
-            hits = [spec for spec in layers if fnmatchcase(spec.name, pattern)]
-            if not hits:
-                every = ", ".join(spec.name for spec in layers)
-                raise ValueError(f"{argument}: no layer matches {pattern!r}; there are {every}")
-            if argument == "layers" and all(spec.reason is not None for spec in hits):
-                raise ValueError(f"layers: {hits[0].name!r} cannot be retrained: {hits[0].reason}")
-    wanted, unwanted = _patterns(chosen), _patterns(skip) or []
-    if wanted is not None:
-        names = [name for name in names if any(fnmatchcase(name, p) for p in wanted)]
-    names = [name for name in names if not any(fnmatchcase(name, p) for p in unwanted)]
-    if not names:
-        reasons = "; ".join(f"{spec.name}: {spec.reason}" for spec in layers if spec.reason)
-        raise ValueError(f"layers: nothing is left to retrain{f' ({reasons})' if reasons else ''}")
-    return names
-
-
 def totals(reports: Sequence[LayerReport]) -> dict[str, Any]:
     """Sum up the retrained layers."""
     weights = sum(report.weights for report in reports)
@@ -422,13 +395,6 @@ def _plain(options: Any) -> dict[str, Any]:
     return values
 
 
-def _patterns(value: str | Sequence[str] | None) -> list[str] | None:
-    if value is None:
-        return None
-    parts = value.split(",") if isinstance(value, str) else list(value)
-    return [part.strip() for part in parts if part.strip()]
-
-
 def _retrain(
     stream: LayerStream,
     steps: Steps,
@@ -453,10 +419,10 @@ def _retrain(
     return [reports[name] for name in names]
 
 
-def _copy_weights(source: LayerStream, target: LayerStream) -> None:
-    for spec in source.layers:
-        for group in range(spec.groups if spec.reason is None else 0):
-            target.commit(spec.name, source.weight(spec.name, group), group)
+def _copy_weights(source: LayerStream, target: LayerStream, names: Sequence[str]) -> None:
+    for name in names:
+        for group in range(layer(source, name).groups):
+            target.commit(name, source.weight(name, group), group)
 
 
 def _accuracies(stream: LayerStream, data: Data) -> dict[str, float | None]:

@@ -61,6 +61,10 @@ class Subject(Protocol):
         """Raise ValueError if `fine_tune` could not train on this data."""
         ...
 
+    def check_save(self, stream: Any) -> None:
+        """Raise ValueError if `save` could not write the network."""
+        ...
+
     def fine_tune(
         self, stream: Any, data: Data, epochs: int, held_out: Data | None, seed: int
     ) -> FineTuned:
@@ -194,6 +198,9 @@ class _ChainSubject:
     def check_fine_tune(self, stream: LayerStream, data: Data) -> None:
         raise ValueError(_NO_TRAINING)
 
+    def check_save(self, stream: LayerStream) -> None:
+        """Arrays can always be saved."""
+
     def fine_tune(
         self, stream: LayerStream, data: Data, epochs: int, held_out: Data | None, seed: int
     ) -> FineTuned:
@@ -212,6 +219,22 @@ class _ChainSubject:
             "biases": list(self.chain.biases),
             "follows": list(self.chain.follows),
         }
+
+
+BATCH = 64
+"""Samples of a step of fine-tuning, as `retrain.trainers.masked.fine_tune` has it by default."""
+
+
+def _pair(model: Any, source: Data) -> tuple[Any, Any]:
+    """Samples and class numbers as the network is trained on them."""
+    import torch
+
+    from retrain.adapters.stream import fit_samples
+
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    labels: Any = source.y
+    inputs = torch.as_tensor(fit_samples(model, source.x)).to(dtype)
+    return inputs, torch.as_tensor(labels.astype(np.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,28 +275,49 @@ class _ModuleSubject:
                 f"{tuple(outputs.shape[1:])}; those of {data.name!r} are {data.y.min()} to "
                 f"{data.y.max()}"
             )
+        self._try_step(stream, data)
+
+    def _try_step(self, stream: Any, data: Data) -> None:
+        """Train a copy for one batch of each size that there will be, which may fail."""
+        from retrain.trainers.masked import fine_tune
+
+        model = self.model(stream)
+        inputs, labels = _pair(model, data)
+        for size in sorted({min(len(data), BATCH), len(data) % BATCH or BATCH}):
+            some = inputs[:size], labels[:size]
+            try:
+                fine_tune(model, some, epochs=1, batch_size=BATCH, device=self.device)
+            except (RuntimeError, ValueError, TypeError, IndexError, FloatingPointError) as error:
+                text = str(error).strip().split("\n")[0]
+                raise ValueError(
+                    f"fine_tune: the network cannot be trained on a batch of {len(some[0])} "
+                    f"samples of {data.name!r}: {text}"
+                ) from error
+
+    def check_save(self, stream: Any) -> None:
+        from retrain.adapters.save import check_tensors
+
+        state = stream.model.state_dict()
+        check_tensors({theirs: state.get(ours) for ours, theirs in self.names.items()})
 
     def fine_tune(
         self, stream: Any, data: Data, epochs: int, held_out: Data | None, seed: int
     ) -> FineTuned:
-        import torch
-
-        from retrain.adapters.stream import fit_samples
         from retrain.trainers.accuracy import evaluate
         from retrain.trainers.masked import fine_tune
 
         model = self.model(stream)
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-        def pair(source: Data) -> tuple[Any, Any]:
-            labels: Any = source.y
-            inputs = torch.as_tensor(fit_samples(model, source.x)).to(dtype)
-            return inputs, torch.as_tensor(labels.astype(np.int64))
-
-        trained = fine_tune(model, pair(data), epochs=epochs, device=self.device, seed=seed)
-        accuracies = {"calibration": evaluate(trained.model, pair(data))}
+        trained = fine_tune(
+            model,
+            _pair(model, data),
+            epochs=epochs,
+            batch_size=BATCH,
+            device=self.device,
+            seed=seed,
+        )
+        accuracies = {"calibration": evaluate(trained.model, _pair(model, data))}
         if held_out is not None and has_classes(held_out):
-            accuracies["held_out"] = evaluate(trained.model, pair(held_out))
+            accuracies["held_out"] = evaluate(trained.model, _pair(model, held_out))
         return FineTuned(trained.model, accuracies)
 
     def save(self, model: Any, directory: Path) -> None:

@@ -136,8 +136,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _dry_run_lobs(options: argparse.Namespace, loaded: Any, data: Any, plan: Any) -> int:
     """Say what would be pruned, how, in how much memory."""
-    from retrain.api import select
     from retrain.methods.lobs import lobs_plan
+    from retrain.prepare import select
     from retrain.second_order import layers_of
     from retrain.subject import subject_of
 

@@ -161,7 +161,8 @@ def _run(options: argparse.Namespace) -> int:
         jobs=options.jobs,
         threads=options.threads,
     )
-    from retrain.api import net_trim, select
+    from retrain.api import net_trim
+    from retrain.prepare import select
     from retrain.subject import subject_of
 
     loaded = load(options)
