@@ -19,7 +19,7 @@ from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import net_trim as net_trim_method
 from retrain.methods.amounts import layers_named
 from retrain.methods.net_trim_options import NetTrimOptions
-from retrain.prepare import prepare
+from retrain.prepare import Oversized, prepare
 from retrain.run import RunDirectory, open_run, read_record, versions
 from retrain.stream import LayerStream, Passage, layer
 from retrain.subject import Subject, apart_from_caller, has_classes, reopen, subject_of
@@ -168,6 +168,7 @@ def net_trim(
             settings=_settings(given),
             layers=layers_named(given.sparsity) if layers is None else layers,
             skip=skip,
+            oversized=lambda stream, spec: net_trim_method.oversized(stream, spec, given),
             fine_tune=fine_tune,
             out=place,
             on_layer=notify,
@@ -176,7 +177,14 @@ def net_trim(
 
     def check(stream: LayerStream) -> None:
         prepared = prepare(
-            subject, calibration, held_out, layers=layers, skip=skip, fine_tune=fine_tune, out=out
+            subject,
+            calibration,
+            held_out,
+            layers=layers,
+            skip=skip,
+            oversized=lambda stream, spec: net_trim_method.oversized(stream, spec, options),
+            fine_tune=fine_tune,
+            out=out,
         )
         if goal is not None and goal.sparsity is not None and options.zeros == "stay":
             _check_sparsity(stream, prepared.names, goal.sparsity)
@@ -236,6 +244,7 @@ def drive(
     settings: dict[str, Any],
     layers: str | Sequence[str] | None,
     skip: str | Sequence[str] | None,
+    oversized: Oversized,
     fine_tune: int,
     out: str | Path | None,
     on_layer: OnLayer | None,
@@ -251,7 +260,14 @@ def drive(
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(joblib.cpu_count()))
         prepared = prepare(
-            subject, data, held_out, layers=layers, skip=skip, fine_tune=fine_tune, out=out
+            subject,
+            data,
+            held_out,
+            layers=layers,
+            skip=skip,
+            oversized=oversized,
+            fine_tune=fine_tune,
+            out=out,
         )
         stream, other, names = prepared.stream, prepared.held_out, prepared.names
         identity = {
@@ -299,7 +315,11 @@ def drive(
             "options": settings,
             "layers": [report.to_json() for report in reports],
             "left": [
-                {"name": spec.name, "kind": spec.kind, "reason": spec.reason or "not selected"}
+                {
+                    "name": spec.name,
+                    "kind": spec.kind,
+                    "reason": prepared.left.get(spec.name) or spec.reason or "not selected",
+                }
                 for spec in stream.layers
                 if spec.name not in names
             ],

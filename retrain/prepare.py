@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,6 +23,9 @@ from retrain.stream import LayerSpec, LayerStream, layer
 from retrain.subject import Subject
 
 _log = logging.getLogger(__name__)
+
+Oversized = Callable[[LayerStream, LayerSpec], str | None]
+"""Says why a layer cannot be solved in the memory allowed, with the way out; None where it can."""
 
 _SPARE = 1.2
 """Room on the disk that a run wants, relative to the weights it writes: for headers and records."""
@@ -40,11 +43,14 @@ class Prepared:
         On the held-out data.
     names : list of str
         Layers to retrain.
+    left : dict
+        Layers that were selected and are left as they are all the same, each with the reason.
     """
 
     stream: Any
     held_out: Any
     names: list[str]
+    left: dict[str, str]
 
 
 def prepare(
@@ -54,6 +60,7 @@ def prepare(
     *,
     layers: str | Sequence[str] | None,
     skip: str | Sequence[str] | None,
+    oversized: Oversized,
     fine_tune: int,
     out: str | Path | None,
 ) -> Prepared:
@@ -65,6 +72,8 @@ def prepare(
         What is retrained, on what, and judged on what.
     layers, skip
         As `select` takes them.
+    oversized : callable
+        Says why the method cannot solve a layer in the memory allowed, or None.
     fine_tune : int
         Epochs of training after pruning.
     out : path or None
@@ -81,7 +90,7 @@ def prepare(
         raise ValueError(f"fine_tune: want a number of epochs >= 0, got {fine_tune}")
     _log.info("reading: the network on %s (%d samples)", data.name, len(data))
     stream = subject.stream(data)
-    names = select(stream.layers, layers, skip)
+    names, left = _fitting(stream, select(stream.layers, layers, skip), layers, oversized)
     other = None
     if held_out is not None:
         _log.info("reading: the network on %s (%d samples)", held_out.name, len(held_out))
@@ -94,7 +103,25 @@ def prepare(
     _check_outputs(stream, data, "data")
     if other is not None and held_out is not None:
         _check_outputs(other, held_out, "evaluate")
-    return Prepared(stream, other, names)
+    return Prepared(stream, other, names, left)
+
+
+def _fitting(
+    stream: LayerStream,
+    names: list[str],
+    layers: str | Sequence[str] | None,
+    oversized: Oversized,
+) -> tuple[list[str], dict[str, str]]:
+    """Part the layers into those that fit into memory and those that are left, with the reason.
+
+    A layer that was asked for by its name is not left out in silence, and neither are all.
+    """
+    reasons = {name: oversized(stream, layer(stream, name)) for name in names}
+    left = {name: reason for name, reason in reasons.items() if reason is not None}
+    named = [pattern for pattern in _patterns(layers) or [] if pattern in left]
+    if named or len(left) == len(names):
+        raise ValueError(left[named[0] if named else names[0]])
+    return [name for name in names if name not in left], left
 
 
 def select(

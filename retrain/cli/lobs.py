@@ -136,7 +136,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _dry_run_lobs(options: argparse.Namespace, loaded: Any, data: Any, plan: Any) -> int:
     """Say what would be pruned, how, in how much memory."""
-    from retrain.methods.lobs import lobs_plan
+    from retrain.methods.lobs import lobs_plan, oversized
     from retrain.prepare import select
     from retrain.second_order import layers_of
     from retrain.subject import subject_of
@@ -146,6 +146,10 @@ def _dry_run_lobs(options: argparse.Namespace, loaded: Any, data: Any, plan: Any
         chosen = options.layers if options.layers is not None else layers_of(stage)
         names = select(stream.layers, chosen, options.skip)
         for spec, removed, size in lobs_plan(stream, stage, names):
+            reason = oversized(spec, stage)
+            if reason is not None:
+                print(f"{spec.name}: left as it is: {reason}")
+                continue
             amount = "to a tolerance" if removed is None else f"{removed:,} of {spec.size:,} to go"
             place = f"stage {number}, " if len(plan) > 1 else ""
             print(

@@ -97,7 +97,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=4.0,
         metavar="GIB",
-        help="a layer's solve; beyond it Net-Trim samples rows, L-OBS refuses; default 4",
+        help="a layer's solve; beyond it Net-Trim samples rows, L-OBS leaves the layer as it is; "
+        "default 4",
     )
     run.add_argument(
         "--fine-tune",

@@ -136,10 +136,11 @@ def lobs_plan(
     Raises
     ------
     ValueError
-        As `lobs`, where that can be told without data.
+        As `lobs`, where that can be told without data. Layers beyond `memory` are in the plan.
     """
     for spec in chosen(stream, layers):
-        _check(spec, options)
+        options.sparsity_for(spec.name)
+        options.tolerance_for(spec.name)
         everything = np.ones(spec.shape, dtype=bool)
         counts = [
             None
@@ -155,12 +156,21 @@ def _check(spec: LayerSpec, options: LobsOptions) -> None:
     """Refuse what would fail later, before any layer is touched."""
     options.sparsity_for(spec.name)
     options.tolerance_for(spec.name)
+    reason = oversized(spec, options)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def oversized(spec: LayerSpec, options: LobsOptions) -> str | None:
+    """Say why a layer's solve does not fit into `memory`, and the way out; None where it fits."""
     needed = bytes_needed(spec, options)
-    if needed > options.memory:
-        raise ValueError(
-            f"memory: layer {spec.name!r} with {spec.shape[0]} inputs takes about "
-            f"{needed / 2**30:.2g} GiB, more than the {options.memory / 2**30:.2g} GiB allowed"
-        )
+    if needed <= options.memory:
+        return None
+    return (
+        f"memory: layer {spec.name!r} with {spec.shape[0]} inputs takes about "
+        f"{needed / 2**30:.2g} GiB, more than the {options.memory / 2**30:.2g} GiB allowed; raise "
+        f"it (--memory), or leave the layer out (--skip {spec.name})"
+    )
 
 
 # --- solving ---------------------------------------------------------------------------------

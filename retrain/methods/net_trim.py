@@ -157,12 +157,28 @@ def rows_within(spec: LayerSpec, memory: float, itemsize: int, solver: Solver = 
     of the ceilings in play. Two blocks are counted, one a thread, so that the rows and with them
     the results do not depend on the number of threads.
     """
+    return max(1, int(memory / _bytes_per_row(spec, itemsize, solver)))
+
+
+def _bytes_per_row(spec: LayerSpec, itemsize: int, solver: Solver) -> int:
     n_in, n_out = spec.shape[0] + 1, spec.shape[1]
-    per_row = itemsize * (3 * n_in + 16 * n_out)
     if solver == "newton":
         block = 8 * (16 * min(BLOCK, n_out) + n_in)
-        per_row = itemsize * (3 * n_in + 12 * n_out) + 8 * n_in + 2 * block
-    return max(1, int(memory / per_row))
+        return itemsize * (3 * n_in + 12 * n_out) + 8 * n_in + 2 * block
+    return itemsize * (3 * n_in + 16 * n_out)
+
+
+def oversized(stream: LayerStream, spec: LayerSpec, options: NetTrimOptions) -> str | None:
+    """Say why not a single row of a layer fits into `memory`, and the way out; None if one does."""
+    itemsize = stream.weight(spec.name).itemsize
+    needed = _bytes_per_row(spec, itemsize, options.solver)
+    if needed <= options.memory:
+        return None
+    return (
+        f"memory: a row of layer {spec.name!r} takes {needed:,} bytes, more than the "
+        f"{options.memory / 2**30:.2g} GiB allowed; raise it (--memory), or leave the layer out "
+        f"(--skip {spec.name})"
+    )
 
 
 def _task(
