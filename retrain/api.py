@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,8 @@ from solvers.arrays import to_numpy
 
 if TYPE_CHECKING:
     from retrain.epsilon_search import OnTrial
+
+_log = logging.getLogger(__name__)
 
 OnLayer = Callable[[LayerReport, int], None]
 Steps = Callable[[LayerStream, Sequence[str], Mapping[str, Sequence[Any]]], Iterator[LayerResult]]
@@ -285,12 +288,14 @@ def drive(
             every = tuple(spec.name for spec in stream.layers)
             directory = stack.enter_context(open_run(out, identity, every))
         reports = _retrain(stream, steps, names, directory, on_layer)
+        _log.info("bounds: calibration data")
         passage = stream.passage()
         proof = direct(stream, reports)
         bounds = {"calibration": output_bound(stream, passage=passage, direct=proof)}
         accuracy = {"calibration": _accuracies(stream, data)}
         proven = {} if theorems is None else {"calibration": theorems(stream, passage)}
         if held_out is not None and other is not None:
+            _log.info("bounds: held-out data")
             _copy_weights(stream, other, names)
             passage = other.passage()
             bounds["held_out"] = output_bound(other, passage=passage)
@@ -299,6 +304,7 @@ def drive(
                 proven["held_out"] = theorems(other, passage)
         tuned = None
         if fine_tune:
+            _log.info("fine-tuning: %d epochs", fine_tune)
             tuned = subject.fine_tune(stream, data, fine_tune, held_out, settings.get("seed", 0))
             for name, value in tuned.accuracies.items():
                 accuracy[name]["fine_tuned"] = value
@@ -331,6 +337,7 @@ def drive(
             "seconds": time.perf_counter() - started,
         }
         if directory is not None:
+            _log.info("saving: %s", directory.path)
             subject.save(model, directory.path)
             directory.write_record(record)
     return Run(model, tuple(reports), bounds, record, None if out is None else Path(out))
@@ -457,6 +464,7 @@ def _accuracy(stream: LayerStream, data: Data, *, dense: bool) -> float | None:
     """Share of samples whose largest output is the label's; None without one label a sample."""
     if data.y is None or not has_classes(data):
         return None
+    which = "dense" if dense else "retrained"
     hits, start = 0, 0
     for outputs in stream.outputs(dense=dense):
         values = to_numpy(outputs)
@@ -465,4 +473,5 @@ def _accuracy(stream: LayerStream, data: Data, *, dense: bool) -> float | None:
         labels = data.y[start : start + len(values)]
         hits += int((values.argmax(axis=1) == labels).sum())
         start += len(values)
+        _log.debug("accuracy: the %s network, %d of %d samples", which, start, len(data))
     return hits / start

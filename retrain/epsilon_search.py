@@ -8,6 +8,7 @@ resumes a search as it resumes a run.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from retrain.run import LAYERS, RUN_FILE, open_run, read_record, versions
 from retrain.stream import LayerStream
 from retrain.subject import Subject, has_classes
 from solvers.root import next_place
+
+_log = logging.getLogger(__name__)
 
 SMALLEST, LARGEST = 1e-4, 1.0  # relative epsilons: at 1 the first layer may as well be zero
 _STRIDE = math.log(3.0)
@@ -267,6 +270,7 @@ def search_epsilon(
             number = len(trials)
             record = _finished(_place(target, number), epsilon)
             if record is None:
+                _log.info("search: trial %d, relative epsilon %.4g", number + 1, epsilon)
                 run = run_at(epsilon, _place(target, number), _counting(on_layer, number + 1))
                 record = run.record
                 trials.append(Trial.of(record))

@@ -113,24 +113,25 @@ def _run(options: argparse.Namespace) -> int:
         "threads": options.threads,
     }
     plan = plan_stages(None, settings=settings, **amounts)
-    loaded = load(options)
-    data, held_out = read_data(options)
-    if options.dry_run:
-        return _dry_run_lobs(options, loaded, data, plan)
-    with Progress(options) as progress, interrupts_kept_from_workers(options.jobs):
-        run = lobs(
-            loaded,
-            data,
-            out=options.out,
-            evaluate=held_out,
-            layers=options.layers,
-            skip=options.skip,
-            fine_tune=options.fine_tune,
-            device=options.device,
-            on_layer=progress.done,
-            **amounts,
-            **settings,
-        )
+    with Progress(options) as progress:
+        loaded = load(options)
+        data, held_out = read_data(options)
+        if options.dry_run:
+            return _dry_run_lobs(options, loaded, data, plan)
+        with interrupts_kept_from_workers(options.jobs):
+            run = lobs(
+                loaded,
+                data,
+                out=options.out,
+                evaluate=held_out,
+                layers=options.layers,
+                skip=options.skip,
+                fine_tune=options.fine_tune,
+                device=options.device,
+                on_layer=progress.done,
+                **amounts,
+                **settings,
+            )
     return conclude(run, options, loaded.note)
 
 

@@ -165,29 +165,30 @@ def _run(options: argparse.Namespace) -> int:
     from retrain.prepare import select
     from retrain.subject import subject_of
 
-    loaded = load(options)
-    data, held_out = read_data(options)
-    if options.dry_run:
-        stream = subject_of(loaded, options.device).stream(data)
-        chosen = layers_named(settings.sparsity) if options.layers is None else options.layers
-        return _dry_run(stream, select(stream.layers, chosen, options.skip), settings)
-    with Progress(options) as progress, interrupts_kept_from_workers(options.jobs):
-        run = net_trim(
-            loaded,
-            data,
-            out=options.out,
-            evaluate=held_out,
-            layers=options.layers,
-            skip=options.skip,
-            fine_tune=options.fine_tune,
-            device=options.device,
-            sparsity_of=options.sparsity_of,
-            max_drop=options.max_drop,
-            max_trials=options.max_trials,
-            on_layer=progress.done,
-            on_trial=progress.tried,
-            options=settings,
-        )
+    with Progress(options) as progress:
+        loaded = load(options)
+        data, held_out = read_data(options)
+        if options.dry_run:
+            stream = subject_of(loaded, options.device).stream(data)
+            chosen = layers_named(settings.sparsity) if options.layers is None else options.layers
+            return _dry_run(stream, select(stream.layers, chosen, options.skip), settings)
+        with interrupts_kept_from_workers(options.jobs):
+            run = net_trim(
+                loaded,
+                data,
+                out=options.out,
+                evaluate=held_out,
+                layers=options.layers,
+                skip=options.skip,
+                fine_tune=options.fine_tune,
+                device=options.device,
+                sparsity_of=options.sparsity_of,
+                max_drop=options.max_drop,
+                max_trials=options.max_trials,
+                on_layer=progress.done,
+                on_trial=progress.tried,
+                options=settings,
+            )
     return conclude(run, options, loaded.note)
 
 

@@ -24,6 +24,7 @@ tolerance, is shared evenly among them.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -60,6 +61,8 @@ from solvers.obs import (
 )
 from solvers.result import Status
 from solvers.workers import workers
+
+_log = logging.getLogger(__name__)
 
 _AGREEMENT = 1e-9
 _STORED = 1e-5  # what rounding a weight to float32 may add to a squared error at its tolerance
@@ -179,6 +182,7 @@ def oversized(spec: LayerSpec, options: LobsOptions) -> str | None:
 def _solve(task: Task, options: LobsOptions) -> tuple[Task, tuple[Pruned | None, ...]]:
     """Solve a layer's programs; None for a group that has nothing to lose."""
     started = time.perf_counter()
+    _log.info("solving: layer %s", task.spec.name)
     try:
         results = tuple(_solve_group(task.spec, group, options) for group in task.groups)
     except ValueError as error:
@@ -259,6 +263,7 @@ def _finish(
 ) -> LayerResult:
     """Commit a layer's weights, check them as they were saved, report."""
     started = time.perf_counter()
+    _log.info("checking: layer %s, row by row", task.spec.name)
     spec = task.spec
     for number, (group, result) in enumerate(zip(task.groups, results, strict=True)):
         if result is not None:

@@ -26,6 +26,7 @@ zeros wanted (`solvers.solve_count`).
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,6 +53,8 @@ from solvers.result import judge
 from solvers.workers import workers
 
 _SLAB = 8192  # samples whose responses are held in float64 at a time
+
+_log = logging.getLogger(__name__)
 
 
 def net_trim(
@@ -109,6 +112,7 @@ def net_trim(
             commit(stream, spec.name, done[spec.name])
         else:
             task = _task(stream, spec, options, scales, upstream=upstream)
+            _log.info("solving: layer %s (%d of %d)", spec.name, specs.index(spec) + 1, len(specs))
             with threadpool_limits(options.threads_per_job):
                 answer = _solve(task, options)
             yield _finish(stream, answer, options)
@@ -191,6 +195,7 @@ def _task(
 ) -> _Task:
     """State a layer's programs. `upstream`: whether a layer before it has changed (cascade)."""
     started = time.perf_counter()
+    _log.info("activations: layer %s", spec.name)
     total = stream.count(spec.name)
     itemsize = to_numpy(stream.weight(spec.name)[:1, :1]).itemsize
     rows = sample_rows(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 import time
 import zlib
@@ -39,6 +40,8 @@ from retrain.verify import (
 )
 from retrain.verify.statement import Level, Numbers, Result, Row, Statement, judge, row_to_json
 from solvers.workers import workers
+
+_log = logging.getLogger(__name__)
 
 _PACKAGES = ("numpy", "scipy", "cvxpy", "joblib", "scikit-learn")
 HEADINGS = ("statement", "verdict", "checked", "measured", "", "bound", "margin", "seconds")
@@ -214,7 +217,8 @@ def _run(
 
     for statement in chosen:
         finish(statement)
-    for statement, index, row in _work(tasks, jobs, seed):
+    for done, (statement, index, row) in enumerate(_work(tasks, jobs, seed), start=1):
+        _log.info("checking: %s, %d of %d cases done", statement.name, done, len(tasks))
         rows[statement.name][index] = row
         if directory is not None:
             _keep(directory, statement.name, fingerprint, index, row)
