@@ -52,7 +52,7 @@ def test_phases_that_change_are_said_every_two_seconds_at_most():
 def test_what_is_said_otherwise_counts_and_a_terminal_shows_every_change():
     assert run([(1.0, "a")], until=3, spoken=(1.75, 2.75)) == []
     shown = run([(1.0, "a"), (1.5, "b")], until=2, live=True)
-    assert [line for _, line in shown] == ["starting", "a", "b"]
+    assert [line for _, line in shown] == ["starting: loading torch and the files", "a", "b"]
 
 
 def test_loggers_are_as_before_and_warnings_go_on(caplog):

@@ -46,7 +46,7 @@ class Status(logging.Handler):
     ) -> None:
         super().__init__(logging.DEBUG)
         self._show, self._live, self._clock = show, live, clock
-        self._phase, self._begun = "starting", clock()
+        self._phase, self._begun = "starting: loading torch and the files", clock()
         self._said, self._spoken = "", clock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)
