@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,14 +22,17 @@ from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import net_trim as net_trim_method
 from retrain.methods.amounts import layers_named
 from retrain.methods.net_trim_options import NetTrimOptions
+from retrain.prepare import Oversized, prepare
 from retrain.run import RUN_FILE, RunDirectory, check_out, open_run, read_record
 from retrain.run_record import check_finished
-from retrain.stream import LayerSpec, LayerStream, Passage
-from retrain.subject import Subject, reopen, subject_of
+from retrain.stream import LayerStream, Passage, layer
+from retrain.subject import Subject, apart_from_caller, reopen, subject_of
 from solvers.arrays import to_numpy
 
 if TYPE_CHECKING:
     from retrain.epsilon_search import OnTrial
+
+_log = logging.getLogger(__name__)
 
 OnLayer = Callable[[LayerReport, int], None]
 _MOST_EPOCHS = 10**6  # more would end in no one's lifetime
@@ -88,6 +91,7 @@ class Run:
         return [defect for defect in found if defect is not None]
 
 
+@apart_from_caller()
 def net_trim(
     model: Any,
     data: Any,
@@ -174,11 +178,33 @@ def net_trim(
             settings=_settings(given),
             layers=layers_named(given.sparsity) if layers is None else layers,
             skip=skip,
+            oversized=lambda stream, spec: net_trim_method.oversized(stream, spec, given),
             fine_tune=fine_tune,
             out=place,
             on_layer=notify,
             direct=cascade_bound,
         )
+
+    def check(stream: LayerStream) -> None:
+        prepared = prepare(
+            subject,
+            calibration,
+            held_out,
+            layers=layers,
+            skip=skip,
+            oversized=lambda stream, spec: net_trim_method.oversized(stream, spec, options),
+            fine_tune=fine_tune,
+            out=out,
+        )
+        if goal is not None and goal.sparsity is not None and options.zeros == "stay":
+            _check_sparsity(stream, prepared.names, goal.sparsity)
+        if goal is not None and goal.max_drop is not None and held_out is not None:
+            outputs = next(prepared.held_out.outputs(dense=True))
+            if outputs.ndim != 2 or outputs.shape[1] < 2:
+                raise ValueError(
+                    "max_drop: wants a network with an output for each class, to have an accuracy; "
+                    f"this one's outputs are of shape {tuple(outputs.shape[1:])}"
+                )
 
     if goal is None:
         return run(options, out, on_layer)
@@ -195,10 +221,27 @@ def net_trim(
             "select": [layers, skip],
             "fine_tune": fine_tune,
         },
+        check=check,
         out=out,
         on_layer=on_layer,
         on_trial=on_trial,
     )
+
+
+def _check_sparsity(stream: LayerStream, names: Sequence[str], sparsity: float) -> None:
+    """Refuse a network's sparsity below the one that its layers have, whose zeros stay."""
+    specs = [layer(stream, name) for name in names]
+    zeros = sum(
+        int((to_numpy(stream.weight(spec.name, group))[: spec.shape[0]] == 0).sum())
+        for spec in specs
+        for group in range(spec.groups)
+    )
+    share = zeros / sum(spec.size for spec in specs)
+    if sparsity < share:
+        raise ValueError(
+            f"sparsity: got {sparsity:g}, but {share:.4g} of the weights are zero in the dense "
+            "network and stay; want more, or let them go (zeros='free', --free-zeros)"
+        )
 
 
 def drive(
@@ -211,6 +254,7 @@ def drive(
     settings: dict[str, Any],
     layers: str | Sequence[str] | None,
     skip: str | Sequence[str] | None,
+    oversized: Oversized,
     fine_tune: int,
     out: str | Path | None,
     on_layer: OnLayer | None,
@@ -223,18 +267,21 @@ def drive(
     rows, if it has one; `theorems` what its paper proves, in numbers, on each data set.
     """
     started = time.perf_counter()
-    if fine_tune < 0:
-        raise ValueError(f"fine_tune: want a number of epochs >= 0, got {fine_tune}")
     if fine_tune > _MOST_EPOCHS:
         raise ValueError(f"fine_tune: want at most {_MOST_EPOCHS} epochs, got {fine_tune}")
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(joblib.cpu_count()))
-        stream = subject.stream(data)
-        names = select(stream.layers, layers, skip)
-        # Before the first layer, so that what cannot be used is not found out after the last.
-        other = None if held_out is None else subject.stream(held_out)
-        if fine_tune:
-            subject.check_fine_tune(stream, data)
+        prepared = prepare(
+            subject,
+            data,
+            held_out,
+            layers=layers,
+            skip=skip,
+            oversized=oversized,
+            fine_tune=fine_tune,
+            out=out,
+        )
+        stream, other, names = prepared.stream, prepared.held_out, prepared.names
         identity = {
             "method": method,
             "layers": names,
@@ -248,13 +295,15 @@ def drive(
             every = tuple(spec.name for spec in stream.layers)
             directory = stack.enter_context(open_run(out, identity, every))
         reports = _retrain(stream, steps, names, directory, on_layer)
+        _log.info("bounds: calibration data")
         passage = stream.passage()
         proof = direct(stream, reports)
         bounds = {"calibration": output_bound(stream, passage=passage, direct=proof)}
         accuracy = {"calibration": _accuracies(stream, data)}
         proven = {} if theorems is None else {"calibration": theorems(stream, passage)}
         if held_out is not None and other is not None:
-            _copy_weights(stream, other)
+            _log.info("bounds: held-out data")
+            _copy_weights(stream, other, names)
             passage = other.passage()
             bounds["held_out"] = output_bound(other, passage=passage)
             accuracy["held_out"] = _accuracies(other, held_out)
@@ -262,6 +311,7 @@ def drive(
                 proven["held_out"] = theorems(other, passage)
         tuned = None
         if fine_tune:
+            _log.info("fine-tuning: %d epochs", fine_tune)
             tuned = subject.fine_tune(stream, data, fine_tune, held_out, settings.get("seed", 0))
             for name, value in tuned.accuracies.items():
                 accuracy[name]["fine_tuned"] = value
@@ -278,7 +328,11 @@ def drive(
             "options": settings,
             "layers": [report.to_json() for report in reports],
             "left": [
-                {"name": spec.name, "kind": spec.kind, "reason": spec.reason or "not selected"}
+                {
+                    "name": spec.name,
+                    "kind": spec.kind,
+                    "reason": prepared.left.get(spec.name) or spec.reason or "not selected",
+                }
                 for spec in stream.layers
                 if spec.name not in names
             ],
@@ -290,11 +344,13 @@ def drive(
             "seconds": time.perf_counter() - started,
         }
         if directory is not None:
+            _log.info("saving: %s", directory.path)
             subject.save(model, directory.path)
             directory.write_record(record)
     return Run(model, tuple(reports), bounds, record, None if out is None else Path(out))
 
 
+@apart_from_caller()
 def load(path: str | Path, model: Any = None) -> Run:
     """Read a finished run back.
 
@@ -327,38 +383,6 @@ def load(path: str | Path, model: Any = None) -> Run:
         record=record,
         directory=directory,
     )
-
-
-def select(
-    layers: Sequence[LayerSpec],
-    chosen: str | Sequence[str] | None,
-    skip: str | Sequence[str] | None,
-) -> list[str]:
-    """Names of the layers to retrain: those that can be, match `chosen` and do not match `skip`.
-
-    Raises
-    ------
-    ValueError
-        If a pattern matches no layer, a layer named without a wildcard cannot be retrained, or
-        nothing is left.
-    """
-    names = [spec.name for spec in layers if spec.reason is None]
-    for argument, patterns in (("layers", _patterns(chosen)), ("skip", _patterns(skip))):
-        for pattern in patterns or []:
-            hits = [spec for spec in layers if fnmatchcase(spec.name, pattern)]
-            if not hits:
-                every = ", ".join(spec.name for spec in layers)
-                raise ValueError(f"{argument}: no layer matches {pattern!r}; there are {every}")
-            if argument == "layers" and all(spec.reason is not None for spec in hits):
-                raise ValueError(f"layers: {hits[0].name!r} cannot be retrained: {hits[0].reason}")
-    wanted, unwanted = _patterns(chosen), _patterns(skip) or []
-    if wanted is not None:
-        names = [name for name in names if any(fnmatchcase(name, p) for p in wanted)]
-    names = [name for name in names if not any(fnmatchcase(name, p) for p in unwanted)]
-    if not names:
-        reasons = "; ".join(f"{spec.name}: {spec.reason}" for spec in layers if spec.reason)
-        raise ValueError(f"layers: nothing is left to retrain{f' ({reasons})' if reasons else ''}")
-    return names
 
 
 def totals(reports: Sequence[LayerReport]) -> dict[str, Any]:
@@ -410,13 +434,6 @@ def _plain(options: Any) -> dict[str, Any]:
     return values
 
 
-def _patterns(value: str | Sequence[str] | None) -> list[str] | None:
-    if value is None:
-        return None
-    parts = value.split(",") if isinstance(value, str) else list(value)
-    return [part.strip() for part in parts if part.strip()]
-
-
 def _retrain(
     stream: LayerStream,
     steps: Steps,
@@ -441,10 +458,10 @@ def _retrain(
     return [reports[name] for name in names]
 
 
-def _copy_weights(source: LayerStream, target: LayerStream) -> None:
-    for spec in source.layers:
-        for group in range(spec.groups if spec.reason is None else 0):
-            target.commit(spec.name, source.weight(spec.name, group), group)
+def _copy_weights(source: LayerStream, target: LayerStream, names: Sequence[str]) -> None:
+    for name in names:
+        for group in range(layer(source, name).groups):
+            target.commit(name, source.weight(name, group), group)
 
 
 def _accuracies(stream: LayerStream, data: Data) -> dict[str, Any]:
@@ -462,9 +479,11 @@ def _accuracy(stream: LayerStream, classes: np.ndarray | None, *, dense: bool) -
     """Share of samples whose largest output is their class's; None without classes."""
     if classes is None:
         return None
+    which = "dense" if dense else "retrained"
     hits, start = 0, 0
     for outputs in stream.outputs(dense=dense):
         values = to_numpy(outputs)
         hits += int((values.argmax(axis=1) == classes[start : start + len(values)]).sum())
         start += len(values)
+        _log.debug("accuracy: the %s network, %d of %d samples", which, start, len(classes))
     return hits / start

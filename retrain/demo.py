@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,8 @@ from retrain.run import check_out
 from retrain.subject import check_device
 from retrain.trainers.states import seeded
 from retrain.trainers.supervised import train
+
+_log = logging.getLogger(__name__)
 
 WIDTHS = (64, 128, 64, 10)
 EPOCHS = 30
@@ -61,6 +64,7 @@ def demo(
     folder.mkdir(parents=True, exist_ok=True)
     training, test = load_data("digits"), load_data("digits-test")
     model = folder / "dense.safetensors"
+    _log.info("training: the demonstration's network")
     save_model(trained_network(training, seed), model)
     runs = {
         scheme: net_trim(

@@ -8,6 +8,7 @@ resumes a search as it resumes a run.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,11 @@ from retrain.labels import labels_for
 from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.run import LAYERS, RUN_FILE, open_run, read_record
 from retrain.run_record import check_finished
+from retrain.stream import LayerStream
 from retrain.subject import Subject
 from solvers.root import next_place
+
+_log = logging.getLogger(__name__)
 
 SMALLEST, LARGEST = 1e-4, 1.0  # relative epsilons: at 1 the first layer may as well be zero
 _STRIDE = math.log(3.0)
@@ -207,6 +211,7 @@ def search_epsilon(
     *,
     held_out: Data | None,
     settings: Mapping[str, Any],
+    check: Callable[[LayerStream], None],
     out: str | Path | None,
     on_layer: OnLayer | None,
     on_trial: OnTrial | None,
@@ -223,6 +228,8 @@ def search_epsilon(
         What is retrained, on what, and judged on what.
     settings : mapping
         All else that could change a weight, for the directory's identity.
+    check : callable
+        Refuses, before the first trial, what the stream cannot be asked for.
     out : path or None
         The directory.
     on_layer, on_trial : callable or None
@@ -243,12 +250,14 @@ def search_epsilon(
         _check_classes(subject, held_out)
     started = time.perf_counter()
     target = None if out is None else Path(out)
+    stream = subject.stream(data)
+    check(stream)
     identity = {
         "method": "net-trim",
         "search": asdict(goal),
         "held_out": None if held_out is None else held_out.fingerprint,
         **settings,
-        **run_identity(subject.stream(data)),
+        **run_identity(stream),
         **subject.identity(training=settings["fine_tune"] > 0),
     }
     with ExitStack() as stack:
@@ -262,6 +271,7 @@ def search_epsilon(
             number = len(trials)
             record = _finished(_place(target, number), epsilon)
             if record is None:
+                _log.info("search: trial %d, relative epsilon %.4g", number + 1, epsilon)
                 run = run_at(epsilon, _place(target, number), _counting(on_layer, number + 1))
                 record = run.record
                 trials.append(Trial.of(record))

@@ -7,9 +7,11 @@ from typing import Any
 
 from retrain import api
 from retrain.run import read_record
+from retrain.subject import apart_from_caller
 from retrain.trained import KIND, TrainedRun, load_trained
 
 
+@apart_from_caller()
 def load(path: str | Path, model: Any = None) -> api.Run | TrainedRun:
     """Read a finished run back.
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from retrain.layer_report import LayerReport, LayerResult
 from retrain.methods import lobs as method
 from retrain.methods.amounts import Amount, layers_named
 from retrain.methods.lobs_options import LobsOptions, check_stages, stage_amounts
+from retrain.prepare import prepare
 from retrain.run import LAYERS, RUN_FILE, check_out, open_run, read_record
 from retrain.run_record import check_finished
-from retrain.stream import LayerStream
-from retrain.subject import subject_of
+from retrain.stream import LayerSpec, LayerStream
+from retrain.subject import apart_from_caller, subject_of
 
 
+@apart_from_caller()
 def lobs(
     model: Any,
     data: Any,
@@ -122,6 +125,19 @@ def lobs(
         return stage(model, 0, target, on_layer)
     started = time.perf_counter()
     with ExitStack() as stack:
+        for entry in plan:  # a later stage's options are as early to refuse as the first one's
+            chosen = layers_of(entry) if layers is None else layers
+            prepared = prepare(
+                subject_of(model, device),
+                calibration,
+                held_out,
+                layers=chosen,
+                skip=skip,
+                oversized=partial(_oversized, entry),
+                fine_tune=fine_tune,
+                out=target,
+            )
+            list(method.lobs_plan(prepared.stream, entry, prepared.names))
         if target is not None:
             subject = subject_of(model, device)
             identity = {
@@ -234,12 +250,17 @@ def _stage(
         settings=_settings(options),
         layers=layers_of(options) if layers is None else layers,
         skip=skip,
+        oversized=partial(_oversized, options),
         fine_tune=fine_tune,
         out=out,
         on_layer=on_layer,
         direct=lambda stream, reports: NO_DIRECT,
         theorems=lambda stream, passage: second_order_bounds(stream, passage).to_json(),
     )
+
+
+def _oversized(options: LobsOptions, _: LayerStream, spec: LayerSpec) -> str | None:
+    return method.oversized(spec, options)
 
 
 def _settings(options: LobsOptions) -> dict[str, Any]:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +29,18 @@ from retrain.run import MODEL_FILE
 from retrain.run_record import ChainModel, Dense, ModuleModel
 from retrain.stream import LayerStream
 from solvers.arrays import to_numpy
+
+
+@contextmanager
+def apart_from_caller() -> Iterator[None]:
+    """Compute apart from the modes that the caller has set in torch, if they have imported it."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    from retrain.adapters.modes import apart
+
+    with apart():
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +68,10 @@ class Subject(Protocol):
 
     def check_fine_tune(self, stream: Any, data: Data) -> None:
         """Raise ValueError if `fine_tune` could not train on this data."""
+        ...
+
+    def check_save(self, stream: Any) -> None:
+        """Raise ValueError if `save` could not write the network."""
         ...
 
     def fine_tune(
@@ -186,6 +205,9 @@ class _ChainSubject:
     def check_fine_tune(self, stream: LayerStream, data: Data) -> None:
         raise ValueError(_NO_TRAINING)
 
+    def check_save(self, stream: LayerStream) -> None:
+        """Arrays can always be saved."""
+
     def fine_tune(
         self, stream: LayerStream, data: Data, epochs: int, held_out: Data | None, seed: int
     ) -> FineTuned:
@@ -204,6 +226,21 @@ class _ChainSubject:
             "biases": list(self.chain.biases),
             "follows": list(self.chain.follows),
         }
+
+
+BATCH = 64
+"""Samples of a step of fine-tuning, as `retrain.trainers.masked.fine_tune` has it by default."""
+
+
+def _pair(model: Any, stream: Any, source: Data) -> tuple[Any, Any]:
+    """Samples and class numbers as the network is trained on them; the labels name classes."""
+    import torch
+
+    from retrain.adapters.stream import fit_samples
+
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    inputs = torch.as_tensor(fit_samples(model, source.x)).to(dtype)
+    return inputs, torch.as_tensor(labels_for(stream, source.y).classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,33 +284,46 @@ class _ModuleSubject:
             raise ValueError(
                 f"fine_tune: wants a class number for each sample of {data.name!r}: {labels.reason}"
             )
+        self._try_step(stream, data)
+
+    def _try_step(self, stream: Any, data: Data) -> None:
+        """Train a copy for one batch of each size that there will be, which may fail."""
+        from retrain.trainers.masked import fine_tune
+
+        model = self.model(stream)
+        inputs, labels = _pair(model, stream, data)
+        for size in sorted({min(len(data), BATCH), len(data) % BATCH or BATCH}):
+            some = inputs[:size], labels[:size]
+            try:
+                fine_tune(model, some, epochs=1, batch_size=BATCH, device=self.device)
+            except (RuntimeError, ValueError, TypeError, IndexError, FloatingPointError) as error:
+                text = str(error).strip().split("\n")[0]
+                raise ValueError(
+                    f"fine_tune: the network cannot be trained on a batch of {len(some[0])} "
+                    f"samples of {data.name!r}: {text}"
+                ) from error
+
+    def check_save(self, stream: Any) -> None:
+        from retrain.adapters.save import check_tensors
+
+        state = stream.model.state_dict()
+        check_tensors({theirs: state.get(ours) for ours, theirs in self.names.items()})
 
     def fine_tune(
         self, stream: Any, data: Data, epochs: int, held_out: Data | None, seed: int
     ) -> FineTuned:
-        import torch
-
-        from retrain.adapters.stream import fit_samples
         from retrain.trainers.accuracy import evaluate
         from retrain.trainers.masked import fine_tune
 
         model = self.model(stream)
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-        def pair(source: Data) -> tuple[Any, Any] | None:
-            classes = labels_for(stream, source.y).classes
-            if classes is None:
-                return None
-            inputs = torch.as_tensor(fit_samples(model, source.x)).to(dtype)
-            return inputs, torch.as_tensor(classes)
-
+        pair = partial(_pair, model, stream)
         training = pair(data)
-        assert training is not None  # check_fine_tune has seen to it
-        trained = fine_tune(model, training, epochs=epochs, device=self.device, seed=seed)
+        trained = fine_tune(
+            model, training, epochs=epochs, batch_size=BATCH, device=self.device, seed=seed
+        )
         accuracies = {"calibration": evaluate(trained.model, training)}
-        testing = None if held_out is None else pair(held_out)
-        if testing is not None:
-            accuracies["held_out"] = evaluate(trained.model, testing)
+        if held_out is not None and labels_for(stream, held_out.y).classes is not None:
+            accuracies["held_out"] = evaluate(trained.model, pair(held_out))
         return FineTuned(trained.model, accuracies)
 
     def save(self, model: Any, directory: Path) -> None:

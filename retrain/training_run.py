@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from retrain.adapters.description import described
 from retrain.adapters.export import write_export
+from retrain.adapters.modes import apart
 from retrain.adapters.save import save_model
 from retrain.files import READ_ERRORS, plain, write_whole
 from retrain.identity import surroundings
@@ -70,6 +71,7 @@ from retrain.trainers.training import GeneratorState, Stateful, Training
 OnEpoch = Callable[[dict[str, Any], int], None]
 
 
+@apart()
 def train(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     *,
@@ -128,6 +130,7 @@ def train(
     return run_training(chosen, out, data=data, test=test, export=export, on_epoch=on_epoch)
 
 
+@apart()
 def run_training(
     recipe: Recipe,
     out: str | Path | None = None,

@@ -22,6 +22,7 @@ violations as the program itself computes them, in float64. Residuals only steer
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -43,6 +44,8 @@ from solvers.scaling import Scaling
 from solvers.splitting import Factor, Progress, Splitting, State, advance, prepare, start
 
 Array = Any
+
+_log = logging.getLogger(__name__)
 
 _FIRST_CHECK = 50
 _RELAXATION_BALL = 1.8
@@ -129,6 +132,7 @@ def solve_admm(
             break
         certified = best.offer(splitting, progress.state, tolerance, violation_tolerance)
         history.append(best.row(progress.iteration))
+        _log.debug("solving: ADMM, %d of at most %d iterations", progress.iteration, max_iterations)
         if bool(np.all(certified | best.unreachable)):
             break
         if dtype != xp.float64 and _stalled(history, tolerance, violation_tolerance):

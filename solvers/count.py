@@ -65,7 +65,7 @@ def solve_count(
     program : ConstrainedProgram or RegularisedProgram
         Its epsilon or fit weight is where the search begins.
     zeros : int
-        Zeros wanted among the weights counted.
+        Zeros wanted among the weights counted, those that the program's mask holds among them.
     tolerance : float
         On the gap.
     violation_tolerance : float, optional
@@ -89,7 +89,7 @@ def solve_count(
     Raises
     ------
     ValueError
-        If `zeros` is not between 0 and the number of weights counted.
+        If `zeros` is not between the zeros that the mask holds and the number of weights counted.
 
     Notes
     -----
@@ -97,8 +97,9 @@ def solve_count(
     """
     counted = program.penalised if rows is None else np.asarray(rows)
     total = len(counted) * program.shape[2]
-    if not 0 <= zeros <= total:
-        raise ValueError(f"zeros: want a count from 0 to {total}, got {zeros!r}")
+    held = held_zeros(program, counted)
+    if not held <= zeros <= total:
+        raise ValueError(f"zeros: want a count from {held} to {total}, got {zeros!r}")
     limits = (tolerance, tolerance if violation_tolerance is None else violation_tolerance)
     factor = prepare(program.inputs)
     search = _Search(counted, limits, factor, solve, options)
@@ -109,7 +110,9 @@ def solve_count(
     few = _typical_units(program)
     if len(few) < program.shape[2] and program.penalty.separable:
         part = _some_units(program, few)
-        wanted = round(zeros * len(few) / program.shape[2])
+        share = (zeros - held) / max(total - held, 1)  # of the weights that are not held at zero
+        wanted = held_zeros(part, counted)
+        wanted += round(share * (len(counted) * len(few) - wanted))
         trials = search.run(part, wanted, place, None)
         seconds = sum(point.result.solve_seconds for _, point in trials)
         place = min(trials, key=lambda trial: abs(trial[1].zeros - wanted))[0]
@@ -124,6 +127,11 @@ def solve_count(
         history=tuple(_row(point) for point in found),
     )
     return replace(final, result=result)
+
+
+def held_zeros(program: Program, rows: np.ndarray) -> int:
+    """Count the weights of some rows that the program's mask holds at zero."""
+    return 0 if program.support is None else int((~to_numpy(program.support)[rows]).sum())
 
 
 @dataclass(frozen=True, eq=False)

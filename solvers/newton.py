@@ -265,12 +265,12 @@ class _Finish:
         nu = np.ascontiguousarray(to_numpy(near.q).T, dtype=np.float64)
         nu *= -tau[:, None]
         sizes = program.fitted_norms()
-        if isinstance(program, ConstrainedProgram):
+        if isinstance(given, ConstrainedProgram):
             # One certificate for all: what a unit may miss is its share of the whole.
             sizes = np.full(n_out, np.linalg.norm(sizes) / math.sqrt(n_out))
             floor = np.full(n_out, float((np.abs(u) @ weight).sum()) / n_out)
         else:
-            old = scaling.objective * to_numpy(given._old_penalty())
+            old = scaling.objective * to_numpy(given._penalty_floor())
             floor = 1e-6 * np.broadcast_to(old, (n_out,))
         sizes = np.where(sizes > 0, sizes, program._scale_floor())
         points = Points.at(u, nu, _PROXIMAL / rho, _PROXIMAL * tau)

@@ -346,6 +346,16 @@ class RegularisedProgram(LayerProgram):
         bound = scale * linear - scale**2 * quadratic - self.penalty.conjugate(scale * dual)
         return to_numpy(bound)
 
+    def _penalty_floor(self) -> Array:
+        """Old penalty of each unit, below a millionth of which its gap is rounding.
+
+        A unit whose old weights are all zero has none, and its optimum may be zero too, a bias
+        alone fitting its targets. The mean over the layer's units stands in.
+        """
+        xp = array_namespace(self.inputs)
+        old = self._old_penalty()
+        return xp.where(old > 0, old, xp.mean(old))
+
     def certificate(self, weight: Array, multiplier: Array) -> Certificate:
         """Judge a pair of weights (n_in, n_out) and multiplier (n_samples, n_out), by unit."""
         return self.certificate_beside(weight, self.dual_bound(multiplier))
@@ -360,7 +370,7 @@ class RegularisedProgram(LayerProgram):
         return Certificate(
             objective=objective,
             dual_bound=bound,
-            gap=_gap(objective, bound, to_numpy(self._old_penalty())),
+            gap=_gap(objective, bound, to_numpy(self._penalty_floor())),
             ball_violation=np.zeros_like(scale),
             ceiling_violation=np.sqrt(sums["over"]) / scale,
             largest_violation=sums["largest"],

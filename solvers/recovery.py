@@ -40,6 +40,8 @@ from scipy.optimize import linprog, minimize_scalar
 from scipy.stats import binomtest, norm
 from threadpoolctl import threadpool_limits
 
+from solvers.workers import workers
+
 # Weights that agree this well, relative to the largest, are the same: HiGHS gives some 1e-12.
 _SAME = 1e-6
 # Of a ceiling, relative to |x| |w|: HiGHS's own feasibility tolerance is 1e-7.
@@ -351,7 +353,7 @@ def monte_carlo(
     if samples < 1 or trials < 1:
         raise ValueError(f"samples, trials: want at least 1, got {samples} and {trials}")
     root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
-    outcomes = joblib.Parallel(n_jobs=jobs)(
+    outcomes = workers(jobs)(
         joblib.delayed(_trial)(n_in, tuple(sparsities), samples, child)
         for child in root.spawn(trials)
     )

@@ -297,3 +297,120 @@ def test_counts_are_of_what_is_saved():
 def test_bad_options_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         NetTrimOptions(**options)
+
+
+# --- zeros that the dense network has -------------------------------------------------------------
+
+
+def sparse(seed=0, share=0.4, **options):
+    """A network with zeros: scattered, a whole unit, a whole input; and a bias of zero."""
+    stream = make(seed, **options)
+    rng = np.random.default_rng(seed)
+    weights = [weight.copy() for weight in stream.dense.weights]
+    for weight in weights:
+        n_in = len(weight) - 1
+        weight[:n_in][rng.random((n_in, weight.shape[1])) < share] = 0
+        weight[:n_in, 0] = 0
+        weight[1] = 0
+        weight[-1, 1] = 0
+    return ChainStream(Chain(tuple(weights), (True,) * len(weights)), stream._inputs)
+
+
+def regrown(stream):
+    """Entries, biases not counted, that were zero and are not."""
+    return [
+        int(((stream.weight(spec.name)[:-1] != 0) & (stream.weight(spec.name, dense=True)[:-1] == 0)
+             ).sum())
+        for spec in stream.layers
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["cascade", "parallel"])
+@pytest.mark.parametrize("form", ["constrained", "regularised"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": "admm"},
+        {"solver": "newton"},
+        {"solver": "newton", "penalty": ElasticNet(0.1)},
+        {"solver": "admm", "dtype": np.float32},
+        {"solver": "newton", "penalise_bias": True},
+        {"solver": "newton", "sparsity": 0.75},
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_zeros_of_the_dense_network_stay(scheme, form, options, seed):
+    options = dict(options)
+    stream = sparse(seed, dtype=options.pop("dtype", np.float64))
+    limits = {"tolerance": 1e-2, "violation_tolerance": 1e-3}
+    results = run(stream, scheme=scheme, form=form, relative_epsilon=0.2, **options, **limits)
+    assert all(result.report.certified for result in results.values())
+    assert regrown(stream) == [0, 0, 0]
+    for result in results.values():
+        assert result.report.zeros > result.report.zeros_before > 0
+
+
+def test_zeros_may_stay_under_a_penalty_that_couples_the_units():
+    stream = sparse()
+    results = run(stream, relative_epsilon=0.3, penalty=Group(), tolerance=1e-2)
+    assert all(result.report.certified for result in results.values())
+    assert regrown(stream) == [0, 0, 0]
+
+
+def test_zeros_come_back_only_where_they_may():
+    """The check can fail: without the mask the same programs bring zeros back."""
+    stream = sparse()
+    run(stream, relative_epsilon=0.2, zeros="free")
+    assert sum(regrown(stream)) > 0
+    with pytest.raises(ValueError, match="zeros: want 'stay' or 'free', got 'maybe'"):
+        NetTrimOptions(zeros="maybe")
+
+
+def test_a_bias_of_zero_is_no_weight_and_may_move():
+    stream = sparse()
+    results = run(stream, relative_epsilon=0.2)
+    assert any(result.weights[0][-1, 1] != 0 for result in results.values())
+
+
+def test_held_zeros_are_the_optimum_of_the_program_with_a_mask():
+    stream = sparse()
+    results = run(stream, scheme="parallel", relative_epsilon=0.2)
+    for spec in stream.layers:
+        batch = collect(stream, spec.name)
+        targets = activate(spec.follows, batch.responses)
+        old = stream.weight(spec.name, dense=True)
+        support = old != 0
+        support[-1] = True
+        oracle = solve_cvxpy(
+            trim_program(
+                batch.dense_inputs,
+                targets,
+                epsilon=0.2 * float(np.linalg.norm(targets)),
+                activation=spec.follows,
+                free_rows=(spec.shape[0],),
+                support=support,
+                old_weight=old,
+            )
+        )
+        objective = results[spec.name].report.details["objective"]
+        assert objective == pytest.approx(float(oracle.certificate.objective), rel=1e-4)
+
+
+def test_inflation_1_is_feasible_with_held_zeros():
+    """The old weights have the zeros, so they meet every program of a cascade."""
+    stream = sparse(dtype=np.float32)
+    limits = {"tolerance": 1e-2, "violation_tolerance": 1e-3}
+    results = run(stream, relative_epsilon=0.1, inflation=1.0, **limits)
+    assert all(result.report.certified for result in results.values())
+    assert regrown(stream) == [0, 0, 0]
+
+
+def test_fewer_zeros_than_there_are_cannot_be_had():
+    """The nearest count is the dense network's own; `zeros="free"` admits the one asked for."""
+    limits = {"tolerance": 1e-2, "violation_tolerance": 1e-3}
+    stream = sparse(share=0.6)
+    held = run(stream, sparsity=0.3, solver="newton", **limits)["0"].report
+    assert held.details["asked_zeros"] < held.zeros_before <= held.zeros
+    assert regrown(stream) == [0, 0, 0]
+    free = run(sparse(share=0.6), sparsity=0.3, solver="newton", zeros="free", **limits)["0"].report
+    assert free.zeros < held.zeros_before

@@ -18,6 +18,8 @@ from solvers import (
     ElasticNet,
     Group,
     RegularisedProgram,
+    solve_admm,
+    solve_newton,
     trim_program,
 )
 from solvers.free_row import orthogonalise, orthogonalise_arrays
@@ -512,3 +514,25 @@ def test_the_optimality_conditions_can_fail_one_by_one():
     assert "domain" in failing(multiplier=2 * multiplier)
     assert "ball slackness" in failing(multiplier=multiplier * np.where(active, -1, 1))
     assert {"free row", "stationarity"} <= failing(multiplier=multiplier + 0.1 * active)
+
+
+@pytest.mark.parametrize("solve", [solve_admm, solve_newton])
+def test_a_unit_of_zeros_whose_bias_fits_it_is_certified(solve):
+    """Its optimum is zero, and 1e-20 against a bound of 0 is rounding, not a gap of 1."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((30, 5))
+    inputs[:, -1] = 1
+    weight = rng.standard_normal((5, 3))
+    weight[:-1, 1] = 0
+    program = trim_program(
+        inputs,
+        inputs @ weight,
+        activation="linear",
+        fit_weight=3.0,
+        free_rows=(4,),
+        support=np.vstack([weight[:-1] != 0, np.ones((1, 3), bool)]),
+        old_weight=weight,
+    )
+    result = solve(program, tolerance=1e-4)
+    assert result.certified.all()
+    assert np.all(result.weight[:-1, 1] == 0)

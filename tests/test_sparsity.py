@@ -402,3 +402,47 @@ def test_reports_of_layers_that_kept_their_weights(case):
     (line,) = asked_lines({"layers": [entry]})
     assert "got 0: dense weights were kept" in line
     assert ", held-out accuracy +0.00 points, 1.0 s" in trial_line(asdict(trial(0.1, 5, 0.0)))
+
+
+# --- zeros that the dense network has -------------------------------------------------------------
+
+
+def sparse_network():
+    model = network()
+    with torch.no_grad():
+        for layer in model[::2]:
+            drawn = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0))
+            layer.weight[drawn < 0.6] = 0
+    return model
+
+
+def test_more_zeros_than_asked_for_stay_and_the_report_says_why():
+    run = retrain.net_trim(sparse_network(), samples(100), sparsity={"0": 0.4}, solver="newton")
+    (report,) = run.layers
+    assert report.zeros >= report.zeros_before > report.details["asked_zeros"]
+    line = asked_lines(run.record)[0]
+    assert (
+        f"got {report.zeros}: {report.zeros_before} are zero in the dense network and stay" in line
+    )
+
+
+def test_a_network_sparsity_below_its_own_is_refused_before_the_first_solve(tmp_path):
+    case = sparse_network(), samples(100)
+    said = r"sparsity: got 0.4, but 0.6\d* of the weights .*zeros='free'"
+    with pytest.raises(ValueError, match=said):
+        retrain.net_trim(*case, sparsity=0.4, sparsity_of="network", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    free = {"zeros": "free", "max_trials": 1}
+    assert retrain.net_trim(*case, sparsity=0.4, sparsity_of="network", **free).layers
+
+
+def test_groups_of_a_convolution_keep_their_zeros():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 9, 2, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4))
+    with torch.no_grad():
+        model[0].weight[torch.rand(model[0].weight.shape) < 0.3] = 0
+    zero = model[0].weight == 0
+    x = np.random.default_rng(0).normal(size=(40, 6, 3, 3)).astype(np.float32)
+    run = retrain.net_trim(model, x, relative_epsilon=0.1)
+    assert torch.all(run.model[0].weight[zero] == 0)
+    assert run.layers[0].certified

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from retrain.adapters.dense import read_chain
 from retrain.adapters.exported import load_exported
 from retrain.adapters.find import evaluation_copy
+from retrain.adapters.modes import apart
 from retrain.adapters.tensors import FLOATS, check_finite
 from retrain.adapters.wrappers import (
     check_plain_names,
@@ -65,6 +66,7 @@ class LoadedModel:
     note: str = ""
 
 
+@apart()
 def load_model(
     path: str | Path,
     *,

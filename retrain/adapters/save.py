@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -58,10 +59,21 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     OSError
         If the file cannot be written; then no partial file is left.
     """
+    check_tensors(tensors)
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_whole(Path(path), save(own, metadata=METADATA))
+
+
+def check_tensors(tensors: Mapping[str, Any]) -> None:
+    """Refuse what `save_tensors` cannot write.
+
+    Raises
+    ------
+    ValueError
+        As `save_tensors`.
+    """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"tensors: {name!r} is a {type(tensor).__name__}, not a tensor")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise ValueError(f"tensors: {name!r} is sparse, quantised or without values")
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_whole(Path(path), save(own, metadata=METADATA))

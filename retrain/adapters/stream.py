@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from retrain.adapters.find import Network, evaluation_copy, find_layers
 from retrain.adapters.gain import gains, output_source
 from retrain.adapters.passage import Networks, measure, measure_outputs
 from retrain.adapters.plain import is_plain
+from retrain.adapters.probe import Probe, variants
 from retrain.adapters.rows import (
     bias_of,
     by_sample,
@@ -105,7 +106,7 @@ class TorchStream:
         self._shape = sample_shape(self._network, self._dense, self._data.x.shape[1:])
         floating = [p.dtype for p in self._dense.parameters() if p.is_floating_point()]
         self._dtype = floating[0] if floating else torch.float32
-        self._layers, self._positions = self._probe()
+        self._layers, self._positions, self._mixes = self._probe()
         self._changed: set[str] = set()
         self._norms: dict[tuple[str, Norm, bool, bool], float] = {}
         self._shapes: dict[fx.Node, Any] | None = None
@@ -152,6 +153,11 @@ class TorchStream:
     def layers(self) -> tuple[LayerSpec, ...]:
         """All layers with weights in execution order, those that cannot be retrained included."""
         return self._layers
+
+    @property
+    def mixes(self) -> str | None:
+        """Why an output is not that of its own sample alone, or None. There are no bounds then."""
+        return self._mixes
 
     def count(self, name: str) -> int:
         """How many rows a layer has: samples times positions."""
@@ -285,6 +291,8 @@ class TorchStream:
         groups.
         """
         layer(self, name)
+        if self._mixes is not None:
+            return Gain(None, self._mixes)
         graph, node = self._network.graph, self._network.nodes.get(name)
         if graph is None or node is None:
             return Gain(None, f"layer {name!r} has no single place in a traced network")
@@ -316,6 +324,8 @@ class TorchStream:
     def output_layer(self) -> tuple[str | None, str]:
         """Name the layer whose activated response is the network's output, or say why none is."""
         graph = self._network.graph
+        if self._mixes is not None:
+            return None, self._mixes
         if graph is None:
             return None, "the network could not be traced"
         node, reason = output_source(graph, dict(self._dense.named_modules()))
@@ -336,8 +346,8 @@ class TorchStream:
         starts = range(0, len(self._data), self._batch_size)
         samples = (self._inputs(start, start + self._batch_size) for start in starts)
         graph = self._network.graph
-        if graph is None or not changed_layers:
-            reason = "the network could not be traced" if changed_layers else None
+        if graph is None or self._mixes is not None or not changed_layers:
+            reason = (self._mixes or "the network could not be traced") if changed_layers else None
             return measure_outputs(self._dense, self._current, samples, reason)
         given, gains = (self._gains(graph, "spectral", dense=dense) for dense in (True, False))
         assert self._shapes is not None
@@ -346,58 +356,104 @@ class TorchStream:
 
     # --- checks at the start --------------------------------------------------------------------
 
-    def _probe(self) -> tuple[tuple[LayerSpec, ...], dict[str, int]]:
-        """Run two different samples, and the first one twice: count positions, compare rows.
+    def _probe(self) -> tuple[tuple[LayerSpec, ...], dict[str, int], str | None]:
+        """Run a few samples together, in pairs of the same, and alone: is each one's row its own?
 
-        A layer whose first half of rows is not the same in both runs, and in the second not the
-        second half too, has not one sample after the other, or sees samples mixed; it cannot be
-        retrained row by row.
+        A layer whose input is not the same rows for a sample, whatever runs beside it, has not one
+        sample after the other, or sees samples mixed; it cannot be retrained row by row.
+
+        Returns
+        -------
+        layers : tuple of LayerSpec
+            With the reason of each that cannot be retrained.
+        positions : dict
+            Rows of a sample, by layer.
+        mixes : str or None
+            Why the network's outputs are not one sample's either.
         """
         specs = [found.spec for found in self._network.layers]
         open_specs = [spec for spec in specs if spec.reason is None]
-        first, last = self._inputs(0, 1), self._inputs(len(self._data) - 1, len(self._data))
-        different = self._run(open_specs, torch.cat([first, last]))
-        same = self._run(open_specs, torch.cat([first, first]))
+        probe = self._ask(self._dense, open_specs, self._dtype)
+        wide: list[Probe] = []
+
+        def separate(name: str, *, image: bool = False) -> bool:
+            """Ask; and again in float64, where rounding cannot be taken for mixing."""
+            if probe.separate(name, image=image):
+                return True
+            if not wide and self._dtype != torch.float64:
+                with suppress(ValueError):  # a network that computes in one type only
+                    network = copy.deepcopy(self._dense).double()
+                    wide.append(self._ask(network, open_specs, torch.float64))
+            return any(again.reached(name) and again.separate(name, image=image) for again in wide)
+
         positions: dict[str, int] = {}
         for i, spec in enumerate(specs):
             if spec.reason is not None:
                 continue
-            if spec.name not in different or spec.name not in same:
+            if not probe.reached(spec.name):
                 specs[i] = replace(spec, reason="the forward pass does not reach it on this data")
-            elif not _one_after_the_other(spec, different[spec.name], same[spec.name]):
+            elif not separate(spec.name, image=spec.kind == "conv2d"):
                 specs[i] = replace(spec, reason="its input is not one sample after the other")
             else:
                 module = self._dense.get_submodule(spec.name)
-                positions[spec.name] = len(input_rows(module, same[spec.name], 0)) // 2
-        return tuple(specs), positions
+                positions[spec.name] = len(input_rows(module, probe.one(spec.name), 0))
+        if probe.refused is not None and len(self._data) % self._batch_size == 1:
+            raise ValueError(
+                f"data: the last batch of {self._data.name!r} has one sample, and the network "
+                f"cannot take one alone ({probe.refused}); use one sample more or less"
+            )
+        mixes = None if separate("") else "an output depends on the other samples of its batch"
+        return tuple(specs), positions, mixes
 
-    def _run(self, specs: list[LayerSpec], values: Tensor) -> dict[str, Tensor]:
-        """Run samples through the given network; return what each layer received, cloned."""
+    def _ask(self, network: nn.Module, specs: list[LayerSpec], dtype: torch.dtype) -> Probe:
+        """Probe a network with a few samples of the data."""
+        company = self._inputs(0, min(len(self._data), self._batch_size)).to(dtype)
+        places = sorted({0, len(self._data) // 2, len(self._data) - 1})
+        some = torch.cat([self._inputs(i, i + 1) for i in places]).to(dtype)
+        return Probe(
+            variants(some, company),
+            company,
+            lambda values, count: self._run(network, specs, values, count),
+        )
+
+    def _run(
+        self, network: nn.Module, specs: list[LayerSpec], values: Tensor, count: int
+    ) -> dict[str, Tensor]:
+        """Run samples; return what each layer received for the first `count`, and the output.
+
+        Keys are the layers' names, and "" for the output; tensors are cloned.
+        """
         received: dict[str, Tensor] = {}
         entered: list[tuple[str, nn.Module, torch.Size]] = []
-        shape = values.shape
+        samples = len(values)
+
+        def part(value: Tensor) -> Tensor:
+            rows = len(value) // samples * count if value.ndim and len(value) % samples == 0 else 0
+            return (value[:rows] if rows else value).detach().clone()
+
         with ExitStack() as hooks:
             for spec in specs:
-                module = self._dense.get_submodule(spec.name)
+                module = network.get_submodule(spec.name)
 
                 def keep(
                     module: nn.Module, args: tuple[Tensor, ...], name: str = spec.name
                 ) -> None:
                     entered.append((name, module, args[0].shape))
-                    received[name] = args[0].detach().clone()
+                    received[name] = part(args[0])
 
                 hooks.callback(module.register_forward_pre_hook(keep).remove)
             try:
                 with torch.no_grad():
-                    output = self._dense(values)
+                    output = network(values.clone())
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise ValueError(self._misfit(entered, error)) from error
-        if not isinstance(output, Tensor) or output.shape[:1] != shape[:1]:
+        if not isinstance(output, Tensor) or output.shape[:1] != values.shape[:1]:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"model: returned {got} for {shape[0]} samples, wanted one tensor whose first "
+                f"model: returned {got} for {samples} samples, wanted one tensor whose first "
                 "axis is the sample"
             )
+        received[""] = part(output)
         return received
 
     def _misfit(self, entered: list[tuple[str, nn.Module, torch.Size]], error: Exception) -> str:
@@ -475,19 +531,6 @@ def sample_shape(network: Network, model: nn.Module, shape: tuple[int, ...]) -> 
         if not isinstance(module, nn.Dropout | nn.Identity):
             break
     return shape
-
-
-def _one_after_the_other(spec: LayerSpec, different: Tensor, same: Tensor) -> bool:
-    """Whether inputs for samples (a, b) and (a, a) begin with the rows of a, the latter twice."""
-    if same.shape != different.shape or same.ndim < 2 or len(same) % 2:
-        return False
-    if spec.kind == "conv2d" and (same.ndim != 4 or len(same) != 2):
-        return False
-    rows, again = same.chunk(2)
-    scale = 1e-3 * rows.abs().max() if rows.numel() else 0  # sums may be rounded differently
-    return all(
-        bool(((rows - other).abs() <= scale).all()) for other in (again, different.chunk(2)[0])
-    )
 
 
 def _node_shapes(model: nn.Module, graph: fx.Graph, samples: Tensor) -> dict[fx.Node, Any]:

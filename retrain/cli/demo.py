@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from retrain.cli.shared import add_common
+from retrain.cli.shared import Progress, add_common
 
 
 def add_command(commands: Any) -> None:
@@ -25,13 +25,14 @@ def add_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Train, prune both ways, compare."""
-    from retrain.demo import demo
+    with Progress(options):
+        from retrain.demo import demo
 
-    return demo(
-        options.out,
-        seed=options.seed,
-        threads=options.threads,
-        device=options.device,
-        quiet=options.quiet,
-        as_json=options.json,
-    )
+        return demo(
+            options.out,
+            seed=options.seed,
+            threads=options.threads,
+            device=options.device,
+            quiet=options.quiet,
+            as_json=options.json,
+        )

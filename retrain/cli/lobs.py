@@ -113,31 +113,32 @@ def _run(options: argparse.Namespace) -> int:
         "threads": options.threads,
     }
     plan = plan_stages(None, settings=settings, **amounts)
-    loaded = load(options)
-    data, held_out = read_data(options)
-    if options.dry_run:
-        return _dry_run_lobs(options, loaded, data, plan)
-    with Progress(options) as progress, interrupts_kept_from_workers(options.jobs):
-        run = lobs(
-            loaded,
-            data,
-            out=options.out,
-            evaluate=held_out,
-            layers=options.layers,
-            skip=options.skip,
-            fine_tune=options.fine_tune,
-            device=options.device,
-            on_layer=progress.done,
-            **amounts,
-            **settings,
-        )
+    with Progress(options) as progress:
+        loaded = load(options)
+        data, held_out = read_data(options)
+        if options.dry_run:
+            return _dry_run_lobs(options, loaded, data, plan)
+        with interrupts_kept_from_workers(options.jobs):
+            run = lobs(
+                loaded,
+                data,
+                out=options.out,
+                evaluate=held_out,
+                layers=options.layers,
+                skip=options.skip,
+                fine_tune=options.fine_tune,
+                device=options.device,
+                on_layer=progress.done,
+                **amounts,
+                **settings,
+            )
     return conclude(run, options, loaded.note)
 
 
 def _dry_run_lobs(options: argparse.Namespace, loaded: Any, data: Any, plan: Any) -> int:
     """Say what would be pruned, how, in how much memory."""
-    from retrain.api import select
-    from retrain.methods.lobs import lobs_plan
+    from retrain.methods.lobs import lobs_plan, oversized
+    from retrain.prepare import select
     from retrain.second_order import layers_of
     from retrain.subject import subject_of
 
@@ -146,6 +147,10 @@ def _dry_run_lobs(options: argparse.Namespace, loaded: Any, data: Any, plan: Any
         chosen = options.layers if options.layers is not None else layers_of(stage)
         names = select(stream.layers, chosen, options.skip)
         for spec, removed, size in lobs_plan(stream, stage, names):
+            reason = oversized(spec, stage)
+            if reason is not None:
+                print(f"{spec.name}: left as it is: {reason}")
+                continue
             amount = "to a tolerance" if removed is None else f"{removed:,} of {spec.size:,} to go"
             place = f"stage {number}, " if len(plan) > 1 else ""
             print(

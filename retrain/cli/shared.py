@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrain.cli.status import Status
+
 if TYPE_CHECKING:
     from retrain.adapters.load import LoadedModel
     from retrain.api import Run
@@ -102,7 +104,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=4.0,
         metavar="GIB",
-        help="a layer's solve; beyond it Net-Trim samples rows, L-OBS refuses; default 4",
+        help="a layer's solve; beyond it Net-Trim samples rows, L-OBS leaves the layer as it is; "
+        "default 4",
     )
     run.add_argument(
         "--fine-tune",
@@ -211,6 +214,7 @@ class Progress:
         self.live = sys.stderr.isatty() and not self.silent
         self.bar: Any = None
         self.task: Any = None
+        self.status: Status | None = None
 
     def __enter__(self) -> Progress:
         if self.live:
@@ -227,9 +231,14 @@ class Progress:
             )
             self.bar.start()
             self.task = self.bar.add_task("layers", total=None)
+        if not self.silent:
+            self.status = Status(self._phase, live=self.live)
+            self.status.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.status is not None:
+            self.status.__exit__()
         if self.bar is not None:
             self.bar.stop()
 
@@ -237,7 +246,7 @@ class Progress:
         """Note a finished layer, one of `total`."""
         from retrain.report.terminal import verdict
 
-        self._say(
+        self.say(
             f"{report.name}: {100 * report.sparsity:.1f} % zeros, {verdict(report)}, "
             f"{report.seconds:.1f} s"
         )
@@ -248,9 +257,19 @@ class Progress:
         """Note a finished trial of a search for one epsilon."""
         from retrain.report.terminal import trial_line
 
-        self._say(f"tried {trial_line(asdict(trial))}")
+        self.say(f"tried {trial_line(asdict(trial))}")
 
-    def _say(self, line: str) -> None:
+    def _phase(self, line: str) -> None:
+        """Show what is being done: beside the bar, or as a line of its own."""
+        if self.live:
+            self.bar.update(self.task, description=line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        """Show a line that stays."""
+        if self.status is not None:
+            self.status.spoken()
         if self.live:
             self.bar.console.print(line, markup=False, highlight=False)
         elif not self.silent:

@@ -76,6 +76,8 @@ def _run(options: argparse.Namespace) -> int:
     first = os.environ.get("RANK", "0") == "0"
     progress = _Epochs(options)
     with progress:
+        from retrain.training_run import train
+
         run = train(
             options.recipe,
             out=options.out,
@@ -107,9 +109,11 @@ class _Epochs(Progress):
         """Note a finished epoch, one of `total`: a line of the history."""
         from retrain.report.training import epoch_line
 
+        if self.status is not None:
+            self.status.spoken()
         if self.live:
             self.bar.console.print(epoch_line(line, total), markup=False, highlight=False)
-            self.bar.update(self.task, description="epochs", total=total, completed=line["epoch"])
+            self.bar.update(self.task, total=total, completed=line["epoch"])
         elif not self.silent:
             print(epoch_line(line, total), file=sys.stderr, flush=True)
 

@@ -102,6 +102,9 @@ def add_command(commands: Any) -> None:
         "--penalise-bias", action="store_true", help="put biases under the penalty too"
     )
     trim.add_argument(
+        "--free-zeros", action="store_true", help="let weights that are zero become something else"
+    )
+    trim.add_argument(
         "--link-normalised",
         action="store_true",
         help="read --epsilon as the paper's, on the link-normalised network",
@@ -147,6 +150,7 @@ def _run(options: argparse.Namespace) -> int:
         fit_weight=options.fit_weight,
         penalty=_penalty(options.penalty),
         penalise_bias=options.penalise_bias,
+        zeros="free" if options.free_zeros else "stay",
         link_normalised=options.link_normalised,
         solver=options.solver,
         tolerance=gap,
@@ -158,32 +162,34 @@ def _run(options: argparse.Namespace) -> int:
         jobs=options.jobs,
         threads=options.threads,
     )
-    from retrain.api import net_trim, select
+    from retrain.api import net_trim
+    from retrain.prepare import select
     from retrain.subject import subject_of
 
-    loaded = load(options)
-    data, held_out = read_data(options)
-    if options.dry_run:
-        stream = subject_of(loaded, options.device).stream(data)
-        chosen = layers_named(settings.sparsity) if options.layers is None else options.layers
-        return _dry_run(stream, select(stream.layers, chosen, options.skip), settings)
-    with Progress(options) as progress, interrupts_kept_from_workers(options.jobs):
-        run = net_trim(
-            loaded,
-            data,
-            out=options.out,
-            evaluate=held_out,
-            layers=options.layers,
-            skip=options.skip,
-            fine_tune=options.fine_tune,
-            device=options.device,
-            sparsity_of=options.sparsity_of,
-            max_drop=options.max_drop,
-            max_trials=options.max_trials,
-            on_layer=progress.done,
-            on_trial=progress.tried,
-            options=settings,
-        )
+    with Progress(options) as progress:
+        loaded = load(options)
+        data, held_out = read_data(options)
+        if options.dry_run:
+            stream = subject_of(loaded, options.device).stream(data)
+            chosen = layers_named(settings.sparsity) if options.layers is None else options.layers
+            return _dry_run(stream, select(stream.layers, chosen, options.skip), settings)
+        with interrupts_kept_from_workers(options.jobs):
+            run = net_trim(
+                loaded,
+                data,
+                out=options.out,
+                evaluate=held_out,
+                layers=options.layers,
+                skip=options.skip,
+                fine_tune=options.fine_tune,
+                device=options.device,
+                sparsity_of=options.sparsity_of,
+                max_drop=options.max_drop,
+                max_trials=options.max_trials,
+                on_layer=progress.done,
+                on_trial=progress.tried,
+                options=settings,
+            )
     return conclude(run, options, loaded.note)
 
 

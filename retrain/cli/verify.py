@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from retrain.cli.shared import DONE, interrupts_kept_from_workers
+from retrain.cli.shared import DONE, Progress, interrupts_kept_from_workers
 
 VIOLATED = 1
 
@@ -46,25 +46,23 @@ def add_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Check statements."""
-    from retrain import verify
-
     if options.list:
+        from retrain import verify
+
         for statement in verify.select(options.statements):
             print(f"{statement.name}: {statement.paper}, {statement.number}")
         return DONE
 
-    def note(result: verify.Result) -> None:
-        if not (options.quiet or options.json):
-            print(f"{result.statement.name}: {result.verdict}", file=sys.stderr, flush=True)
+    with Progress(options) as progress, interrupts_kept_from_workers(options.jobs):
+        from retrain import verify
 
-    with interrupts_kept_from_workers(options.jobs):
         results = verify.run(
             options.statements,
             level=options.level,
             out=options.out,
             jobs=options.jobs,
             seed=options.seed,
-            on_result=note,
+            on_result=lambda result: progress.say(f"{result.statement.name}: {result.verdict}"),
         )
     if options.json:
         sys.stdout.write(verify.document(results, options.level, options.seed))

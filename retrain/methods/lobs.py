@@ -24,6 +24,7 @@ tolerance, is shared evenly among them.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -59,6 +60,9 @@ from solvers.obs import (
     removal_path,
 )
 from solvers.result import Status
+from solvers.workers import workers
+
+_log = logging.getLogger(__name__)
 
 _AGREEMENT = 1e-9
 _STORED = 1e-5  # what rounding a weight to float32 may add to a squared error at its tolerance
@@ -121,7 +125,8 @@ def lobs(
             continue
         with threadpool_limits(options.threads_per_job):
             task = state_layer(stream, spec, options)
-            yield _finish(stream, *_solve(task, options), options)
+            result = _finish(stream, *_solve(task, options), options)
+        yield result  # what is done with it has the caller's threads
 
 
 def lobs_plan(
@@ -134,10 +139,11 @@ def lobs_plan(
     Raises
     ------
     ValueError
-        As `lobs`, where that can be told without data.
+        As `lobs`, where that can be told without data. Layers beyond `memory` are in the plan.
     """
     for spec in chosen(stream, layers):
-        _check(spec, options)
+        options.sparsity_for(spec.name)
+        options.tolerance_for(spec.name)
         everything = np.ones(spec.shape, dtype=bool)
         counts = [
             None
@@ -153,12 +159,21 @@ def _check(spec: LayerSpec, options: LobsOptions) -> None:
     """Refuse what would fail later, before any layer is touched."""
     options.sparsity_for(spec.name)
     options.tolerance_for(spec.name)
+    reason = oversized(spec, options)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def oversized(spec: LayerSpec, options: LobsOptions) -> str | None:
+    """Say why a layer's solve does not fit into `memory`, and the way out; None where it fits."""
     needed = bytes_needed(spec, options)
-    if needed > options.memory:
-        raise ValueError(
-            f"memory: layer {spec.name!r} with {spec.shape[0]} inputs takes about "
-            f"{needed / 2**30:.2g} GiB, more than the {options.memory / 2**30:.2g} GiB allowed"
-        )
+    if needed <= options.memory:
+        return None
+    return (
+        f"memory: layer {spec.name!r} with {spec.shape[0]} inputs takes about "
+        f"{needed / 2**30:.2g} GiB, more than the {options.memory / 2**30:.2g} GiB allowed; raise "
+        f"it (--memory), or leave the layer out (--skip {spec.name})"
+    )
 
 
 # --- solving ---------------------------------------------------------------------------------
@@ -167,6 +182,7 @@ def _check(spec: LayerSpec, options: LobsOptions) -> None:
 def _solve(task: Task, options: LobsOptions) -> tuple[Task, tuple[Pruned | None, ...]]:
     """Solve a layer's programs; None for a group that has nothing to lose."""
     started = time.perf_counter()
+    _log.info("solving: layer %s", task.spec.name)
     try:
         results = tuple(_solve_group(task.spec, group, options) for group in task.groups)
     except ValueError as error:
@@ -224,9 +240,7 @@ def _solve_all(
     tasks: Iterable[Task], options: LobsOptions
 ) -> Iterator[tuple[Task, tuple[Pruned | None, ...]]]:
     """Solve independent layers with joblib, yielding each as it is done; `jobs` are held."""
-    pool = joblib.Parallel(
-        n_jobs=options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered"
-    )
+    pool = workers(options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered")
     yield from pool(joblib.delayed(_worker)(task, options) for task in tasks)
 
 
@@ -249,6 +263,7 @@ def _finish(
 ) -> LayerResult:
     """Commit a layer's weights, check them as they were saved, report."""
     started = time.perf_counter()
+    _log.info("checking: layer %s, row by row", task.spec.name)
     spec = task.spec
     for number, (group, result) in enumerate(zip(task.groups, results, strict=True)):
         if result is not None:

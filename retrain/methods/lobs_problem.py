@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -25,6 +26,8 @@ from solvers.obs import (
     sensitivities,
 )
 from solvers.obs.greedy import PATH_DAMPING
+
+_log = logging.getLogger(__name__)
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 SMALL_SENSITIVITY = 1e-3
@@ -67,6 +70,7 @@ def state_layer(stream: LayerStream, spec: LayerSpec, options: LobsOptions) -> T
 def _state_group(
     stream: LayerStream, spec: LayerSpec, group: int, pattern: Pattern | None, options: LobsOptions
 ) -> Group:
+    _log.info("moments: layer %s", spec.name)
     moments = stream_moments(stream, spec, group, options.calibration)
     old = stream.weight(spec.name, group)
     rows = spec.shape[0] + int(spec.bias and options.bias == "update")

@@ -18,6 +18,7 @@ the dense network does, so that later layers make up for earlier ones.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from retrain.chain import activate
 from retrain.stream import Array, LayerBatch, LayerSpec, LayerStream
 from solvers.arrays import like, to_numpy
 from solvers.obs import HessianSum, add_rows, decoupled, inverse_cholesky, mean_hessian
+
+_log = logging.getLogger(__name__)
 
 Calibration = Literal["dense", "sequential", "corrected"]
 
@@ -97,6 +100,7 @@ def stream_moments(
     for batch in stream.batches(spec.name, group):
         inputs = _inputs(batch, calibration)
         state = add_rows(state, inputs)
+        _log.debug("moments: layer %s, %d rows", spec.name, state.count)
         if calibration == "corrected":
             xp = array_namespace(inputs)
             wide = xp.astype(inputs, xp.float64)

@@ -10,9 +10,10 @@ where Y^(l) is always the given network's. The first layer of a cascade is the p
 absolute epsilon takes the place of epsilon_r |Y|_F. The last layer, without activation, has every
 entry fitted and no ceiling.
 
-Not in the paper: biases (a free row), grouped layers (each group is a program of its own with its
-share of the ball), and the regularised form's default weight, lambda = |W_l|_1 / epsilon_l^2. With
-it the residual r of the optimum obeys
+Not in the paper: biases (a free row), weights that are zero in the dense network (held at zero by a
+mask; the dense weights meet it, so they stay feasible), grouped layers (each group is a program of
+its own with its share of the ball), and the regularised form's default weight, lambda =
+|W_l|_1 / epsilon_l^2. With it the residual r of the optimum obeys
 
     lambda r^2 <= |W_l|_1 - |What_l|_1 + lambda r_old^2,    so   r^2 <= epsilon_l^2 + r_old^2,
 
@@ -25,6 +26,7 @@ zeros wanted (`solvers.solve_count`).
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,11 +46,15 @@ from retrain.methods.net_trim_options import Chosen, NetTrimOptions
 from retrain.stream import Array, LayerSpec, LayerStream, changed, collect, sample_rows
 from solvers import SolveResult, Status, solve_admm, solve_count, solve_newton, trim_program
 from solvers.arrays import like, norm, on_host, to_numpy
+from solvers.count import held_zeros
 from solvers.newton import BLOCK
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram
 from solvers.result import judge
+from solvers.workers import workers
 
 _SLAB = 8192  # samples whose responses are held in float64 at a time
+
+_log = logging.getLogger(__name__)
 
 
 def net_trim(
@@ -106,6 +112,7 @@ def net_trim(
             commit(stream, spec.name, done[spec.name])
         else:
             task = _task(stream, spec, options, scales, upstream=upstream)
+            _log.info("solving: layer %s (%d of %d)", spec.name, specs.index(spec) + 1, len(specs))
             with threadpool_limits(options.threads_per_job):
                 answer = _solve(task, options)
             yield _finish(stream, answer, options)
@@ -154,12 +161,29 @@ def rows_within(spec: LayerSpec, memory: float, itemsize: int, solver: Chosen) -
     of the ceilings in play. Two blocks are counted, one a thread, so that the rows and with them
     the results do not depend on the number of threads.
     """
+    return max(1, int(memory / _bytes_per_row(spec, itemsize, solver)))
+
+
+def _bytes_per_row(spec: LayerSpec, itemsize: int, solver: Chosen) -> int:
     n_in, n_out = spec.shape[0] + 1, spec.shape[1]
-    per_row = itemsize * (3 * n_in + 16 * n_out)
     if solver == "newton":
         block = 8 * (16 * min(BLOCK, n_out) + n_in)
-        per_row = itemsize * (3 * n_in + 12 * n_out) + 8 * n_in + 2 * block
-    return max(1, int(memory / per_row))
+        return itemsize * (3 * n_in + 12 * n_out) + 8 * n_in + 2 * block
+    return itemsize * (3 * n_in + 16 * n_out)
+
+
+def oversized(stream: LayerStream, spec: LayerSpec, options: NetTrimOptions) -> str | None:
+    """Say why not a single row of a layer fits into `memory`, and the way out; None if one does."""
+    weight = stream.weight(spec.name)
+    solver, _ = options.solver_on(str(device(weight)))
+    needed = _bytes_per_row(spec, weight.itemsize, solver)
+    if needed <= options.memory:
+        return None
+    return (
+        f"memory: a row of layer {spec.name!r} takes {needed:,} bytes, more than the "
+        f"{options.memory / 2**30:.2g} GiB allowed; raise it (--memory), or leave the layer out "
+        f"(--skip {spec.name})"
+    )
 
 
 def _task(
@@ -172,6 +196,7 @@ def _task(
 ) -> _Task:
     """State a layer's programs. `upstream`: whether a layer before it has changed (cascade)."""
     started = time.perf_counter()
+    _log.info("activations: layer %s", spec.name)
     total = stream.count(spec.name)
     weight = stream.weight(spec.name)
     itemsize = to_numpy(weight[:1, :1]).itemsize
@@ -224,10 +249,20 @@ def _program(
         ceilings=ceilings,
         penalty=options.penalty,
         free_rows=(spec.shape[0],) if spec.bias and not options.penalise_bias else (),
+        support=_support(spec, old_weight) if options.zeros == "stay" else None,
         old_weight=old_weight,
         **form,
     )
     return epsilon, program
+
+
+def _support(spec: LayerSpec, old_weight: Array) -> Array | None:
+    """Where weights may be nonzero: where the dense ones are, and in the bias; None: everywhere."""
+    xp = array_namespace(old_weight)
+    support = old_weight != 0
+    if spec.bias:
+        support[-1, :] = True
+    return None if bool(xp.all(support)) else support
 
 
 def _fit_weight(
@@ -321,7 +356,9 @@ def _solve(task: _Task, options: NetTrimOptions) -> _Answer:
         return _Answer(task, tuple(solve(program, **limits) for program in task.programs))
     prunable = np.arange(task.spec.shape[0])
     points = [
-        solve_count(program, zeros, rows=prunable, solve=solve, **limits)
+        solve_count(
+            program, max(zeros, held_zeros(program, prunable)), rows=prunable, solve=solve, **limits
+        )
         for program, zeros in zip(task.programs, options.zeros_for(task.spec), strict=True)
     ]
     programs = tuple(point.program for point in points)
@@ -352,9 +389,7 @@ def _solve_all(tasks: Iterable[_Task], options: NetTrimOptions) -> Iterator[_Ans
     Tasks are stated one by one as workers take them, so that no more than `jobs` layers'
     activations are held. The backend is whatever ``joblib.parallel_config`` says.
     """
-    pool = joblib.Parallel(
-        n_jobs=options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered"
-    )
+    pool = workers(options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered")
     yield from pool(joblib.delayed(_worker)(task, options) for task in tasks)
 
 

@@ -44,6 +44,9 @@ class NetTrimOptions:
         l1 by default.
     penalise_bias : bool
         Put the bias under the penalty too; otherwise it is free.
+    zeros : {"stay", "free"}
+        Whether weights that are exactly zero in the dense network must stay so. Biases are no
+        weights.
     link_normalised : bool
         Read `epsilon` as that of the link-normalised network: epsilon_l = epsilon times the product
         of |W_j|_1 over the layers up to l. For chains.
@@ -76,6 +79,7 @@ class NetTrimOptions:
     fit_weight: float | None = None
     penalty: Penalty = field(default_factory=L1)
     penalise_bias: bool = False
+    zeros: Literal["stay", "free"] = "stay"
     link_normalised: bool = False
     solver: Solver = "auto"
     tolerance: float = 1e-2
@@ -113,6 +117,8 @@ class NetTrimOptions:
                 f"penalty: the {self.penalty.name} penalty couples the units, which the "
                 "regularised form solves one by one; use the constrained form"
             )
+        if self.zeros not in ("stay", "free"):
+            raise ValueError(f"zeros: want 'stay' or 'free', got {self.zeros!r}")
         if self.solver not in ("auto", "admm", "newton"):
             raise ValueError(f"solver: want 'auto', 'admm' or 'newton', got {self.solver!r}")
         if self.solver == "newton" and not self.penalty.separable:

@@ -191,6 +191,9 @@ def asked_lines(record: dict[str, Any]) -> list[str]:
             outcome = "met exactly"
         elif entry["dense_units"]:
             outcome = f"got {entry['zeros']:,}: dense weights were kept"
+        elif entry["zeros_before"] > asked and record["options"].get("zeros") == "stay":
+            there = f"{entry['zeros_before']:,} are zero in the dense network and stay"
+            outcome = f"got {entry['zeros']:,}: {there} (--free-zeros lets them go)"
         else:
             outcome = f"got {entry['zeros']:,}, the nearest that was found"
         share = 100 * entry["details"]["asked_sparsity"]

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from retrain.trainers.batches import WHOLE, Part
 from retrain.trainers.callbacks import Step
+from solvers.workers import end_with_parent
 
 if distributed.is_available():
     # DistributedDataParallel imports it. Imported after a group is joined, it keeps that group for
@@ -68,6 +69,8 @@ def processes(device: torch.device) -> Iterator[tuple[Part, torch.device]]:
         device = torch.device("cuda", local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())  # torchrun, which cannot end its processes when it is killed
     ours = not distributed.is_initialized()
     if ours:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")

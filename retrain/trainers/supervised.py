@@ -209,6 +209,7 @@ def fit(
                 for call in calls.after_step:
                     call(step)
                 number += 1
+                logger.debug("training: epoch %d of %d, step %d", epoch + 1, epochs, number)
             _check_parameters(model, epoch)
             if schedule is not None:
                 schedule.step()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 import time
 import zlib
@@ -27,6 +28,7 @@ from retrain.files import write_whole
 from retrain.methods.amounts import check_parallel
 from retrain.records import Count, parse_json, read_as
 from retrain.run import check_out
+from retrain.subject import apart_from_caller
 from retrain.verify import (
     gates,
     gates_dynamics,
@@ -41,6 +43,9 @@ from retrain.verify import (
     shrinknets,
 )
 from retrain.verify.statement import Level, Numbers, Result, Row, Statement, judge, row_to_json
+from solvers.workers import workers
+
+_log = logging.getLogger(__name__)
 
 _PACKAGES = ("numpy", "scipy", "cvxpy", "joblib", "scikit-learn")
 HEADINGS = ("statement", "verdict", "checked", "measured", "", "bound", "margin", "seconds")
@@ -89,6 +94,7 @@ def select(names: Sequence[str], among: Sequence[Statement] | None = None) -> li
     return [statement for statement in known if statement.name in chosen]
 
 
+@apart_from_caller()
 def run(
     names: Sequence[str] = (),
     *,
@@ -213,7 +219,8 @@ def _run(
 
     for statement in chosen:
         finish(statement)
-    for statement, index, row in _work(tasks, jobs, seed):
+    for done, (statement, index, row) in enumerate(_work(tasks, jobs, seed), start=1):
+        _log.info("checking: %s, %d of %d cases done", statement.name, done, len(tasks))
         rows[statement.name][index] = row
         if directory is not None:
             _keep(directory, statement.name, fingerprint, index, row)
@@ -230,7 +237,7 @@ def _work(
     """Do the tasks in any order, yielding each as it is done."""
     tasks = list(tasks)
     by_name = {statement.name: statement for statement, _, _ in tasks}
-    pool = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+    pool = workers(jobs, return_as="generator_unordered", batch_size=1)
     calls = (joblib.delayed(_row)(statement, index, case, seed) for statement, index, case in tasks)
     for name, index, row in pool(calls):
         yield by_name[name], index, row

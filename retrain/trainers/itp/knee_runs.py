@@ -28,6 +28,7 @@ from retrain.trainers.itp.objectives import Complexity, dense_weights, trade_off
 from retrain.trainers.itp.search import Outcome, Train
 from retrain.trainers.recipe import Recipe
 from retrain.training_run import run_training
+from solvers.workers import workers
 
 Strategy = Callable[[Train], list[Outcome]]
 """A search of `retrain.trainers.itp.search` with all but its first argument given."""
@@ -146,7 +147,7 @@ def trainer(
             joblib.delayed(_outcome)(recipe, method, folder, weight, threads, data, test)
             for weight in weights
         )
-        return list(joblib.Parallel(n_jobs=min(jobs, max(len(weights), 1)))(tasks))
+        return list(workers(min(jobs, max(len(weights), 1)))(tasks))
 
     return train
 

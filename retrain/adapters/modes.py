@@ -1,0 +1,104 @@
+"""What a caller has switched in torch for a whole thread, set aside for as long as we compute.
+
+A verb gives the same result wherever it is called, and can train where the caller does not: inside
+``torch.no_grad()``, ``torch.inference_mode()`` or ``torch.autocast``, under another default dtype
+or default device, under a mode that sees every call (``torch.device("meta")``, a counter of
+operations, fake tensors), in anomaly mode, and with less than float32's precision allowed in
+products (the rounding that the bounds contain is float32's). All of it, and the state of the
+generators that a data loader draws from, is as before when the context is left, also by an error.
+Tensors that are made inside, copies of inference tensors among them, are plain ones.
+
+Not touched: ``torch.use_deterministic_algorithms``, which promises the caller what we can keep. A
+network whose forward pass reads torch's default dtype or device gets float32 and the CPU there; it
+should name what it needs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
+from torch.utils._python_dispatch import _disable_current_modes
+
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Compute as in a fresh interpreter, apart from the caller's modes; then restore them."""
+    with ExitStack() as stack:
+        stack.enter_context(_without_function_modes())
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
+        for kind in _AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_default_dtype())
+        stack.enter_context(_whole_precision())
+        stack.enter_context(_generators_kept())
+        yield
+
+
+@contextmanager
+def _without_function_modes() -> Iterator[None]:
+    """Take all modes off torch's stack: default devices, and whatever else overrides functions."""
+    modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
+    try:
+        yield
+    finally:
+        for each in reversed(modes):
+            _push_mode(each)
+
+
+@contextmanager
+def _default_dtype() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _whole_precision() -> Iterator[None]:
+    """Let no product of float32 be computed with fewer bits (TF32, bfloat16)."""
+    settings = _precisions()
+    before = [(holder, name, getattr(holder, name)) for holder, name, _ in settings]
+    try:
+        for holder, name, exact in settings:
+            setattr(holder, name, exact)
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
+
+
+def _precisions() -> list[tuple[Any, str, Any]]:
+    """Settings that can take precision away, each with the value that does not."""
+    backends: Any = torch.backends
+    if not hasattr(backends, "fp32_precision"):  # before torch 2.9
+        return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    places = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    places += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    return [(place, "fp32_precision", "ieee") for place in places]
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Put the global generators back: torch's (of GPUs in use too), numpy's and Python's."""
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one is meant
+    with torch.random.fork_rng(gpus):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

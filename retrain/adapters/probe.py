@@ -1,0 +1,187 @@
+"""Does a network treat each sample of a batch by itself? Asked by running a few.
+
+Rows of a layer belong to samples only if what a layer receives for a sample does not depend on what
+runs beside it. That is no property that a graph shows (a transposition, a recurrent layer that
+takes the first axis for time, a norm over the batch), so the same samples run in several
+companies: with copies of themselves, alone, all together, in the reversed order, and in a batch as
+large as those of the run. Samples of the data can all be equal, or sorted, which hides mixing;
+moved a little at random, they cannot.
+
+Rounding may differ from batch to batch. How much it does is measured where nothing but the number
+of samples differs, and samples are called mixed where the difference is far above that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+_SEED = 0
+_SHARE = 0.5
+"""Size of the random moves, relative to the standard deviation of the data's entries, to the
+largest of them, and to 1."""
+
+_ALWAYS = 1e-3
+"""A difference above this, relative to the largest entry, is never taken for rounding."""
+
+_UNITS, _TIMES = 64, 30
+"""Below `_ALWAYS`, a difference is rounding up to so many units in the last place, plus so many
+times the difference that the number of samples alone has made. Smaller numbers would call rounding
+mixing in deep networks, which amplify it."""
+
+
+_COMPANY = 32
+"""Samples of the largest company."""
+
+Run = Callable[[Tensor, int], dict[str, Tensor]]
+"""Runs samples; returns, by name, what belongs to the first so many of them. Raises ValueError for
+samples that the network cannot take."""
+
+
+def variants(samples: Tensor, batch: Tensor) -> Iterator[Tensor]:
+    """Yield sets of samples to probe with, those that show most first.
+
+    Samples moved at random may be none that the network can take (numbers of tokens, arguments of a
+    logarithm), so less and less is moved; the last set is the samples alone.
+
+    Parameters
+    ----------
+    samples : Tensor, shape (k, ...)
+        Samples of the data.
+    batch : Tensor, shape (n, ...)
+        More of them, which say how large entries are.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    noise = torch.randn(samples.shape, generator=generator, dtype=torch.float64)
+    noise = noise.to(samples.device, samples.dtype)
+    bounded = noise.clamp(-1, 1)
+    deviation = batch.std() if batch.numel() > 1 else batch.new_zeros(())
+    # Data far from zero, or far smaller than a bias, hides what moves of its own size do.
+    sizes = [deviation, batch.abs().max(), batch.new_ones(())]
+    yield torch.cat([samples, *(samples + _SHARE * size * noise for size in sizes)])
+    for moved in (
+        samples + _SHARE * deviation * noise,
+        samples * (1 + 0.2 * bounded),
+        samples + 0.2 * bounded.abs(),  # whole numbers stay themselves when they are cut off
+    ):
+        yield torch.cat([samples, moved])
+    yield samples
+
+
+class Probe:
+    """What a network makes of some samples in several companies.
+
+    Parameters
+    ----------
+    candidates : iterable of Tensor
+        Sets of samples, as `variants` yields them. The first is taken that the network maps to
+        finite numbers; the last one whatever comes of it.
+    company : Tensor, shape (n, ...)
+        Samples of the data that run beside them.
+    run : callable
+        See `Run`.
+
+    Attributes
+    ----------
+    refused : str or None
+        Why the network does not take a sample alone.
+
+    Raises
+    ------
+    ValueError
+        If the network cannot take the samples.
+    """
+
+    def __init__(self, candidates: Iterable[Tensor], company: Tensor, run: Run) -> None:
+        sets = list(candidates)
+        self.refused: str | None = None
+        run(sets[-1][[0, 0]], 2)  # what the network cannot take at all is told by its samples
+        together, samples = _first_finite(sets, run)
+        every = list(range(len(samples)))
+        # What comes out, and whose it is, in order.
+        self._alike = [(run(samples[[i, i]], 2), [i, i]) for i in every]
+        try:
+            self._alike += [(run(samples[[i]], 1), [i]) for i in every]
+        except ValueError as error:
+            self.refused = str(error)
+        self._mixed = [(together, every), (run(samples.flip(0), len(every)), every[::-1])]
+        if len(company) > 1:
+            crowd = torch.cat([samples, company[:_COMPANY]])
+            self._mixed.append((run(crowd, len(every)), every))
+
+    def reached(self, name: str) -> bool:
+        """Whether a layer was run every time."""
+        return all(name in got for got, _ in (*self._alike, *self._mixed))
+
+    def one(self, name: str) -> Tensor:
+        """What a layer receives for one sample."""
+        value = self._alike[0][0][name]
+        return value[: len(value) // 2]
+
+    def separate(self, name: str, *, image: bool = False) -> bool:
+        """Whether what a layer received (or, "", the output) is one sample after the other.
+
+        Parameters
+        ----------
+        name : str
+            The layer.
+        image : bool
+            Whether the layer takes an image a sample, which must then be a row.
+        """
+        if not all(_fits(got[name], owners, image) for got, owners in self._runs()):
+            return False
+        alone = {owners[0]: _rows(got[name], owners)[0] for got, owners in reversed(self._alike)}
+        if len({row.shape for row in alone.values()}) > 1:
+            return False
+        finite = torch.stack(list(alone.values())).abs().nan_to_num(0.0, 0.0, 0.0)
+        scale = float(finite.max()) if finite.numel() else 0.0
+        noise, apart = (
+            max(
+                _apart(row, alone[owner])
+                for got, owners in runs
+                for row, owner in zip(_rows(got[name], owners), owners, strict=True)
+            )
+            for runs in (self._alike, self._mixed)
+        )
+        kind = finite.dtype
+        units = _UNITS * torch.finfo(kind).eps if kind.is_floating_point else 0.0
+        limit = min(_ALWAYS * scale, units * scale + _TIMES * noise)
+        return noise <= _ALWAYS * scale and apart <= limit
+
+    def _runs(self) -> list[tuple[dict[str, Tensor], list[int]]]:
+        return [*self._alike, *self._mixed]
+
+
+def _first_finite(sets: list[Tensor], run: Run) -> tuple[dict[str, Tensor], Tensor]:
+    """Run the sets, each as a whole, up to the first that gives finite numbers; or the last."""
+    for samples in sets[:-1]:
+        try:
+            got = run(samples, len(samples))
+        except ValueError:
+            continue  # moved samples may be none; the next set is moved less
+        if all(bool(value.isfinite().all()) for value in got.values()):
+            return got, samples
+    return run(sets[-1], len(sets[-1])), sets[-1]
+
+
+def _fits(value: Tensor, owners: list[int], image: bool) -> bool:
+    """Whether a tensor can be as many samples, one after the other."""
+    if image and (value.ndim != 4 or len(value) != len(owners)):
+        return False
+    return value.ndim >= 2 and len(value) % len(owners) == 0
+
+
+def _rows(value: Tensor, owners: list[int]) -> Tensor:
+    return value.reshape(len(owners), -1)
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """Largest difference of two samples' entries; infinities and NaN are the same as themselves."""
+    if one.shape != other.shape:
+        return math.inf
+    same = (one == other) | (one.isnan() & other.isnan())
+    gap = torch.where(same, torch.zeros_like(one), (one - other).abs())
+    return math.inf if bool(gap.isnan().any()) else float(gap.max()) if gap.numel() else 0.0
