@@ -193,7 +193,7 @@ def import_factory(spec: str, argument: str) -> Callable[[], Any]:
     if added:
         sys.path.insert(0, here)
     try:
-        with _Told(argument, f"importing {module_name}"):
+        with _Told(argument, f"{spec!r}: importing {module_name}"):
             target: Any = importlib.import_module(module_name)
     finally:
         if added:
@@ -243,7 +243,9 @@ class _Told:
         where = ""
         for frame, line in traceback.walk_tb(trace):
             file = Path(frame.f_code.co_filename)
-            if not file.is_relative_to(Path(__file__).parent) and file.suffix == ".py":
+            others = (Path(__file__).parent, Path(importlib.__file__).parents[1])
+            installed = "site-packages" in file.parts or any(map(file.is_relative_to, others))
+            if file.suffix == ".py" and not installed:  # a line of the user's own
                 where = f", {file.name} line {line}"
         text = " ".join(first_line(error).split())
         raise ValueError(

@@ -98,7 +98,7 @@ def unfit_range(classes: np.ndarray, outputs: int) -> str:
     low, high = int(classes.min()), int(classes.max())
     if low >= 0 and high < outputs:
         return ""
-    said = f"the labels are {low} to {high}, and those of {outputs} outputs are 0 to {outputs - 1}"
+    said = f"the labels are {low} to {high}; {outputs} outputs want labels from 0 to {outputs - 1}"
     if low >= 1 and high == outputs:
         said += ": they begin at 1; subtract 1 from them"
     return said

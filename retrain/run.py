@@ -136,6 +136,9 @@ def _read_layer(path: Path, spec: LayerSpec) -> LayerResult:
     if digest is not None and digest != _digest(said, weights):  # older runs' files have none
         raise ValueError("its bytes are not those that were written")
     report = LayerReport.from_json(said, "its report")
+    unknown = sorted(set(said) - set(report.to_json()))
+    if unknown:  # such as the digest's key, altered
+        raise ValueError(f"its report has an unknown entry {unknown[0]!r:.80}")
     report.check_certificate()
     if (report.name, report.shape) != (spec.name, spec.shape):
         raise ValueError(f"its report is not of layer {spec.name!r}")

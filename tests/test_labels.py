@@ -50,10 +50,10 @@ TWO_ONES = ONE_HOT.copy()
 TWO_ONES[7] = 1
 TOLD = {
     "none": (None, (3,), "the data has no labels"),
-    "from 1": (CLASSES + 1, (3,), "the labels are 1 to 3, .* begin at 1; subtract 1 from them"),
+    "from 1": (CLASSES + 1, (3,), "the labels are 1 to 3; .* begin at 1; subtract 1 from them"),
     "floats from 1": (CLASSES + 1.0, (3,), "begin at 1; subtract 1"),
-    "negative": (CLASSES - 1, (3,), "the labels are -1 to 1, and those of 3 outputs are 0 to 2"),
-    "too many": (CLASSES, (2,), "the labels are 0 to 2, and those of 2 outputs are 0 to 1"),
+    "negative": (CLASSES - 1, (3,), "the labels are -1 to 1; 3 outputs want labels from 0 to 2"),
+    "too many": (CLASSES, (2,), "the labels are 0 to 2; 2 outputs want labels from 0 to 1"),
     "halves": (CLASSES + 0.5, (3,), "float64, are not whole numbers; they are taken for targets"),
     "rows": (ONE_HOT * 0.7, (3,), r"of shape \(40, 3\), are no one-hot rows .* for targets"),
     "two ones": (TWO_ONES, (3,), "are no one-hot rows"),
@@ -141,7 +141,7 @@ def test_training_takes_them(name):
 
 
 def test_training_tells_what_it_cannot_read():
-    with pytest.raises(ValueError, match=r"labels are 1 to 3, .* begin at 1; subtract 1"):
+    with pytest.raises(ValueError, match=r"labels are 1 to 3; .* begin at 1; subtract 1"):
         retrain.train(tables(), data=(X, CLASSES + 1))
     with pytest.raises(ValueError, match=r"a class number for each sample .* no one-hot rows"):
         retrain.train(tables(), data=(X, TWO_ONES))
