@@ -1,5 +1,7 @@
 """The theorems' bounds as numbers, against what networks really do."""
 
+import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +13,7 @@ import retrain
 from retrain.adapters.stream import TorchStream
 from retrain.bounds import (
     NO_DIRECT,
+    Direct,
     cascade_bound,
     check_link_normalised,
     discrepancy,
@@ -157,6 +160,10 @@ def test_direct_bound_needs_a_certified_constrained_cascade_of_the_last_layer():
     chain, inputs = random_chain(0)
     stream, reports = trimmed(chain, inputs, scheme="parallel", relative_epsilon=0.1)
     assert cascade_bound(stream, reports) == NO_DIRECT
+    for form in ("regularised", "another"):
+        stream, reports = trimmed(chain, inputs, relative_epsilon=0.1)
+        reports[-1].details["form"] = form
+        assert cascade_bound(stream, reports) == NO_DIRECT
     stream, reports = trimmed(chain, inputs, relative_epsilon=0.1)
     assert cascade_bound(stream, reports).value is not None
     found = cascade_bound(stream, reports[:-1])
@@ -179,6 +186,26 @@ def test_a_cascade_on_sampled_rows_has_no_direct_bound(follows):
     assert last.rows < last.total_rows == len(inputs)
     assert part.bounds["calibration"].direct is None
     assert part.bound is not None
+
+
+def test_a_bound_that_overflows_has_its_reason_and_so_has_the_direct_one():
+    chain, inputs = random_chain(0)
+    stream = ChainStream(chain, inputs)
+    stream.commit("2", 0.5 * stream.weight("2"))
+    passage = stream.passage()
+    exact = output_bound(stream, passage=passage, direct=Direct(1e3, None))
+    assert (exact.reason, exact.direct_reason) == (None, None)
+    assert exact.direct >= 1e3
+    lost = output_bound(
+        stream, passage=replace(passage, measured=math.inf), direct=Direct(1e3, None)
+    )
+    assert (lost.bound, lost.direct) == (None, None)
+    assert "overflow" in lost.reason
+    assert "overflow" in lost.direct_reason
+    named = output_bound(stream, passage=passage, direct=Direct(None, "of its own"))
+    assert (named.direct, named.direct_reason) == (None, "of its own")
+    unmoved = output_bound(stream, passage=replace(passage, size=0.0), direct=Direct(1e3, None))
+    assert unmoved.relative == 0
 
 
 @pytest.mark.parametrize(
@@ -209,6 +236,7 @@ def test_the_direct_bound_holds_through_slopes_of_at_most_one(ending, direct):
     assert (bound.direct is not None) == direct
     if direct:
         assert bound.measured <= bound.direct
+        assert bound.direct_reason is None
     else:
         assert type(ending).__name__ in bound.direct_reason
 
