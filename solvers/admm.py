@@ -235,22 +235,33 @@ class _Best:
         """Judge the current point, keep what is better, and tell which units are certified."""
         program = self.program
         weight = self.scaling.weight_back(state.w)
-        for scaled in _multipliers(splitting, state):
-            multiplier = self.scaling.multiplier_back(scaled)
-            bound = program.dual_bound(multiplier)
-            if self.multiplier is None:
-                self.multiplier, self._bound = multiplier, bound
-            else:
-                better = bound > self._bound
-                self.multiplier = _choose(better, multiplier, self.multiplier)
-                self._bound = np.where(better, bound, self._bound)
+        candidates = _multipliers(splitting, state)
+        for multiplier in candidates:
+            self._propose(self.scaling.multiplier_back(multiplier))
         if self.weight is None or state.rho.ndim == 0:
             self.weight = weight
         else:
             done = self.certificate.within(tolerance, violation_tolerance)
             self.weight = _choose(done, self.weight, weight)
         self.certificate = program.certificate_beside(self.weight, self._bound)
+        near = self.certificate.violation <= violation_tolerance
+        far_off = near & ~(self.certificate.gap <= tolerance)
+        if self.scaling.weights is not None and bool(np.any(far_off)):
+            # All that is missing is a bound: small boxes are what ADMM's multipliers meet last.
+            repaired = self.scaling.into_boxes(candidates[-1])
+            self._propose(self.scaling.multiplier_back(repaired))
+            self.certificate = program.certificate_beside(self.weight, self._bound)
         return self.certificate.within(tolerance, violation_tolerance)
+
+    def _propose(self, multiplier: Array) -> None:
+        """Keep a multiplier, where its bound is better than the best so far."""
+        bound = self.program.dual_bound(multiplier)
+        if self.multiplier is None:
+            self.multiplier, self._bound = multiplier, bound
+            return
+        better = bound > self._bound
+        self.multiplier = _choose(better, multiplier, self.multiplier)
+        self._bound = np.where(better, bound, self._bound)
 
     @property
     def unreachable(self) -> np.ndarray:

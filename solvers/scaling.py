@@ -30,8 +30,10 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from solvers.arrays import like
+from solvers.arrays import like, to_numpy
+from solvers.penalties import Group
 from solvers.program import ConstrainedProgram, Program
+from solvers.repair import into_boxes
 from solvers.result import SolveResult, Status
 
 Array = Any
@@ -145,6 +147,24 @@ class Scaling:
         if not (factor == 1).all():
             weight = xp.astype(weight, xp.float64) * like(factor, self.program.inputs)[:, None]
         return xp.astype(weight, self.program.inputs.dtype)
+
+    def into_boxes(self, multiplier: Array) -> Array:
+        """Move a multiplier in these units into its boxes (`solvers.repair`), in float64."""
+        program, weights = self.program, self.weights
+        inputs, nu = (to_numpy(array) for array in (program.inputs, multiplier))
+        box = np.ones(inputs.shape[1]) if weights is None else weights.copy()
+        box[list(program.free_rows)] = 0.0
+        if isinstance(program.penalty, Group):
+            # Rows share a ball: each entry gets the part of it that it has now.
+            dual = np.abs(inputs.astype(np.float64).T @ nu)
+            norms = np.sqrt(np.sum(dual**2, axis=1, keepdims=True))
+            share = dual / np.where(norms > 0, norms, 1.0)
+            box = program.penalty.weight * box[:, None] * share
+            box[[i for i in range(len(box)) if i not in program.free_rows]] += np.finfo(float).tiny
+        support = None if program.support is None else to_numpy(program.support)
+        active = to_numpy(program.active)
+        repaired = into_boxes(inputs.astype(np.float64, copy=False), box, active, nu, support)
+        return like(repaired, program.inputs)
 
     def multiplier_back(self, multiplier: Array) -> Array:
         """Return a multiplier (n_samples, n_out) in the caller's units."""

@@ -429,3 +429,17 @@ def test_a_chain_is_retrained_without_torch():
 
 
 assert WIDTHS == (16, 12, 8, 6)  # what the notes and patterns above were written for
+
+
+def test_a_tolerance_may_be_a_pair():
+    model, data = network(), samples(60)[0]
+    pair = retrain.net_trim(model, data, tolerance=(0.05, 0.01))
+    apart = retrain.net_trim(model, data, tolerance=0.05, violation_tolerance=0.01)
+    assert pair.record["options"] == apart.record["options"]
+    assert pair.record["options"]["tolerance"] == 0.05
+    assert pair.record["options"]["violation_tolerance"] == 0.01
+    for wrong in ((0.1,), (0.1, 0.1, 0.1), ("a", 0.1), "0.1", None, (0.1, -1.0)):
+        with pytest.raises(ValueError, match=r"^(violation_)?tolerance: want"):
+            retrain.net_trim(model, data, tolerance=wrong)
+    with pytest.raises(ValueError, match=r"tolerance: want .* without violation_tolerance"):
+        retrain.net_trim(model, data, tolerance=(0.1, 0.1), violation_tolerance=0.1)

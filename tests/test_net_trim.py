@@ -15,7 +15,7 @@ from retrain.chain import Chain, ChainStream, activate, forward
 from retrain.methods.net_trim import net_trim, rows_within
 from retrain.methods.net_trim_options import NetTrimOptions
 from retrain.stream import collect
-from solvers import ElasticNet, Group, solve_cvxpy, trim_program
+from solvers import L1, ElasticNet, Group, solve_cvxpy, trim_program
 
 TIGHT = {"tolerance": 1e-6, "violation_tolerance": 1e-7, "max_iterations": 20_000}
 
@@ -414,3 +414,29 @@ def test_fewer_zeros_than_there_are_cannot_be_had():
     assert regrown(stream) == [0, 0, 0]
     free = run(sparse(share=0.6), sparsity=0.3, solver="newton", zeros="free", **limits)["0"].report
     assert free.zeros < held.zeros_before
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "solver", "because"),
+    [
+        ({}, "cpu", "newton", "auto: the penalty is separable and the layer's arrays are on the C"),
+        ({"penalty": ElasticNet(0.1)}, "cpu", "newton", "auto: the penalty is separable"),
+        ({"penalty": Group()}, "cpu", "admm", "auto: the group penalty couples the units"),
+        ({}, "cuda:0", "admm", "auto: the layer's arrays are on cuda:0"),
+        ({"solver": "admm"}, "cpu", "admm", "asked for"),
+        ({"solver": "newton"}, "cuda:0", "newton", "asked for"),
+    ],
+)
+def test_the_solver_is_chosen_by_rule(options, device, solver, because):
+    chosen, reason = NetTrimOptions(**options).solver_on(device)
+    assert chosen == solver
+    assert reason.startswith(because)
+
+
+@pytest.mark.parametrize(("penalty", "solver"), [(L1(), "newton"), (Group(0.5), "admm")])
+def test_the_report_says_which_solver_and_why(penalty, solver):
+    reports = run(make(), relative_epsilon=0.2, penalty=penalty)
+    for result in reports.values():
+        assert result.report.details["solver"] == solver
+        assert result.report.details["solver_because"].startswith("auto: ")
+        assert result.report.certified
