@@ -344,6 +344,15 @@ class _Finish:
         weight = scaling.weight_back(like(np.ascontiguousarray(self.points.u.T), self.given.inputs))
         multiplier = scaling.multiplier_back(like(self.points.nu.T, self.given.inputs))
         certificate = self.given.certificate(weight, multiplier)
+        gap, violation = self.limits
+        lacking = (certificate.violation <= violation) & ~(certificate.gap <= gap)
+        if scaling.weights is not None and lacking.any():
+            repaired = scaling.into_boxes(like(self.points.nu.T, self.given.inputs))
+            repaired = scaling.multiplier_back(repaired)
+            better = self.given.dual_bound(repaired) > certificate.dual_bound
+            xp = array_namespace(self.given.inputs)
+            multiplier = xp.where(like(np.asarray(better), repaired), repaired, multiplier)
+            certificate = self.given.certificate(weight, multiplier)
         self.history.append(
             {
                 "iteration": int(self.points.steps.max()),
