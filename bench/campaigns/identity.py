@@ -229,6 +229,8 @@ def command_of(row: Row, value: str) -> tuple[str, ...]:
         del base[where : where + 2]
     if row.option == "--arch" or "chain:relu_net" in row.common:
         base[1] = "net.pth"
+    if row.option == "--key":
+        base[1] = "nested.pth"
     return (*base, *row.common.split(), *parts)
 
 
@@ -384,8 +386,10 @@ def write_files(folder: Path) -> None:
     layers = [nn.Linear(*size) for size in pairwise(WIDTHS)]
     network = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
     state = network.state_dict()
+    nested = {}
     for seed, names in enumerate((("net.pth", "elsewhere/net.pth"), ("other.pth",))):
         _fill(state, seed)
+        nested["average" if seed else "net"] = {key: value.clone() for key, value in state.items()}
         for name in names:
             torch.save(state, work / name)
         if seed == 0:
@@ -393,6 +397,7 @@ def write_files(folder: Path) -> None:
             torch.save(
                 {f"module.{key}": value for key, value in state.items()}, work / "prefixed.pth"
             )
+    torch.save(nested, work / "nested.pth")
     for name, rate in (
         ("recipe.toml", 0.01),
         ("elsewhere/recipe.toml", 0.01),

@@ -60,6 +60,7 @@ _BOTH = (
     ("--arch", "", "--arch chain:relu_net", r"computation\."),
     ("--activation", "--activation tanh", "--activation sigmoid", STEP),
     ("--trust", "", "--trust", None),
+    ("--key", "--key net", "--key average", WEIGHTS),
     ("--data", "--data data.npz", "--data test.npz", DATA),
     ("--data", "--data data.npz", "--data elsewhere/data.npz", None),
     ("--limit", "", "--limit 40", DATA),
@@ -103,6 +104,7 @@ _TRIM = (
     ("--solver", "--solver admm", "--solver newton", "options.solver was", ""),
     ("--tolerance", "", "--tolerance 1e-3,1e-4", "options.tolerance was", ""),
     ("--max-iterations", "", "--max-iterations 4999", "max_iterations was 5000, is 4999", ""),
+    ("--free-zeros", "", "--free-zeros", "options.zeros was", ""),
     ("--accept-inexact", "", "--accept-inexact", "accept_inexact was", "--max-iterations 10"),
 )
 _LOBS = (
