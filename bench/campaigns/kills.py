@@ -371,7 +371,9 @@ def _content(path: Path) -> Any:
     if path.suffix == ".safetensors":
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
-        report = header.get("__metadata__", {}).pop("report", None)
+        held = header.get("__metadata__", {})
+        held.pop("digest", None)  # of the report, seconds and all, and the weights
+        report = held.pop("report", None)
         report = None if report is None else timeless(json.loads(report))
         return header, report, data[8 + length :]
     return data
