@@ -84,7 +84,7 @@ def scaled_columns(program, decades, seed=0):
 
 
 CASES = [
-    ("newton", "constrained", L1(), 8, 1e-6),
+    ("newton", "constrained", L1(), 8, 1e-5),
     ("newton", "regularised", L1(), 8, 1e-6),
     ("newton", "constrained", ElasticNet(0.1), 8, 1e-6),
     ("newton", "regularised", ElasticNet(0.1), 8, 1e-6),
