@@ -327,6 +327,35 @@ def test_a_graph_that_is_not_what_the_network_computes_gives_no_bound():
     assert found.bound is None and "gives other outputs" in found.reason
 
 
+def test_constants_that_tracing_folds_are_found():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3)
+            self.mask, self.shift = torch.ones(5), torch.zeros(5)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x) - (self.mask + self.shift)))
+
+    net, x = Masked(), samples()
+    run = retrain.net_trim(net, x, relative_epsilon=0.2)
+    assert run.measured > 0
+
+
+def test_a_network_under_autocast_is_retrained_and_has_no_bound():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.b(torch.relu(self.a(x))).float()
+
+    run = retrain.net_trim(Mixed(), samples(), relative_epsilon=0.2)
+    assert run.bound is None and run.bounds["calibration"].reason
+
+
 def test_a_bound_below_what_was_measured_is_told_as_a_defect(tmp_path, monkeypatch, capsys):
     net, x = two_heads("add"), samples()
     healthy = retrain.net_trim(net, x, relative_epsilon=0.2)

@@ -279,6 +279,8 @@ class TorchStream:
         received, answered = seen[0]
         module = network.get_submodule(name)
         count = min(stop, len(self._data)) - start
+        # A forward pass under autocast has layers that answer in a half type.
+        received, answered = received.to(self._dtype), answered.to(self._dtype)
         return by_sample(module, received, count), by_sample(module, answered, count)
 
     # --- bounds ---------------------------------------------------------------------------------
