@@ -117,8 +117,15 @@ def solve_count(
         seconds = sum(point.result.solve_seconds for _, point in trials)
         place = min(trials, key=lambda trial: abs(trial[1].zeros - wanted))[0]
         slope = _slope(trials, program.shape[2] / len(few))
-    found = [point for _, point in search.run(program, zeros, place, slope)]
-    final = _finish(program, search, found, zeros)
+    found: list[PathPoint] = []
+    # A looser solution has more zeros than the path's own point: a finer one may have fewer.
+    for share in (_FINER, _FINEST * _FINER, _FINEST**2 * _FINER):
+        trials = search.run(program, zeros, place, slope, share)
+        found += [point for _, point in trials]
+        final = _finish(program, search, found, zeros)
+        if final.zeros <= zeros:
+            break
+        place, slope = min(trials, key=lambda trial: abs(trial[1].zeros - zeros))[0], None
     result = replace(
         final.result,
         iterations=sum(point.result.iterations for point in found),
@@ -157,7 +164,12 @@ class _Search:
         return point_of(program, result, self.counted)
 
     def run(
-        self, program: Program, zeros: int, place: float, slope: float | None
+        self,
+        program: Program,
+        zeros: int,
+        place: float,
+        slope: float | None,
+        share: float = _FINER,
     ) -> list[tuple[float, PathPoint]]:
         """Solve along the path until the count is met, or near enough for the rest to be set."""
         slack = _slack(self.counted, program)
@@ -166,7 +178,7 @@ class _Search:
         for _ in range(_SEARCH_STEPS):
             near = min(found, key=lambda trial: abs(trial[0] - place), default=None)
             warm = None if near is None else near[1].result
-            point = self.at(_along(program, place), _FINER, warm)
+            point = self.at(_along(program, place), share, warm)
             if point.result.status is Status.NUMERICAL_ERROR and found:
                 break  # beyond what the data's dtype holds; what was found before stands
             found.append((place, point))
