@@ -1,8 +1,12 @@
 """Verbs compute apart from the caller's modes in torch, and leave them as they were."""
 
 import copy
+import os
 import random
+import subprocess
+import sys
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,3 +292,61 @@ def test_inside_everything_is_as_in_a_fresh_interpreter():
         assert made.device.type == "cpu"
         assert not made.is_inference()
     assert {name for name in fresh if fresh[name] != inside[name]} <= {"device", "precision"}
+
+
+def precisions():
+    """Both sets of settings; the older ones raise where they disagree."""
+    found = []
+    for setting in (
+        torch.get_float32_matmul_precision,
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        lambda: torch.backends.cudnn.allow_tf32,
+    ):
+        try:
+            found.append(setting())
+        except RuntimeError:
+            found.append("disagree")
+    backends = torch.backends
+    if hasattr(backends, "fp32_precision"):
+        places = [backends, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        places += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+        found += [place.fp32_precision for place in places]
+    return found
+
+
+CHANGES = {
+    "none": "",
+    "high": "torch.set_float32_matmul_precision('high')",
+    "medium": "torch.set_float32_matmul_precision('medium')",
+    "older": "torch.backends.cuda.matmul.allow_tf32 = True",
+    "convolutions": "torch.backends.cudnn.allow_tf32 = False",
+    "newer": "torch.backends.cudnn.conv.fp32_precision = 'ieee'",
+    "all of the newer": "torch.backends.fp32_precision = 'tf32'",
+    "products of the CPU": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_precision_is_whole_inside_and_as_it_was_outside(name):
+    """In a process of its own: some of these settings cannot be taken back."""
+    script = f"""
+import torch
+from test_modes import precisions
+from retrain.adapters.modes import apart
+{CHANGES[name]}
+before = precisions()
+with apart():
+    inside = precisions()
+assert "disagree" not in inside, inside
+assert {{"tf32", "bf16", "high", "medium", True}}.isdisjoint(inside), inside
+assert precisions() == before, (before, precisions())
+"""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": f"{here}:{here.parent}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

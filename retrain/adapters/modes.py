@@ -16,7 +16,7 @@ should name what it needs.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -69,26 +69,41 @@ def _default_dtype() -> Iterator[None]:
 
 @contextmanager
 def _whole_precision() -> Iterator[None]:
-    """Let no product of float32 be computed with fewer bits (TF32, bfloat16)."""
-    settings = _precisions()
-    before = [(holder, name, getattr(holder, name)) for holder, name, _ in settings]
+    """Let no product of float32 be computed with fewer bits (TF32, bfloat16).
+
+    Torch has an older and a newer set of settings for that, and parts of it (`torch.export`) raise
+    where the two disagree. So both are set, and both put back; the older ones cannot be read where
+    the caller has made them disagree.
+    """
+    backends: Any = torch.backends
+    places: list[Any] = []
+    if hasattr(backends, "fp32_precision"):  # since torch 2.9; the first one is the others' default
+        places = [backends, backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+        places += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    newer = [place.fp32_precision for place in places]
+    matmul = _read(torch.get_float32_matmul_precision)
+    convolutions = _read(lambda: backends.cudnn.allow_tf32)
     try:
-        for holder, name, exact in settings:
-            setattr(holder, name, exact)
+        if places:
+            backends.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = False
         yield
     finally:
-        for holder, name, value in before:
-            setattr(holder, name, value)
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if convolutions is not None:
+            backends.cudnn.allow_tf32 = convolutions
+        for place, value in zip(places, newer, strict=True):
+            place.fp32_precision = value
 
 
-def _precisions() -> list[tuple[Any, str, Any]]:
-    """Settings that can take precision away, each with the value that does not."""
-    backends: Any = torch.backends
-    if not hasattr(backends, "fp32_precision"):  # before torch 2.9
-        return [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
-    places = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-    places += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
-    return [(place, "fp32_precision", "ieee") for place in places]
+def _read(setting: Callable[[], Any]) -> Any:
+    """Read one of the older settings; None where it disagrees with the newer ones."""
+    try:
+        return setting()
+    except RuntimeError:
+        return None
 
 
 @contextmanager
