@@ -179,7 +179,7 @@ def test_a_cascade_on_sampled_rows_has_no_direct_bound(follows):
     whole = retrain.net_trim(chain, inputs, **options)
     assert whole.bounds["calibration"].direct is not None
     last = ChainStream(chain, inputs).layers[-1]
-    memory = 60.5 * 1e9 / rows_within(last, 1e9, 8)
+    memory = 60.5 * 1e9 / rows_within(last, 1e9, 8, "admm")
     part = retrain.net_trim(chain, inputs, memory=memory, **options)
     last = part.layers[-1]
     assert last.certified
@@ -248,7 +248,7 @@ def test_a_cascade_on_as_many_sampled_rows_as_samples_has_no_direct_bound():
     tokens = np.random.default_rng(0).normal(size=(30, 4, 6)).astype(np.float32)
     stream = TorchStream(model, tokens)
     last = stream.layers[-1]
-    memory = 30.5 * 1e9 / rows_within(last, 1e9, 4)
+    memory = 30.5 * 1e9 / rows_within(last, 1e9, 4, "admm")
     run = retrain.net_trim(model, tokens, memory=memory, layers=[last.name], solver="admm")
     (report,) = run.layers
     assert report.certified
