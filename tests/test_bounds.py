@@ -71,6 +71,7 @@ def test_theorem_2_on_cascades(seed, follows):
     for new, old, bound in zip(forward(stream.chain, inputs), dense, bounds, strict=True):
         assert np.linalg.norm(new - old) <= bound * (1 + 1e-5)
     assert theorem_2(2.0, [1.5] * 3)[-1] == pytest.approx(1.5**1.5 * 2.0)
+    np.testing.assert_array_equal(theorem_2(2.0, [1.0, 1.0]), [2.0, 2.0, 2.0])
 
 
 def test_the_premise_of_theorem_1_can_fail_and_is_checked():
@@ -179,13 +180,34 @@ def test_a_cascade_on_sampled_rows_has_no_direct_bound(follows):
     whole = retrain.net_trim(chain, inputs, **options)
     assert whole.bounds["calibration"].direct is not None
     last = ChainStream(chain, inputs).layers[-1]
-    memory = 60.5 * 1e9 / rows_within(last, 1e9, 8)
+    memory = 60.5 * 1e9 / rows_within(last, 1e9, 8, "admm")
     part = retrain.net_trim(chain, inputs, memory=memory, **options)
     last = part.layers[-1]
     assert last.certified
     assert last.rows < last.total_rows == len(inputs)
     assert part.bounds["calibration"].direct is None
     assert part.bound is not None
+
+
+class Squared(nn.Module):
+    """A network whose output is its first layer's times itself: without a finite factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x) * x
+
+
+def test_without_a_factor_the_bound_has_the_layers_reason():
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    run = retrain.net_trim(Squared(), x, relative_epsilon=0.1, layers=["a"])
+    bound = run.bounds["calibration"]
+    assert bound.bound is None
+    assert bound.reason.startswith("a: ")
 
 
 def test_a_bound_that_overflows_has_its_reason_and_so_has_the_direct_one():
@@ -196,6 +218,8 @@ def test_a_bound_that_overflows_has_its_reason_and_so_has_the_direct_one():
     exact = output_bound(stream, passage=passage, direct=Direct(1e3, None))
     assert (exact.reason, exact.direct_reason) == (None, None)
     assert exact.direct >= 1e3
+    assert exact.relative == pytest.approx(passage.measured / passage.size)
+    assert 0 < exact.relative < 1
     lost = output_bound(
         stream, passage=replace(passage, measured=math.inf), direct=Direct(1e3, None)
     )
@@ -248,7 +272,7 @@ def test_a_cascade_on_as_many_sampled_rows_as_samples_has_no_direct_bound():
     tokens = np.random.default_rng(0).normal(size=(30, 4, 6)).astype(np.float32)
     stream = TorchStream(model, tokens)
     last = stream.layers[-1]
-    memory = 30.5 * 1e9 / rows_within(last, 1e9, 4)
+    memory = 30.5 * 1e9 / rows_within(last, 1e9, 4, "admm")
     run = retrain.net_trim(model, tokens, memory=memory, layers=[last.name], solver="admm")
     (report,) = run.layers
     assert report.certified

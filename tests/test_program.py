@@ -328,6 +328,24 @@ def test_blocks_change_nothing(form, penalty, bias, mask, monkeypatch):
     np.testing.assert_allclose(parts.violation, whole.violation, atol=1e-13)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [20, 39, 40])
+def test_two_parts_of_the_samples_are_two_parts(form, rows, monkeypatch):
+    program, weight, multiplier, _ = with_optimum(7, form)
+    whole = program.certificate(weight, multiplier)
+    monkeypatch.setattr(solvers.program, "_ROWS", rows)
+    parts = program.certificate(weight, multiplier)
+    np.testing.assert_allclose(parts.objective, whole.objective, rtol=1e-13)
+    np.testing.assert_allclose(parts.dual_bound, whole.dual_bound, rtol=1e-12)
+
+
+def test_an_activation_is_known_by_what_it_says():
+    """Also where the text was read from a file, and is another object."""
+    inputs, targets = np.ones((2, 2)), -np.ones((2, 1))
+    said = "".join(["lin", "ear"])
+    assert trim_program(inputs, targets, epsilon=0.1, activation=said).active.all()
+
+
 @pytest.mark.parametrize(("form", "penalty", "bias", "mask"), CASES)
 def test_torch_arrays_give_the_same_certificate(form, penalty, bias, mask):
     program, weight, multiplier, _ = with_optimum(

@@ -371,10 +371,10 @@ def _content(path: Path) -> Any:
     if path.suffix == ".safetensors":
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
-        held = header.get("__metadata__", {})
-        held.pop("digest", None)  # of the report, seconds and all, and the weights
-        report = held.pop("report", None)
+        report = header.get("__metadata__", {}).pop("report", None)
         report = None if report is None else timeless(json.loads(report))
+        if report is not None:
+            report.pop("sha256", None)  # of the report, seconds and all, and the weights
         return header, report, data[8 + length :]
     return data
 
