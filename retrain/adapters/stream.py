@@ -293,12 +293,13 @@ class TorchStream:
         groups.
         """
         layer(self, name)
-        if self._mixes is not None:
-            return Gain(None, self._mixes)
         graph, node = self._network.graph, self._network.nodes.get(name)
         if graph is None or node is None:
             return Gain(None, f"layer {name!r} has no single place in a traced network")
-        return self._gains(graph, norm, dense=False)[node]
+        found = self._gains(graph, norm, dense=False)[node]
+        # A factor that was found holds for samples one by one.
+        mixed = found.value is not None and self._mixes is not None
+        return Gain(None, self._mixes) if mixed else found
 
     def _gains(self, graph: fx.Graph, norm: Norm, *, dense: bool) -> dict[fx.Node, Gain]:
         """G of every node (`retrain.adapters.gain`), of the given network or of the current."""
