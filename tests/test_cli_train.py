@@ -139,7 +139,7 @@ def test_a_finished_run_is_a_model_of_the_other_commands(folder):
 
 def test_a_run_that_is_not_finished_is_no_model(folder):
     (folder / "run").mkdir()
-    record = {"format": 1, "state": "unfinished", "kind": "training"}
+    record = {"format": 1, "state": "running", "kind": "training"}
     (folder / "run" / "run.json").write_text(json.dumps(record))
     answer = command(folder, "trim", "run", "--data", "train.npz", "--out", "out")
     assert (answer.code, answer.out) == (2, "")

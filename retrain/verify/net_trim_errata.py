@@ -94,6 +94,7 @@ def premise_broken(case: Case, rng: np.random.Generator) -> Retrained:
             epsilon=radius * float(np.linalg.norm(outcome)),
             relative_epsilon=None,
             penalise_bias=case["penalise_bias"],
+            zeros="free",  # the paper's program; held at zero, the weights cannot grow beyond 1
         )
         (result,) = net_trim(stream, settings, layers=[name])
         epsilons.append(float(result.report.details["epsilon"]))
