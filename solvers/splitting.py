@@ -51,7 +51,7 @@ import numpy as np
 from array_api_compat import array_namespace, device, is_numpy_array
 from numba import njit
 
-from solvers.arrays import like, to_numpy
+from solvers.arrays import like, norm, to_numpy
 from solvers.program import ConstrainedProgram, LayerProgram, Program
 from solvers.result import SolveResult
 from solvers.scaling import Scaling, Sizes
@@ -442,9 +442,3 @@ def balance(state: State, primal: Array, dual: Array) -> State:
     small = (factor < _DEADBAND) & (factor > 1 / _DEADBAND)
     factor = xp.astype(xp.where(small, xp.ones_like(factor), factor), state.rho.dtype)
     return replace(state, rho=state.rho * factor, p=state.p / factor, q=state.q / factor)
-
-
-def norm(array: Array) -> float:
-    """Frobenius norm, safe from overflow in float32 squares."""
-    xp = array_namespace(array)
-    return float(xp.linalg.vector_norm(xp.astype(array, xp.float64, copy=False)))

@@ -339,7 +339,7 @@ class _Walk:
                 constants = math.sqrt(rows) * norm(module.bias.detach())
         else:
             size = sum(self._factor(node, parent, which) * sizes[parent] for parent in sizes)
-            fan_in = (_fan_in(kind, self._shapes[p], self._shapes[node]) for p in sizes)
+            fan_in = (_fan_in(kind, self._shapes[parent]) for parent in sizes)
             terms += max(fan_in, default=0)
             if kind == "batch_norm":
                 rows = value.numel() / value.shape[1]
@@ -424,7 +424,7 @@ def _magnitude(layer: nn.Module) -> float:
     return operator_norm(layer, "frobenius") * math.sqrt(repeats)
 
 
-def _fan_in(kind: str | None, source: Sequence[int], value: Sequence[int]) -> int:
+def _fan_in(kind: str | None, source: Sequence[int]) -> int:
     """How many entries of a sample are summed into one, at most."""
     if kind in ("softmax", "log_softmax"):
         return max(source)
