@@ -26,7 +26,7 @@ from retrain.run import LAYERS, RUN_FILE, open_run, read_record
 from retrain.run_record import check_finished
 from retrain.stream import LayerStream
 from retrain.subject import Subject
-from solvers.root import next_place
+from solvers.path.root import next_place
 
 _log = logging.getLogger(__name__)
 
@@ -159,8 +159,8 @@ RunAt = Callable[[float, Path | None, OnLayer | None], Run]
 def next_epsilon(goal: Goal, trials: Sequence[Trial]) -> float | None:
     """Choose the next relative epsilon; None when the search is over. There is one trial at least.
 
-    For a sparsity, the root of the zeros too many over log epsilon (`solvers.root`). For a drop,
-    steps by 2 until it is bracketed, then halves of the bracket until it is 5 % wide: accuracies
+    For a sparsity, the root of the surplus zeros over log epsilon (see `solvers.path.root`). For a
+    drop, steps by 2 until it is bracketed, then halves of the bracket until it is 5 % wide: accuracies
     are too uneven for more.
     """
     if len(trials) >= goal.max_trials:

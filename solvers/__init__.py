@@ -3,10 +3,10 @@
 This package knows no network, no file and no torch module; its arrays may be numpy's or torch's.
 """
 
-from solvers.admm import prepare, solve_admm
-from solvers.count import solve_count
-from solvers.newton import solve_newton
-from solvers.path import PathPoint, solve_path
+from solvers.admm.solve import prepare, solve_admm
+from solvers.newton.layer import solve_newton
+from solvers.path.count import solve_count
+from solvers.path.path import PathPoint, solve_path
 from solvers.penalties import L1, ElasticNet, Group, Penalty
 from solvers.program import ConstrainedProgram, RegularisedProgram, trim_program
 from solvers.qp import solve_osqp

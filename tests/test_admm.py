@@ -20,9 +20,9 @@ from solvers import (
     solve_newton,
     trim_program,
 )
-from solvers.admm import _stalled
+from solvers.admm.solve import _stalled
+from solvers.admm.splitting import Splitting
 from solvers.scaling import Scaling
-from solvers.splitting import Splitting
 
 FORMS = ("constrained", "regularised")
 PENALTIES = {"l1": L1(), "elastic": ElasticNet(0.5), "group": Group(0.7)}
@@ -469,7 +469,7 @@ def test_float32_data_is_certified_beyond_what_float32_iterates_reach(monkeypatc
     program = in_single_precision(relu2(120, 400, 10, ball=False).program)
     limits = {"tolerance": 1e-6, "max_iterations": 4000}
     assert solve_admm(program, **limits).status is Status.SOLVED
-    monkeypatch.setattr("solvers.admm._stalled", lambda *_: False)
+    monkeypatch.setattr("solvers.admm.solve._stalled", lambda *_: False)
     assert solve_admm(program, **limits).status is Status.ITERATION_LIMIT
 
 

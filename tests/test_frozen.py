@@ -10,10 +10,10 @@ import retrain
 import solvers
 
 WORKING = {
-    "solvers.half_products",
-    "solvers.newton",
-    "solvers.newton_unit",
-    "solvers.newton_work",
+    "solvers.admm.bfloat16",
+    "solvers.newton.layer",
+    "solvers.newton.unit",
+    "solvers.newton.work",
     "retrain.trainers",
 }
 """Rooms with dataclasses that hold a computation's state, which moves on."""

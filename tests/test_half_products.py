@@ -7,10 +7,11 @@ import pytest
 import torch
 from instances import of_a_layer
 
-from solvers import half_products, prepare
-from solvers.half_products import half_walk
+from solvers import prepare
+from solvers.admm import bfloat16 as half_products
+from solvers.admm.bfloat16 import half_walk
+from solvers.admm.splitting import Progress, Splitting, advance, start, step
 from solvers.scaling import Scaling
-from solvers.splitting import Progress, Splitting, advance, start, step
 
 
 @pytest.fixture

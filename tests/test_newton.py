@@ -15,17 +15,17 @@ from solvers import (
     ElasticNet,
     Group,
     Status,
-    newton_block,
     prepare,
     solve_admm,
     solve_cvxpy,
     solve_newton,
     trim_program,
 )
-from solvers.newton import _holds_single
-from solvers.newton_block import _noise, solve_block
-from solvers.newton_unit import _ceiling_slope, _exact_step
-from solvers.newton_work import Points, Shared, Units, _fitted, precision_for
+from solvers.newton import block as newton_block
+from solvers.newton.block import _noise, solve_block
+from solvers.newton.layer import _holds_single
+from solvers.newton.unit import _ceiling_slope, _exact_step
+from solvers.newton.work import Points, Shared, Units, _fitted, precision_for
 
 FORMS = ("constrained", "regularised")
 ORACLE = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers.root import next_place
+from solvers.path.root import next_place
 
 
 def search(function, place, **options):

@@ -46,8 +46,8 @@ from retrain.methods.net_trim_options import Chosen, NetTrimOptions
 from retrain.stream import Array, LayerSpec, LayerStream, changed, collect, sample_rows
 from solvers import SolveResult, Status, solve_admm, solve_count, solve_newton, trim_program
 from solvers.arrays import like, norm, on_host, to_numpy
-from solvers.count import held_zeros
-from solvers.newton import BLOCK
+from solvers.newton.layer import BLOCK
+from solvers.path.count import held_zeros
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram
 from solvers.result import judge
 from solvers.workers import workers

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from solvers.newton_unit import Gram, Inner, minimise
+from solvers.newton.unit import Gram, Inner, minimise
 
 _MARGIN = 0.1  # inputs with |c| above weight (1 - margin) join W
 _NEAR = 0.1  # ceilings closer than this part of the unit's rms distance to its ceilings join K

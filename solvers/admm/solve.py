@@ -1,6 +1,7 @@
 """ADMM for all units of a layer at once, with one factorisation a layer.
 
-The iteration, its scale and its penalty are `solvers.splitting`'s, its steps `solvers.increments`'.
+The iteration, its scale and its penalty are those of `solvers.admm.splitting`, its steps those of
+`solvers.admm.increments`.
 What a constraint leaves of the primal residual is a violation, and the gap is quicker to close, so
 rho is made larger: it balances the dual residual with three times the primal one in the constrained
 form, where over-relaxation is by 1.8, and with twice it in units of the regularised form that have
@@ -31,8 +32,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device
 
+from solvers.admm.increments import walk_by_increments
+from solvers.admm.splitting import Factor, Progress, Splitting, State, advance, prepare, start
 from solvers.arrays import like
-from solvers.increments import walk_by_increments
 from solvers.program import (
     LayerProgram,
     Program,
@@ -41,7 +43,6 @@ from solvers.program import (
 from solvers.reach import far
 from solvers.result import Certificate, SolveResult, judge
 from solvers.scaling import Scaling
-from solvers.splitting import Factor, Progress, Splitting, State, advance, prepare, start
 
 Array = Any
 

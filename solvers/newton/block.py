@@ -26,7 +26,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import njit
 
-from solvers.newton_work import Points, Shared, Units, Work, precision_for
+from solvers.newton.work import Points, Shared, Units, Work, precision_for
 
 _GROWTH = 5.0  # of sigma and tau after an outer step
 _STIFFEST = 1e11  # largest tau relative to where it started

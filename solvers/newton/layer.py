@@ -1,7 +1,7 @@
 """A finish that certifies: a few steps of ADMM for all units, then Newton's method unit by unit.
 
 ADMM brings every unit near its solution at the price of products; what it does slowly, the last
-digits, correlated inputs and exact fits, `solvers.newton_unit` does in a handful of small systems.
+digits, correlated inputs and exact fits, `solvers.newton.unit` does in a handful of small systems.
 The regularised form (11) decouples, so that is all. In the constrained form (4), (6) the ball ties
 the units together by one number: with s = 1 / (2 lambda), its multiplier condition is that
 
@@ -27,17 +27,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from solvers.admm import check_factor, check_limits
-from solvers.arrays import like, to_numpy
-from solvers.half_products import half_walk
-from solvers.newton_block import solve_block
-from solvers.newton_work import Points, Shared, Units, Work, holds_single
-from solvers.penalties import L1, ElasticNet
-from solvers.program import ConstrainedProgram, Program, RegularisedProgram
-from solvers.reach import far
-from solvers.result import Certificate, SolveResult, judge
-from solvers.scaling import Scaling
-from solvers.splitting import (
+from solvers.admm.bfloat16 import half_walk
+from solvers.admm.solve import check_factor, check_limits
+from solvers.admm.splitting import (
     Factor,
     Progress,
     Splitting,
@@ -47,6 +39,14 @@ from solvers.splitting import (
     prepare,
     start,
 )
+from solvers.arrays import like, to_numpy
+from solvers.newton.block import solve_block
+from solvers.newton.work import Points, Shared, Units, Work, holds_single
+from solvers.penalties import L1, ElasticNet
+from solvers.program import ConstrainedProgram, Program, RegularisedProgram
+from solvers.reach import far
+from solvers.result import Certificate, SolveResult, judge
+from solvers.scaling import Scaling
 from solvers.units import map_units
 
 Array = Any

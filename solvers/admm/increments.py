@@ -1,6 +1,6 @@
 """ADMM's steps by what changes: their rounding vanishes as the iterates settle.
 
-The step of `solvers.splitting` projects (a, c) onto {z = Xu}. With X tall,
+The step of `solvers.admm.splitting` projects (a, c) onto {z = Xu}. With X tall,
 
     u = (I + tau X^T X)^-1 (a + tau X^T c),     p = a - u,     q = c - z.
 
@@ -25,7 +25,7 @@ from __future__ import annotations
 import numpy as np
 from array_api_compat import is_numpy_array
 
-from solvers.splitting import Splitting, State, relax, step
+from solvers.admm.splitting import Splitting, State, relax, step
 
 
 def step_by_increments(splitting: Splitting, state: State) -> State:

@@ -39,7 +39,7 @@ import numpy as np
 from array_api_compat import is_numpy_array
 from numba import njit
 
-from solvers.splitting import Splitting, State, relax
+from solvers.admm.splitting import Splitting, State, relax
 
 _LEAST_FLOPS = 5e8  # of a step; below, importing torch takes longer than all steps do
 _SPLIT = np.float32(2**16 + 1)

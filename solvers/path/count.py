@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from solvers.admm import Factor, prepare
+from solvers.admm.solve import Factor, prepare
 from solvers.arrays import like, to_numpy
-from solvers.newton import solve_newton
-from solvers.path import PathPoint, Solve, norm_on_omega, point_of
+from solvers.newton.layer import solve_newton
+from solvers.path.path import PathPoint, Solve, norm_on_omega, point_of
+from solvers.path.root import next_place
 from solvers.program import (
     ConstrainedProgram,
     LayerProgram,
@@ -32,7 +33,6 @@ from solvers.program import (
     RegularisedProgram,
 )
 from solvers.result import SolveResult, Status, judge
-from solvers.root import next_place
 
 _SEARCH_STEPS = 40
 _NEAREST = 1e-6  # relative change of lambda below which counts are not told apart

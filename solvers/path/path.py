@@ -2,7 +2,7 @@
 
 From one radius (or fit weight) to the next the solution moves little, so each solve starts from the
 last, and all share one factorisation. The points are the curve of sparsity against discrepancy that
-a person chooses epsilon from. `solvers.count` looks for one point of it.
+a person chooses epsilon from. `solvers.path.count` looks for one point of it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from solvers.admm import prepare
+from solvers.admm.solve import prepare
 from solvers.arrays import to_numpy
-from solvers.newton import solve_newton
+from solvers.newton.layer import solve_newton
 from solvers.program import ConstrainedProgram, Program
 from solvers.result import SolveResult
 

@@ -1,0 +1,1 @@
+"""The semismooth Newton method: layer, block of units, shared work, one unit."""
