@@ -160,8 +160,8 @@ def next_epsilon(goal: Goal, trials: Sequence[Trial]) -> float | None:
     """Choose the next relative epsilon; None when the search is over. There is one trial at least.
 
     For a sparsity, the root of the surplus zeros over log epsilon (see `solvers.path.root`). For a
-    drop, steps by 2 until it is bracketed, then halves of the bracket until it is 5 % wide: accuracies
-    are too uneven for more.
+    drop, steps by 2 until it is bracketed, then halves of the bracket until it is 5 % wide:
+    accuracies are too uneven for more.
     """
     if len(trials) >= goal.max_trials:
         return None
