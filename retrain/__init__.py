@@ -12,26 +12,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrain.api import Run, net_trim
-    from retrain.chain import Chain
-    from retrain.data import load_data
-    from retrain.loading import load
-    from retrain.second_order import lobs
-    from retrain.trained import TrainedRun
-    from retrain.training_run import train
+    from retrain.api.load import load
+    from retrain.api.lobs import lobs
+    from retrain.api.net_trim import Run, net_trim
+    from retrain.data.sources import load_data
+    from retrain.runs.trained import TrainedRun
+    from retrain.runs.training import train
+    from retrain.stream.chain import Chain
 
 __all__ = ["Chain", "Run", "TrainedRun", "load", "load_data", "lobs", "net_trim", "train"]
 
 # Imported when asked for, so that `retrain --help` answers at once.
 _HOMES = {
-    "Chain": "retrain.chain",
-    "Run": "retrain.api",
-    "load": "retrain.loading",
-    "load_data": "retrain.data",
-    "lobs": "retrain.second_order",
-    "net_trim": "retrain.api",
-    "TrainedRun": "retrain.trained",
-    "train": "retrain.training_run",
+    "Chain": "retrain.stream.chain",
+    "Run": "retrain.api.net_trim",
+    "load": "retrain.api.load",
+    "load_data": "retrain.data.sources",
+    "lobs": "retrain.api.lobs",
+    "net_trim": "retrain.api.net_trim",
+    "TrainedRun": "retrain.runs.trained",
+    "train": "retrain.runs.training",
 }
 
 

@@ -13,18 +13,18 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 
-from retrain.adapters.load import load_model
-from retrain.adapters.save import save_model
-from retrain.api import Run, net_trim
-from retrain.data import Data, load_data
+from retrain.adapters.files.load import load_model
+from retrain.adapters.files.save import save_model
+from retrain.api.net_trim import Run, net_trim
+from retrain.data.sources import Data, load_data
 from retrain.files import json_bytes
 from retrain.methods.amounts import check_parallel
-from retrain.methods.net_trim_options import Scheme
+from retrain.methods.net_trim.options import Scheme
 from retrain.report.terminal import bound_line, output
-from retrain.run import check_out
-from retrain.subject import check_device
-from retrain.trainers.states import seeded
-from retrain.trainers.supervised import train
+from retrain.runs.directory import check_out
+from retrain.runs.subject import check_device
+from retrain.trainers.loop.states import seeded
+from retrain.trainers.loop.supervised import train
 
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that is forked should have no threads
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["retrain.api", "retrain.report.terminal", "retrain.demo", "retrain.training_run"]
+    ["retrain.api.net_trim", "retrain.report.terminal", "retrain.demo", "retrain.runs.training"]
 )
 
 

@@ -5,8 +5,8 @@ from torch import nn
 from torch.nn import functional
 
 from retrain.trainers.gates.block import Gated, dense
-from retrain.trainers.states import seeded
-from retrain.trainers.training import Choice, Setting
+from retrain.trainers.loop.states import seeded
+from retrain.trainers.loop.training import Choice, Setting
 
 CPU = torch.device("cpu")
 

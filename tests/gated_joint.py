@@ -8,7 +8,7 @@ from gated_cases import small
 from torch import nn
 
 import retrain
-from retrain.trainers.distributed import processes
+from retrain.trainers.loop.distributed import processes
 
 STEEP = {"name": "gates", "log_gamma": -250.0, "theta": 0.6, "theta_rate": 0.01}
 

@@ -14,12 +14,12 @@ from torch import distributed, nn
 from training_cases import Stopped, tables
 
 import retrain
-from retrain.adapters.blocks import Sum
-from retrain.trainers import recipe
-from retrain.trainers.callbacks import Callbacks
-from retrain.trainers.distributed import joint_mean, processes
+from retrain.adapters.files.blocks import Sum
+from retrain.trainers.loop.callbacks import Callbacks
+from retrain.trainers.loop.distributed import joint_mean, processes
+from retrain.trainers.loop.training import GeneratorState
 from retrain.trainers.plain import Plain
-from retrain.trainers.training import GeneratorState
+from retrain.trainers.recipes import recipe
 
 recipe.METHODS["shrink"] = "joint_runs:Shrink"
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import retrain
-from retrain.trainers.distributed import processes
+from retrain.trainers.loop.distributed import processes
 
 
 def network():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from retrain.adapters.blocks import Sum
-from retrain.trainers.account import Account, Cost, cost
-from retrain.trainers.callbacks import Step
+from retrain.adapters.files.blocks import Sum
+from retrain.trainers.loop.account import Account, Cost, cost
+from retrain.trainers.loop.callbacks import Step
 
 
 def load_43(layers):

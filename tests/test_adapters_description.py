@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from retrain.adapters.blocks import PadChannels, StackChannels, Sum
-from retrain.adapters.description import build_module, describe_module, load_described
-from retrain.adapters.save import save_model
+from retrain.adapters.files.blocks import PadChannels, StackChannels, Sum
+from retrain.adapters.files.description import build_module, describe_module, load_described
+from retrain.adapters.files.save import save_model
 
 
 def residual(seed=0):

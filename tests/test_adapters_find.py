@@ -5,8 +5,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from retrain.adapters.find import layer_table
-from retrain.adapters.operations import operation
+from retrain.adapters.network.find import layer_table
+from retrain.adapters.network.operations import operation
 
 
 class Net(nn.Module):

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from retrain.adapters.patches import (
+from retrain.adapters.network.patches import (
     conv_lipschitz,
     cover,
     frobenius_norm,
     operator_norm,
     spectral_norm,
 )
-from retrain.adapters.stream import TorchStream
+from retrain.adapters.network.stream import TorchStream
 
 
 class After(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from retrain.adapters.load import fill, load_model
+from retrain.adapters.files.load import fill, load_model
 
 MODELS = Path(__file__).parents[1].parent / "shared" / "data" / "models"
 
@@ -541,7 +541,7 @@ def test_lies_take_no_memory(tmp_path):
     (tmp_path / "b.safetensors").write_bytes(lying_safetensors([1 << 20, 1 << 20], [0, 1 << 42]))
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from retrain.adapters.load import load_model\n"
+        "from retrain.adapters.files.load import load_model\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for path in sys.argv[1:]:\n"
         "    try: load_model(path)\n"

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 import retrain
-from retrain.adapters.stream import TorchStream
+from retrain.adapters.network.stream import TorchStream
 
 REASON = "its input is not one sample after the other"
 

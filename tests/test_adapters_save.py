@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from retrain.adapters.load import load_model
-from retrain.adapters.save import save_model, save_tensors
+from retrain.adapters.files.load import load_model
+from retrain.adapters.files.save import save_model, save_tensors
 
 
 def tensors():

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from retrain.adapters.load import load_model
-from retrain.adapters.patches import padding
-from retrain.adapters.save import save_model
-from retrain.adapters.stream import TorchStream, fit_samples
-from retrain.data import Data
-from retrain.stream import LayerSpec, collect
+from retrain.adapters.files.load import load_model
+from retrain.adapters.files.save import save_model
+from retrain.adapters.network.patches import padding
+from retrain.adapters.network.stream import TorchStream, fit_samples
+from retrain.data.sources import Data
+from retrain.stream.stream import LayerSpec, collect
 
 
 def relu_net(dtype=torch.float32, seed=0):
@@ -291,7 +291,7 @@ def test_commit_to_a_grouped_convolution(memory_format):
 
 
 def test_convolution_rows_come_in_bounded_pieces(monkeypatch):
-    monkeypatch.setattr("retrain.adapters.rows.BLOCK", 2 * 16 * 10)
+    monkeypatch.setattr("retrain.adapters.network.rows.BLOCK", 2 * 16 * 10)
     stream = TorchStream(nn.Sequential(nn.Conv2d(1, 2, 3)), samples(7, 1, 6, 6), batch_size=5)
     pieces = list(stream.batches("0"))
     assert [len(piece.rows) for piece in pieces] == [32, 32, 16, 32]  # 16 rows a sample

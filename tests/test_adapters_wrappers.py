@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import retrain
-from retrain.adapters.find import layer_table
-from retrain.adapters.load import load_model
-from retrain.adapters.wrappers import unwrapped, without_wrappers
+from retrain.adapters.files.load import load_model
+from retrain.adapters.network.find import layer_table
+from retrain.adapters.network.wrappers import unwrapped, without_wrappers
 
 X = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
 

@@ -13,10 +13,10 @@ from small_case import WIDTHS, network, samples, save_case
 from torch import nn
 
 import retrain
-from retrain.adapters.blocks import Sum
-from retrain.adapters.load import load_model
-from retrain.chain import Chain
-from retrain.run import read_record
+from retrain.adapters.files.blocks import Sum
+from retrain.adapters.files.load import load_model
+from retrain.runs.directory import read_record
+from retrain.stream.chain import Chain
 
 
 def same(first, second):

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import retrain
-from retrain.adapters.stream import TorchStream
-from retrain.bounds import (
+from retrain.adapters.network.stream import TorchStream
+from retrain.bounds.outputs import (
     NO_DIRECT,
     Direct,
     cascade_bound,
@@ -22,9 +22,9 @@ from retrain.bounds import (
     theorem_1,
     theorem_2,
 )
-from retrain.chain import Chain, ChainStream, forward, link_normalise
-from retrain.methods.net_trim import net_trim, rows_within
-from retrain.methods.net_trim_options import NetTrimOptions
+from retrain.methods.net_trim.method import net_trim, rows_within
+from retrain.methods.net_trim.options import NetTrimOptions
+from retrain.stream.chain import Chain, ChainStream, forward, link_normalise
 
 TIGHT = {"tolerance": 1e-4, "violation_tolerance": 1e-6, "max_iterations": 20_000}
 

@@ -10,11 +10,11 @@ from torch import nn
 import retrain
 from bench.campaigns import bounds as campaign
 from bench.campaigns.networks import Net, Plan, draw, exactly
-from retrain import bounds
-from retrain.adapters import gain as gain_rules
-from retrain.adapters import passage
-from retrain.adapters import stream as torch_stream
-from retrain.adapters.stream import TorchStream
+from retrain.adapters.network import gain as gain_rules
+from retrain.adapters.network import passage
+from retrain.adapters.network import stream as torch_stream
+from retrain.adapters.network.stream import TorchStream
+from retrain.bounds import outputs as bounds
 from retrain.report.terminal import bound_line, theorem_line
 
 
@@ -385,7 +385,7 @@ def test_a_bound_below_what_was_measured_is_told_as_a_defect(tmp_path, monkeypat
 
 
 def test_second_order_bounds_are_checked_too(monkeypatch):
-    from retrain import deviations
+    from retrain.bounds import l_obs as deviations
 
     net, x = two_heads("add"), samples()
     run = retrain.lobs(net, x, sparsity=0.4, method="one-shot")

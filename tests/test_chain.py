@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from retrain.chain import Chain, ChainStream, forward, link_denormalise, link_normalise, response
-from retrain.stream import changed, collect, layer, sample_rows
+from retrain.stream.chain import (
+    Chain,
+    ChainStream,
+    forward,
+    link_denormalise,
+    link_normalise,
+    response,
+)
+from retrain.stream.stream import changed, collect, layer, sample_rows
 
 
 def make_chain(seed=0, widths=(6, 8, 7, 3), bias=True, dtype=np.float64, follows=()):

@@ -10,14 +10,14 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 
-from retrain.trainers.checkpoints import (
+from retrain.trainers.loop.checkpoints import (
     Checkpoint,
     read_checkpoint,
     restore,
     states_of,
     write_checkpoint,
 )
-from retrain.trainers.training import GeneratorState, Training
+from retrain.trainers.loop.training import GeneratorState, Training
 
 
 class Average:

@@ -15,7 +15,7 @@ from command import command
 from safetensors.torch import load_file, save_file
 from small_case import WIDTHS, network, samples, save_case
 
-from retrain.run import read_record
+from retrain.runs.directory import read_record
 
 MARK = "ran"
 

@@ -13,11 +13,11 @@ from small_case import WIDTHS, network, samples, save_case
 from torch import nn
 
 import retrain
-from retrain.adapters.load import load_model
-from retrain.bounds import l_obs_bound
-from retrain.chain import Chain, ChainStream
-from retrain.deviations import second_order_bounds
-from retrain.run import read_record
+from retrain.adapters.files.load import load_model
+from retrain.bounds.l_obs import second_order_bounds
+from retrain.bounds.outputs import l_obs_bound
+from retrain.runs.directory import read_record
+from retrain.stream.chain import Chain, ChainStream
 
 NAMES = ("0", "2", "4")
 
@@ -210,7 +210,7 @@ def slowly():
     """Halt for good before the second layer."""
     import time
 
-    from retrain.methods import lobs as method
+    from retrain.methods.lobs import method
 
     solve = method._solve
 
@@ -330,7 +330,7 @@ def test_stages(tmp_path):
 def test_a_stage_that_fails_leaves_the_others(tmp_path, monkeypatch):
     model, data = network(), samples()
     out = tmp_path / "run"
-    from retrain.methods import lobs as method
+    from retrain.methods.lobs import method
 
     lobs = method.lobs
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-import retrain.api
+import retrain.api.net_trim
 import retrain.demo
-import retrain.training_run
+import retrain.runs.training
 import retrain.verify.runner
 from retrain.cli import build_parser, main
 
@@ -86,8 +86,8 @@ def case(tmp_path, monkeypatch):
         raise SolvedError
 
     for place, name in (
-        (retrain.api, "_retrain"),
-        (retrain.training_run._Run, "fit"),
+        (retrain.api.net_trim, "_retrain"),
+        (retrain.runs.training._Run, "fit"),
         (retrain.verify.runner, "_run"),
         (retrain.demo, "trained_network"),
     ):

@@ -9,7 +9,7 @@ import pytest
 from command import command, start
 from training_cases import save_data, tables, toml
 
-from retrain.trainers.recipe import built_in
+from retrain.trainers.recipes.recipe import built_in
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from torch.amp import GradScaler
 from torch.nn import functional
 from torch.optim import SGD
 
-from retrain.trainers.callbacks import Callbacks
-from retrain.trainers.computation import Computation, computation
-from retrain.trainers.supervised import fit
+from retrain.trainers.loop.callbacks import Callbacks
+from retrain.trainers.loop.computation import Computation, computation
+from retrain.trainers.loop.supervised import fit
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retrain.data import Data, as_data, import_factory, load_data, parse_normalise
+from retrain.data.sources import Data, as_data, import_factory, load_data, parse_normalise
 
 MNIST = Path(__file__).parents[1].parent / "shared" / "data" / "mnist"
 
@@ -379,5 +379,8 @@ def test_fingerprint_sees_values_shapes_types_and_labels_but_not_names():
 
 
 def test_torch_is_not_imported():
-    code = "import sys, retrain.data as d; d.load_data('digits'); assert 'torch' not in sys.modules"
+    code = (
+        "import sys, retrain.data.sources as d; d.load_data('digits'); "
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,8 +12,8 @@ from torchrun import torchrun
 from training_cases import same_runs, save_data, toml
 
 import retrain
-from retrain.trainers.batches import Augmentation, Part, parts
-from retrain.trainers.distributed import join_batch_norms, part_batch_norms
+from retrain.trainers.loop.batches import Augmentation, Part, parts
+from retrain.trainers.loop.distributed import join_batch_norms, part_batch_norms
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")

@@ -22,17 +22,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 import retrain
-from retrain.adapters.load import load_model
-from retrain.chain import Chain
-from retrain.data import load_data
-from retrain.loading import load
+from retrain.adapters.files.load import load_model
+from retrain.api.load import load
+from retrain.data.sources import load_data
 from retrain.report.terminal import run_table, summary
 from retrain.report.training import epoch_line, training_summary
-from retrain.run import open_run, read_record
-from retrain.stream import LayerSpec
-from retrain.trainers.checkpoints import read_checkpoint
-from retrain.trainers.images import ImageFolder
-from retrain.trainers.recipe import read_recipe
+from retrain.runs.directory import open_run, read_record
+from retrain.stream.chain import Chain
+from retrain.stream.stream import LayerSpec
+from retrain.trainers.loop.checkpoints import read_checkpoint
+from retrain.trainers.loop.images import ImageFolder
+from retrain.trainers.recipes.recipe import read_recipe
 from retrain.verify import runner
 
 SEED = int(os.environ.get("FUZZ_SEED", "12"))  # any other seed must do as well

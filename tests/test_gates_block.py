@@ -8,7 +8,7 @@ from gated_cases import CPU, samples, small, wbaw, weights
 from torch import nn
 from torch.optim import Adam
 
-from retrain.adapters.description import build_module, describe_module
+from retrain.adapters.files.description import build_module, describe_module
 from retrain.trainers.gates.absorb import forget, remove_block
 from retrain.trainers.gates.architectures import (
     BASIC_BLOCKS,
@@ -21,7 +21,7 @@ from retrain.trainers.gates.architectures import (
 from retrain.trainers.gates.block import Gated, dense, padded, pointwise, stacked
 from retrain.trainers.gates.gradients import open_gates
 from retrain.trainers.gates.network import gate, gates_of, ungate
-from retrain.trainers.states import seeded
+from retrain.trainers.loop.states import seeded
 
 
 def size(model):

@@ -8,7 +8,7 @@ from gated_cases import samples
 from torch import nn
 from torch.nn import functional
 
-from retrain.adapters.description import describe_module
+from retrain.adapters.files.description import describe_module
 from retrain.trainers.gates.find import gate_network
 from retrain.trainers.gates.gradients import open_gates
 from retrain.trainers.gates.network import gates_of, ungate

@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW
 
-from retrain.adapters.description import describe_module
-from retrain.trainers.callbacks import Callbacks
+from retrain.adapters.files.description import describe_module
 from retrain.trainers.gates.gating import Gating
 from retrain.trainers.gates.method import Gates, gating_of
 from retrain.trainers.gates.network import gates_of, ungate
-from retrain.trainers.supervised import fit
-from retrain.trainers.training import Choice
+from retrain.trainers.loop.callbacks import Callbacks
+from retrain.trainers.loop.supervised import fit
+from retrain.trainers.loop.training import Choice
 
 OPTIMIZERS = {
     "sgd": Choice("sgd", {"lr": 0.1, "momentum": 0.9}, SGD),
@@ -427,7 +427,7 @@ def test_a_step_that_overflows_under_a_scaler_is_passed_over():
 
 
 def _step(training, data):
-    from retrain.trainers.callbacks import Step
+    from retrain.trainers.loop.callbacks import Step
 
     return Step(training.model, training.optimizer, 0, 0, *data)
 

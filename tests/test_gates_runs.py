@@ -12,7 +12,7 @@ from torchrun import torchrun
 
 import retrain
 from retrain.trainers.gates.network import gates_of
-from retrain.trainers.recipe import built_in, read_recipe
+from retrain.trainers.recipes.recipe import built_in, read_recipe
 
 HERE = Path(__file__).parent
 MNIST = HERE.parents[1] / "shared" / "data" / "mnist"

@@ -19,12 +19,12 @@ from torch.nn import functional
 import retrain
 from bench.campaigns import identity as campaign
 from bench.campaigns.identity_cases import forgotten
-from retrain.adapters.find import trace
-from retrain.adapters.operations import FUNCTIONS
-from retrain.adapters.structure import structure, training_structure, weights_hash
-from retrain.chain import Chain, ChainStream
-from retrain.identity import differences, surroundings, versions
-from retrain.run import read_record
+from retrain.adapters.network.find import trace
+from retrain.adapters.network.operations import FUNCTIONS
+from retrain.adapters.network.structure import structure, training_structure, weights_hash
+from retrain.runs.directory import read_record
+from retrain.runs.identity import differences, surroundings, versions
+from retrain.stream.chain import Chain, ChainStream
 
 ROOT = Path(__file__).parents[1]
 
@@ -205,8 +205,8 @@ IN_A_PROCESS = """
 import hashlib, json, sys, torch
 sys.path.insert(0, "tests")
 import test_identity as t
-from retrain.adapters.stream import TorchStream
-from retrain.identity import run_identity
+from retrain.adapters.network.stream import TorchStream
+from retrain.runs.identity import run_identity
 if len(sys.argv) > 1:
     import sklearn.cluster, cvxpy  # which bring libraries of their own
     torch.ones(300, 300) @ torch.ones(300, 300)
@@ -370,8 +370,8 @@ def test_the_campaign_sees_a_violation(tmp_path, monkeypatch):
 
 def unaware(*arguments):
     """Run commands with identities that are not compared."""
-    import retrain.run
+    import retrain.runs.directory
     from bench.campaigns.identity import work
 
-    retrain.run.differences = lambda before, now: ""
+    retrain.runs.directory.differences = lambda before, now: ""
     work(*arguments)

@@ -8,9 +8,9 @@ from torch import nn
 from training_cases import assert_resumes, tables
 
 import retrain
-from retrain.trainers.augment import flip_crop
-from retrain.trainers.images import ImageFolder
-from retrain.trainers.recipe import read_recipe
+from retrain.trainers.loop.augment import flip_crop
+from retrain.trainers.loop.images import ImageFolder
+from retrain.trainers.recipes.recipe import read_recipe
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_all_parts_run_and_a_second_time_only_read(tmp_path, monkeypatch, capsys
     def forbidden(*arguments, **options):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("retrain.training_run.fit", forbidden)
+    monkeypatch.setattr("retrain.runs.training.fit", forbidden)
     assert itp.main(options) == 0
     assert capsys.readouterr().out == told
 

@@ -18,7 +18,7 @@ from retrain.trainers.itp.objectives import (
     weighted_sum,
 )
 from retrain.trainers.itp.schedules import sigmoid_drop, time_decay
-from retrain.trainers.training import Choice, Setting
+from retrain.trainers.loop.training import Choice, Setting
 
 NAMES = ("0.weight", "2.weight")
 

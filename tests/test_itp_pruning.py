@@ -12,8 +12,8 @@ from torch import nn
 from retrain.trainers.itp.method import Itp
 from retrain.trainers.itp.smgd import SMGD, MAdam, MRMSProp
 from retrain.trainers.itp.soft_pruning import HardPruning, SoftPruning
-from retrain.trainers.supervised import fit, train
-from retrain.trainers.training import Choice, Setting
+from retrain.trainers.loop.supervised import fit, train
+from retrain.trainers.loop.training import Choice, Setting
 
 ADAM = Choice("adam", {"lr": 1e-2}, torch.optim.Adam)
 SGD = Choice("sgd", {"lr": 0.1}, torch.optim.SGD)

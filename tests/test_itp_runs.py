@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from retrain.trainers.itp.knee_runs import search_knee, trainer
+from retrain.runs.knee_search import search_knee, trainer
+from retrain.runs.training import run_training
 from retrain.trainers.itp.objectives import convex_weight
 from retrain.trainers.itp.search import bisection, fixed_list, stochastic_dichotomic
-from retrain.trainers.recipe import built_in, parse_recipe, read_recipe
-from retrain.training_run import run_training
+from retrain.trainers.recipes.recipe import built_in, parse_recipe, read_recipe
 
 INTERVAL = (1e-5, 0.025)
 
@@ -73,7 +73,7 @@ def test_a_finished_search_is_read_again(straight, monkeypatch):
     def forbidden(*arguments, **options):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("retrain.training_run.fit", forbidden)
+    monkeypatch.setattr("retrain.runs.training.fit", forbidden)
     strategy = partial(bisection, interval=INTERVAL, levels=4, budget=6)
     again = search_knee(recipe(), out, strategy, epochs=2)
     assert again.outcomes == found.outcomes and again.by_chord == found.by_chord
@@ -90,7 +90,7 @@ SCRIPT = """
 import sys
 from functools import partial
 import numpy as np
-from retrain.trainers.itp.knee_runs import search_knee
+from retrain.runs.knee_search import search_knee
 from retrain.trainers.itp.search import stochastic_dichotomic
 sys.path.insert(0, {tests!r})
 from test_itp_runs import INTERVAL, recipe
@@ -149,7 +149,7 @@ import sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from test_itp_runs import variant
-from retrain.training_run import run_training
+from retrain.runs.training import run_training
 run_training(variant({name!r}), sys.argv[1])
 """
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import retrain
-from retrain.labels import class_labels
+from retrain.data.labels import class_labels
 from retrain.report.terminal import summary
 from retrain.report.training import training_summary
 

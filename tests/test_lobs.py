@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from retrain.adapters.stream import TorchStream
-from retrain.chain import Chain, ChainStream
-from retrain.methods.lobs import lobs, lobs_plan
-from retrain.methods.lobs_options import LobsOptions, stage_amounts
-from retrain.methods.moments import stream_moments
-from retrain.stream import LayerBatch, collect, layer
+from retrain.adapters.network.stream import TorchStream
+from retrain.methods.lobs.method import lobs, lobs_plan
+from retrain.methods.lobs.moments import stream_moments
+from retrain.methods.lobs.options import LobsOptions, stage_amounts
+from retrain.stream.chain import Chain, ChainStream
+from retrain.stream.stream import LayerBatch, collect, layer
 from solvers.obs import METHODS, hessian_of, layer_problem, per_layer, prune
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
@@ -473,7 +473,7 @@ def test_not_certified_when_a_method_miscounts(fault, monkeypatch):
             weight[tuple(np.argwhere(~kept)[0])] = 1e-3
         return replace(result, weight=weight, kept=kept)
 
-    monkeypatch.setattr("retrain.methods.lobs.prune", faulty)
+    monkeypatch.setattr("retrain.methods.lobs.method.prune", faulty)
     report = run(stream_of(), sparsity=0.5, layers=["0"])["0"]
     assert report.zeros == (97 if fault == "one too many" else 95)
     assert not report.certified
@@ -608,8 +608,8 @@ def test_stages_keep_the_same_share_each():
 @pytest.mark.skipif(not (DATA / "lobs-authors").exists(), reason="no shared data here")
 def test_our_streamed_hessians_are_the_authors():
     """Theirs: (1/n) sum x x^T over all 60 000 images, the bias last, float32 sums."""
-    from retrain.adapters.load import load_model
-    from retrain.data import Data, load_data
+    from retrain.adapters.files.load import load_model
+    from retrain.data.sources import Data, load_data
 
     model = load_model(DATA / "models/lobs_LeNet300100_pretrain.pth").module
     data = load_data(f"mnist:{DATA}/mnist", normalise="0.1307,0.3081")

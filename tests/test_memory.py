@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import solvers.program
-from retrain.methods.net_trim import rows_within
-from retrain.stream import LayerSpec
+from retrain.methods.net_trim.method import rows_within
+from retrain.stream.stream import LayerSpec
 from solvers import Status, solve_admm, solve_newton, trim_program
 
 SHAPES = [(5000, 40, 150), (5000, 250, 50)]

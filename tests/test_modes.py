@@ -21,9 +21,9 @@ from training_cases import samples as training_samples
 from training_cases import tables
 
 import retrain
-from retrain.adapters.load import load_model
-from retrain.adapters.modes import apart
-from retrain.adapters.save import save_model
+from retrain.adapters.files.load import load_model
+from retrain.adapters.files.save import save_model
+from retrain.adapters.network.modes import apart
 
 
 class Doubles(TorchFunctionMode):
@@ -332,7 +332,7 @@ def test_precision_is_whole_inside_and_as_it_was_outside(name):
     script = f"""
 import torch
 from test_modes import precisions
-from retrain.adapters.modes import apart
+from retrain.adapters.network.modes import apart
 {CHANGES[name]}
 before = precisions()
 with apart():

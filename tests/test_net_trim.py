@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from retrain.adapters.stream import TorchStream
-from retrain.bounds import discrepancy
-from retrain.chain import Chain, ChainStream, activate, forward
-from retrain.methods.net_trim import net_trim, rows_within
-from retrain.methods.net_trim_options import NetTrimOptions
-from retrain.stream import collect
+from retrain.adapters.network.stream import TorchStream
+from retrain.bounds.outputs import discrepancy
+from retrain.methods.net_trim.method import net_trim, rows_within
+from retrain.methods.net_trim.options import NetTrimOptions
+from retrain.stream.chain import Chain, ChainStream, activate, forward
+from retrain.stream.stream import collect
 from solvers import L1, ElasticNet, Group, solve_cvxpy, trim_program
 
 TIGHT = {"tolerance": 1e-6, "violation_tolerance": 1e-7, "max_iterations": 20_000}

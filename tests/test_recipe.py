@@ -7,9 +7,9 @@ from typing import Literal
 
 import pytest
 
-from retrain.trainers import recipe as recipes
-from retrain.trainers.options import check_arguments, make_options
-from retrain.trainers.recipe import built_in, parse_recipe, read_recipe
+from retrain.trainers.recipes import recipe as recipes
+from retrain.trainers.recipes.options import check_arguments, make_options
+from retrain.trainers.recipes.recipe import built_in, parse_recipe, read_recipe
 
 TABLES = {
     "data": {"train": "digits"},
@@ -149,7 +149,7 @@ def test_every_built_in_recipe_is_read_and_has_a_title():
 
 
 def test_listing_does_not_import_torch():
-    code = "import sys; from retrain.trainers.recipe import built_in; built_in(); "
+    code = "import sys; from retrain.trainers.recipes.recipe import built_in; built_in(); "
     code += "assert not {'torch', 'numba'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from retrain.bounds import OutputBound
-from retrain.layer_report import LayerReport
+from retrain.bounds.outputs import OutputBound
 from retrain.report.terminal import bound_line, output, run_table, summary, verdict
+from retrain.stream.layer_report import LayerReport
 from solvers.result import Status
 
 REPORT = LayerReport(

@@ -15,7 +15,7 @@ from command import command, start
 from safetensors.torch import save_file
 from small_case import network, samples, save_case
 
-from retrain.run import read_record
+from retrain.runs.directory import read_record
 
 DEEP = (24, 24, 24, 24, 24, 24, 10)
 SCHEMES = {"one job": ("--scheme", "cascade"), "two jobs": ("--scheme", "parallel", "--jobs", "2")}

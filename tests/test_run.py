@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 
 import retrain
-from retrain.chain import Chain
 from retrain.files import json_bytes, plain, write_whole
-from retrain.layer_report import LayerReport
-from retrain.run import open_run, read_record
+from retrain.runs.directory import open_run, read_record
+from retrain.stream.chain import Chain
+from retrain.stream.layer_report import LayerReport
 
 LAYERS = ("0", "1")
 IDENTITY = {"seed": 0, "options": {"epsilon": 0.05, "memory": float("inf")}}

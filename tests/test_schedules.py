@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from retrain.trainers import schedules
-from retrain.trainers.architectures import dense
-from retrain.trainers.recipe import OPTIMIZERS, SCHEDULES, imported
-from retrain.trainers.training import Choice, Setting
+from retrain.trainers.loop.training import Choice, Setting
+from retrain.trainers.recipes import schedules
+from retrain.trainers.recipes.architectures import dense
+from retrain.trainers.recipes.recipe import OPTIMIZERS, SCHEDULES, imported
 
 RATE = 0.8
 

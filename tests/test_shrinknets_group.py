@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
 
-from retrain.trainers.callbacks import Callbacks
+from retrain.trainers.loop.callbacks import Callbacks
+from retrain.trainers.loop.states import seeded
+from retrain.trainers.loop.supervised import fit
 from retrain.trainers.shrinknets.group import (
     Group,
     group_norms,
@@ -23,8 +25,6 @@ from retrain.trainers.shrinknets.group import (
 )
 from retrain.trainers.shrinknets.regression import Regression
 from retrain.trainers.shrinknets.regression_solvers import solve_group
-from retrain.trainers.states import seeded
-from retrain.trainers.supervised import fit
 
 
 def network():

@@ -15,18 +15,18 @@ from torch.optim import SGD, Adam
 from training_cases import same_runs, toml
 
 import retrain
-from retrain.run import read_record
-from retrain.trainers.recipe import RECIPES, built_in, read_recipe
+from retrain.runs.directory import read_record
+from retrain.runs.training import train as train_recipe
+from retrain.trainers.loop.states import mode, seeded
+from retrain.trainers.loop.supervised import fit, train
+from retrain.trainers.loop.training import Choice, Setting
+from retrain.trainers.recipes.recipe import RECIPES, built_in, read_recipe
 from retrain.trainers.shrinknets.cost import Costs, input_neurons
 from retrain.trainers.shrinknets.fold import fold
 from retrain.trainers.shrinknets.method import GroupSparsity, ShrinkNets
 from retrain.trainers.shrinknets.regression import Regression, column_sparsity, shrink_objective
 from retrain.trainers.shrinknets.regression_solvers import solve_group, solve_shrink
 from retrain.trainers.shrinknets.switches import switches_of
-from retrain.trainers.states import mode, seeded
-from retrain.trainers.supervised import fit, train
-from retrain.trainers.training import Choice, Setting
-from retrain.training_run import train as train_recipe
 
 
 def recipe(**changes):

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from retrain.trainers.itp.architectures import lenet_5, vgg_like
-from retrain.trainers.masked import weights_of
+from retrain.trainers.loop.masked import weights_of
+from retrain.trainers.loop.states import mode, seeded
 from retrain.trainers.shrinknets.cutting import cut_neurons
 from retrain.trainers.shrinknets.fold import fold
 from retrain.trainers.shrinknets.network import neurons_of, with_switches
@@ -21,7 +22,6 @@ from retrain.trainers.shrinknets.switches import (
     switch_penalty,
     switches_of,
 )
-from retrain.trainers.states import mode, seeded
 
 
 def dense():

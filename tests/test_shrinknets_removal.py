@@ -23,7 +23,9 @@ from torch.optim import (
     Rprop,
 )
 
-from retrain.trainers.callbacks import Callbacks, Step
+from retrain.trainers.loop.callbacks import Callbacks, Step
+from retrain.trainers.loop.states import seeded
+from retrain.trainers.loop.supervised import fit
 from retrain.trainers.shrinknets.cutting import cut_neurons, spread
 from retrain.trainers.shrinknets.network import neurons_of, with_switches
 from retrain.trainers.shrinknets.removal import (
@@ -34,8 +36,6 @@ from retrain.trainers.shrinknets.removal import (
     sign_variance,
 )
 from retrain.trainers.shrinknets.switches import Switch, switch_penalty, switches_of
-from retrain.trainers.states import seeded
-from retrain.trainers.supervised import fit
 
 OPTIMIZERS = {
     "sgd": lambda p: SGD(p, lr=0.1),

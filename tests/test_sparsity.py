@@ -14,9 +14,9 @@ from small_case import network, samples, save_case
 from torch import nn
 
 import retrain
-from retrain.epsilon_search import LARGEST, SMALLEST, Goal, Trial, choose, next_epsilon
 from retrain.report.terminal import asked_lines, trial_line
-from retrain.run import read_record
+from retrain.runs.directory import read_record
+from retrain.runs.epsilon_search import LARGEST, SMALLEST, Goal, Trial, choose, next_epsilon
 from solvers import Group
 
 SIZES = {"0": 16 * 12, "2": 12 * 8, "4": 8 * 6}

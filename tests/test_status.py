@@ -73,7 +73,7 @@ def case(tmp_path_factory):
 
 def slow():
     """Each pass for the bounds takes five seconds, as a large network's does."""
-    import retrain.adapters.stream as stream
+    import retrain.adapters.network.stream as stream
 
     measured = stream.TorchStream.passage
 

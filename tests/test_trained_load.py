@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import retrain
-from retrain.adapters.blocks import PadChannels, StackChannels, Sum
-from retrain.adapters.description import describe_module
-from retrain.data import load_data
+from retrain.adapters.files.blocks import PadChannels, StackChannels, Sum
+from retrain.adapters.files.description import describe_module
+from retrain.data.sources import load_data
 
 HERE = Path(__file__).parent
 DIGITS = {"train": "digits", "test": "digits-test"}

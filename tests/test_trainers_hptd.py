@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from retrain.trainers.hptd import truncate
-from retrain.trainers.masked import fine_tune
+from retrain.trainers.loop.masked import fine_tune
 
 SIZES = {"0.weight": 12, "1.weight": 8}
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
-from retrain.trainers.callbacks import Callbacks
-from retrain.trainers.masked import fine_tune, masks_of, weights_of
-from retrain.trainers.states import seeded
-from retrain.trainers.supervised import train
+from retrain.trainers.loop.callbacks import Callbacks
+from retrain.trainers.loop.masked import fine_tune, masks_of, weights_of
+from retrain.trainers.loop.states import seeded
+from retrain.trainers.loop.supervised import train
 
 OPTIMIZERS = {
     "plain": lambda m: SGD(m.parameters(), lr=0.1),

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from retrain.data import load_data
-from retrain.trainers.accuracy import evaluate
+from retrain.data.sources import load_data
+from retrain.trainers.loop.accuracy import evaluate
 
 ROOT = Path(__file__).parents[1]
 MNIST = ROOT.parent / "shared" / "data" / "mnist"

@@ -15,10 +15,10 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from retrain.trainers.accuracy import evaluate
-from retrain.trainers.callbacks import Callbacks
-from retrain.trainers.states import mode, seeded
-from retrain.trainers.supervised import fit, train
+from retrain.trainers.loop.accuracy import evaluate
+from retrain.trainers.loop.callbacks import Callbacks
+from retrain.trainers.loop.states import mode, seeded
+from retrain.trainers.loop.supervised import fit, train
 
 CPU = torch.device("cpu")
 OPTIMIZERS = {

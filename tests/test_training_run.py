@@ -27,9 +27,9 @@ from training_cases import (
 )
 
 import retrain
-from retrain.run import read_record
-from retrain.trainers.checkpoints import read_checkpoint, write_checkpoint
-from retrain.trainers.states import seeded
+from retrain.runs.directory import read_record
+from retrain.trainers.loop.checkpoints import read_checkpoint, write_checkpoint
+from retrain.trainers.loop.states import seeded
 
 
 @pytest.fixture

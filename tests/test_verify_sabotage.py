@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from retrain.chain import forward
+from retrain.stream.chain import forward
 from retrain.verify import (
     gated_network,
     gates,

@@ -103,7 +103,7 @@ def test_the_check_can_fail(case, tmp_path):
 
 
 def watch_nothing():
-    import retrain.methods.net_trim as method
+    import retrain.methods.net_trim.method as method
 
     method.workers = lambda jobs, **options: joblib.Parallel(n_jobs=jobs, **options)
 

@@ -24,8 +24,8 @@ from threadpoolctl import threadpool_limits
 
 import retrain
 from bench.campaigns.networks import Net, draw, exactly
-from retrain.adapters.stream import TorchStream
-from retrain.bounds import OutputBound, output_bound
+from retrain.adapters.network.stream import TorchStream
+from retrain.bounds.outputs import OutputBound, output_bound
 
 Row = dict[str, Any]
 # Long double has a roundoff of its own, which a bound on exact arithmetic need not cover.

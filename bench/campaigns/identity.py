@@ -293,7 +293,12 @@ def forked(place: Path, commands: list[list[str]], killed: bool) -> list[Answer]
     before = {name: os.environ.get(name) for name in _SERVER}
     os.environ.update(_SERVER)  # for the server, which the first call starts
     _FORKS.set_forkserver_preload(
-        ["retrain.api", "retrain.second_order", "retrain.report.terminal", "retrain.training_run"]
+        [
+            "retrain.api.net_trim",
+            "retrain.api.lobs",
+            "retrain.report.terminal",
+            "retrain.runs.training",
+        ]
     )
     with tempfile.NamedTemporaryFile() as file:
         process = _FORKS.Process(target=work, args=(str(place), commands, killed, file.name))
@@ -353,8 +358,8 @@ def _answers(file: Path, count: int) -> list[Answer]:
 
 def _kill_early() -> None:
     """Have this process killed as soon as its first layer, or its first epoch, is written."""
-    from retrain import training_run
-    from retrain.run import RunDirectory
+    from retrain.runs import training as training_run
+    from retrain.runs.directory import RunDirectory
 
     def deadly(write: Callable[..., None]) -> Callable[..., None]:
         def wrapped(*arguments: Any) -> None:

@@ -156,16 +156,16 @@ def main(arguments: list[str]) -> int:
 def preload() -> None:
     """Import what a command needs, so that those forked off this process need not."""
     os.environ["OMP_NUM_THREADS"] = "1"  # a process that is forked should have no threads
-    import retrain.api
+    import retrain.api.lobs
+    import retrain.api.net_trim
     import retrain.demo
-    import retrain.epsilon_search
     import retrain.report.terminal
-    import retrain.second_order
-    import retrain.training_run
+    import retrain.runs.epsilon_search
+    import retrain.runs.training
     import retrain.verify
     from retrain.trainers import gates, itp, shrinknets
 
-    assert all((retrain.api, retrain.demo, gates, itp, shrinknets))
+    assert all((retrain.api.net_trim, retrain.demo, gates, itp, shrinknets))
 
 
 def prepare(inputs: Path) -> None:
@@ -224,9 +224,9 @@ def call(name: str) -> int:
 
 def knee_search() -> int:
     """The one verb that has no command: what `python -m bench papers.itp` calls."""
-    from retrain.trainers.itp.knee_runs import search_knee
+    from retrain.runs.knee_search import search_knee
     from retrain.trainers.itp.search import bisection
-    from retrain.trainers.recipe import read_recipe
+    from retrain.trainers.recipes.recipe import read_recipe
 
     strategy = partial(bisection, interval=(1e-4, 0.5), levels=2, budget=3)
     search_knee(read_recipe("itp.toml"), "out", strategy, epochs=1)
@@ -404,7 +404,7 @@ def units_done(out: Path) -> int:
     """How many layers, epochs and rows of checks are finished and kept."""
     if not out.is_dir():
         return 0
-    from retrain.trainers.checkpoints import read_checkpoint
+    from retrain.trainers.loop.checkpoints import read_checkpoint
 
     layers = sum(1 for path in out.rglob("layers/*.safetensors") if path.name[0] != ".")
     trained = [read_checkpoint(path) for path in out.rglob("checkpoint.pt")]

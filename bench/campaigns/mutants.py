@@ -60,9 +60,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "test_net_trim.py",
         "test_api.py",
     ),
-    "retrain/adapters/gain.py": (*_ADAPTERS, "test_bounds.py", "test_bounds_networks.py"),
+    "retrain/adapters/network/gain.py": (*_ADAPTERS, "test_bounds.py", "test_bounds_networks.py"),
     "retrain/adapters/": (*_ADAPTERS, "test_adapters_description.py"),
-    "retrain/run.py": ("test_run.py", "test_checkpoints.py", "test_training_run.py"),
+    "retrain/runs/directory.py": ("test_run.py", "test_checkpoints.py", "test_training_run.py"),
 }
 """By the beginning of a file's name, the tests of its room, in the order in which they run."""
 
@@ -72,11 +72,11 @@ MUTATED = (
     "solvers/free_row.py",
     "solvers/obs/*.py",
     "retrain/bounds*",
-    "retrain/adapters/find.py",
-    "retrain/adapters/gain.py",
-    "retrain/adapters/operations.py",
-    "retrain/adapters/patches.py",
-    "retrain/run.py",
+    "retrain/adapters/network/find.py",
+    "retrain/adapters/network/gain.py",
+    "retrain/adapters/network/operations.py",
+    "retrain/adapters/network/patches.py",
+    "retrain/runs/directory.py",
 )
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from retrain.files import write_whole
-from retrain.trained import TrainedRun
-from retrain.training_run import train
+from retrain.runs.trained import TrainedRun
+from retrain.runs.training import train
 
 FINE_TUNING = 10
 

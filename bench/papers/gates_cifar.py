@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from bench.papers.gates import add_set
-from retrain.trained import TrainedRun
-from retrain.trainers.accuracy import evaluate
-from retrain.training_run import train
+from retrain.runs.trained import TrainedRun
+from retrain.runs.training import train
+from retrain.trainers.loop.accuracy import evaluate
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 RECIPES = {"dense": "gates-cifar10-small-dense", "gated": "gates-cifar10-small"}

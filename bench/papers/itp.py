@@ -37,9 +37,9 @@ from bench.papers.itp_rows import (
     table_row,
 )
 from bench.papers.itp_table import CRITICAL, TABLES, TRADE_OFFS
-from retrain.data import load_data
+from retrain.data.sources import load_data
+from retrain.runs.knee_search import Strategy, trainer
 from retrain.trainers.itp.knee import knee_by_chord, knee_by_trade_off
-from retrain.trainers.itp.knee_runs import Strategy, trainer
 from retrain.trainers.itp.objectives import (
     convex_weight,
     trade_off_of,
@@ -52,7 +52,7 @@ from retrain.trainers.itp.search import (
     nondominated,
     stochastic_dichotomic,
 )
-from retrain.trainers.recipe import read_recipe
+from retrain.trainers.recipes.recipe import read_recipe
 
 PARTS = ("critical", "table", "smgd", "search", "knee")
 INTERVAL = (1e-5, 0.01)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from bench.papers.itp_table import CRITICAL, TABLES, TRADE_OFFS, Printed
-from retrain.data import Data
-from retrain.trained import TrainedRun
+from retrain.data.sources import Data
+from retrain.runs.trained import TrainedRun
+from retrain.runs.training import run_training
 from retrain.trainers.itp.objectives import Complexity, dense_weights
-from retrain.trainers.recipe import read_recipe
-from retrain.training_run import run_training
+from retrain.trainers.recipes.recipe import read_recipe
 
 NAMES = {"batch": "batchwise (c)", "epoch": "epochwise (b)", "end": "after training (a)"}
 SCHEDULES: dict[str, dict[str, Any]] = {

@@ -26,11 +26,11 @@ import retrain
 from bench.papers import l_obs_curves as curves
 from bench.papers.l_obs_authors import compare
 from bench.papers.lenet import lenet_5, lenet_300_100, pairs
-from retrain.adapters.stream import TorchStream
-from retrain.data import Data, load_data
-from retrain.trainers.accuracy import evaluate
+from retrain.adapters.network.stream import TorchStream
+from retrain.data.sources import Data, load_data
 from retrain.trainers.hptd import truncate
-from retrain.trainers.masked import fine_tune
+from retrain.trainers.loop.accuracy import evaluate
+from retrain.trainers.loop.masked import fine_tune
 
 PARTS = ("authors", "curves", "table3", "table4")
 NORMALISE = "0.1307,0.3081"

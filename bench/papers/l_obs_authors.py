@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retrain.stream import LayerStream
+from retrain.stream.stream import LayerStream
 from solvers.arrays import to_numpy
 from solvers.obs import (
     hessian_of,

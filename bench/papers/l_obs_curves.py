@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retrain.stream import LayerStream
+from retrain.stream.stream import LayerStream
 from solvers.arrays import to_numpy
 from solvers.obs import (
     LayerProblem,

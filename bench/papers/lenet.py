@@ -14,11 +14,11 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bench.papers.models import relu_network
-from retrain.adapters.load import load_model
-from retrain.data import Data
-from retrain.trainers.batches import TrainingData
-from retrain.trainers.states import seeded
-from retrain.trainers.supervised import train
+from retrain.adapters.files.load import load_model
+from retrain.data.sources import Data
+from retrain.trainers.loop.batches import TrainingData
+from retrain.trainers.loop.states import seeded
+from retrain.trainers.loop.supervised import train
 
 LENET_300_100 = (784, 300, 100, 10)
 DENSE_EPOCHS = 10

@@ -16,9 +16,9 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from retrain.trainers.accuracy import evaluate
-from retrain.trainers.states import seeded
-from retrain.trainers.supervised import train
+from retrain.trainers.loop.accuracy import evaluate
+from retrain.trainers.loop.states import seeded
+from retrain.trainers.loop.supervised import train
 
 NN2_WIDTHS = (784, 300, 300, 10)
 NN2_SAMPLES = 10_000

@@ -22,10 +22,10 @@ from torch.optim import SGD
 
 import retrain
 from bench.papers.models import nn2_10k, spiral_points, spirals
-from retrain.data import load_data
-from retrain.trainers.accuracy import evaluate
+from retrain.data.sources import load_data
 from retrain.trainers.hptd import truncate
-from retrain.trainers.masked import fine_tune
+from retrain.trainers.loop.accuracy import evaluate
+from retrain.trainers.loop.masked import fine_tune
 
 FINE_TUNING_EPOCHS = 5
 LEVELS = {"low discrepancy, table 1(a)": 0.037, "high discrepancy, table 1(b)": 0.095}

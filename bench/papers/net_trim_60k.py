@@ -26,10 +26,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import retrain
 from bench.papers.models import momentum_sgd, relu_network
-from retrain.data import Data, load_data
-from retrain.layer_report import LayerReport
-from retrain.trainers.accuracy import evaluate
-from retrain.trainers.supervised import train
+from retrain.data.sources import Data, load_data
+from retrain.stream.layer_report import LayerReport
+from retrain.trainers.loop.accuracy import evaluate
+from retrain.trainers.loop.supervised import train
 
 WIDTHS = (784, 300, 1000, 300, 10)
 EPOCHS = 5

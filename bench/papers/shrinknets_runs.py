@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retrain.data import load_data
-from retrain.trainers.accuracy import evaluate
-from retrain.trainers.schedules import cosine
+from retrain.data.sources import load_data
+from retrain.trainers.loop.accuracy import evaluate
+from retrain.trainers.loop.states import seeded
+from retrain.trainers.loop.supervised import Loss, fit
+from retrain.trainers.loop.training import Choice, Setting, Training
+from retrain.trainers.recipes.schedules import cosine
 from retrain.trainers.shrinknets.cost import Costs
 from retrain.trainers.shrinknets.method import ShrinkNets
 from retrain.trainers.shrinknets.regression import Kind, Regression, column_sparsity
 from retrain.trainers.shrinknets.regression_solvers import solve_group, solve_shrink
-from retrain.trainers.states import seeded
-from retrain.trainers.supervised import Loss, fit
-from retrain.trainers.training import Choice, Setting, Training
 
 Row = dict[str, Any]
 HELD_OUT = 0.3

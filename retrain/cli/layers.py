@@ -25,7 +25,7 @@ def add_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """List a model's layers."""
-    from retrain.adapters.find import layer_table
+    from retrain.adapters.network.find import layer_table
 
     loaded = load(options)
     layers = layer_table(loaded.module)

@@ -89,7 +89,7 @@ def add_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Prune by second-order information."""
-    from retrain.second_order import lobs, plan_stages
+    from retrain.api.lobs import lobs, plan_stages
 
     sparsity = [by_layer("--sparsity", text) for text in options.sparsity or []]
     tolerance = None
@@ -137,10 +137,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def _dry_run_lobs(options: argparse.Namespace, loaded: Any, data: Any, plan: Any) -> int:
     """Say what would be pruned, how, in how much memory."""
-    from retrain.methods.lobs import lobs_plan, oversized
-    from retrain.prepare import select
-    from retrain.second_order import layers_of
-    from retrain.subject import subject_of
+    from retrain.api.lobs import layers_of
+    from retrain.methods.lobs.method import lobs_plan, oversized
+    from retrain.runs.prepare import select
+    from retrain.runs.subject import subject_of
 
     stream = subject_of(loaded, options.device).stream(data)
     for number, stage in enumerate(plan, start=1):

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from retrain.cli.status import Status
 
 if TYPE_CHECKING:
-    from retrain.adapters.load import LoadedModel
-    from retrain.api import Run
-    from retrain.epsilon_search import Goal, Trial
-    from retrain.layer_report import LayerReport
+    from retrain.adapters.files.load import LoadedModel
+    from retrain.api.net_trim import Run
+    from retrain.runs.epsilon_search import Goal, Trial
+    from retrain.stream.layer_report import LayerReport
 
 DONE, NOT_CERTIFIED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -120,7 +120,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def load(options: argparse.Namespace) -> Any:
     """Load the network that the options name."""
-    from retrain.adapters.load import load_model
+    from retrain.adapters.files.load import load_model
 
     if not options.model:
         raise ValueError("model: got '', wanted a file or the directory of a finished run")
@@ -139,8 +139,8 @@ def _load_run(options: argparse.Namespace) -> LoadedModel:
     """Load the network of a finished run; what was trained on normalised data says so."""
     from torch import nn
 
-    from retrain.adapters.load import LoadedModel, made_module
-    from retrain.loading import load as load_run
+    from retrain.adapters.files.load import LoadedModel, made_module
+    from retrain.api.load import load as load_run
 
     path = Path(options.model)
     if options.key is not None:
@@ -160,7 +160,7 @@ def _load_run(options: argparse.Namespace) -> LoadedModel:
 
 def read_data(options: argparse.Namespace) -> tuple[Any, Any]:
     """Load the calibration data and the held-out data, if any."""
-    from retrain.data import load_data
+    from retrain.data.sources import load_data
 
     data = load_data(options.data, limit=options.limit, normalise=options.normalise)
     if options.evaluate is None:

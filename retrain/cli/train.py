@@ -59,7 +59,7 @@ def add_command(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     """Train."""
     if options.list:
-        from retrain.trainers.recipe import built_in
+        from retrain.trainers.recipes.recipe import built_in
 
         for name, title in built_in().items():
             print(f"{name}: {title}" if title else name)
@@ -71,12 +71,12 @@ def _run(options: argparse.Namespace) -> int:
     from retrain.methods.amounts import check_parallel
 
     check_parallel(1, options.threads, 0 if options.seed is None else options.seed)
-    from retrain.training_run import train
+    from retrain.runs.training import train
 
     first = os.environ.get("RANK", "0") == "0"
     progress = _Epochs(options)
     with progress:
-        from retrain.training_run import train
+        from retrain.runs.training import train
 
         run = train(
             options.recipe,

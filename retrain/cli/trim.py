@@ -136,7 +136,7 @@ def add_command(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     """Retrain with Net-Trim."""
     from retrain.methods.amounts import layers_named
-    from retrain.methods.net_trim_options import NetTrimOptions
+    from retrain.methods.net_trim.options import NetTrimOptions
 
     gap, violation = _tolerances(options.tolerance)
     relative = options.relative_epsilon
@@ -162,9 +162,9 @@ def _run(options: argparse.Namespace) -> int:
         jobs=options.jobs,
         threads=options.threads,
     )
-    from retrain.api import net_trim
-    from retrain.prepare import select
-    from retrain.subject import subject_of
+    from retrain.api.net_trim import net_trim
+    from retrain.runs.prepare import select
+    from retrain.runs.subject import subject_of
 
     with Progress(options) as progress:
         loaded = load(options)
@@ -226,8 +226,8 @@ def _dry_run(stream: Any, names: list[str], settings: Any) -> int:
     """Say what would be retrained, on how many rows."""
     from array_api_compat import device
 
-    from retrain.methods.net_trim import rows_within
-    from retrain.stream import layer
+    from retrain.methods.net_trim.method import rows_within
+    from retrain.stream.stream import layer
 
     for name in names:
         spec = layer(stream, name)

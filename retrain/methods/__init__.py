@@ -1,1 +1,1 @@
-"""Methods that retrain a network layer by layer, over a `retrain.stream.LayerStream`."""
+"""Methods that retrain a network layer by layer, over a `retrain.stream.stream.LayerStream`."""

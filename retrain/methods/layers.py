@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from retrain.stream import Array, LayerSpec, LayerStream, layer
+from retrain.stream.stream import Array, LayerSpec, LayerStream, layer
 from solvers.arrays import like, to_numpy
 
 

@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from retrain.bounds import NO_DIRECT, OutputBound
-from retrain.layer_report import LayerReport
+from retrain.bounds.outputs import NO_DIRECT, OutputBound
+from retrain.stream.layer_report import LayerReport
 from solvers.result import Status
 
 _REMEDIES = {
@@ -44,7 +44,7 @@ def output() -> Console:
 def layer_list(layers: Iterable[Any]) -> Table:
     """Table of what can be retrained, for `retrain layers`.
 
-    `layers` are `retrain.adapters.find.FoundLayer`.
+    `layers` are `retrain.adapters.network.find.FoundLayer`.
     """
     table = Table(box=SIMPLE_HEAD)
     for title in ("layer", "kind", "inputs x units", "numbers", "meets next", "retrain?"):

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from retrain.trainers.masked import weights_of
-from retrain.trainers.supervised import Model
+from retrain.trainers.loop.masked import weights_of
+from retrain.trainers.loop.supervised import Model
 
 
 def truncate(
@@ -37,7 +37,7 @@ def truncate(
         in it to the entry that comes first in row-major order.
     names : iterable of str, optional
         Parameters to choose from, for an int; by default all weights, as
-        `retrain.trainers.masked.weights_of` finds them.
+        `retrain.trainers.loop.masked.weights_of` finds them.
 
     Returns
     -------

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from retrain.trainers.gates.network import ungate
-from retrain.trainers.training import Setting, Training
+from retrain.trainers.loop.training import Setting, Training
 
 
 @dataclass(frozen=True)

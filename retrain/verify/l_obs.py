@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from retrain.bounds import l_obs_bound
-from retrain.chain import Chain, activate, forward, response, spectral_norm
+from retrain.bounds.outputs import l_obs_bound
+from retrain.stream.chain import Chain, activate, forward, response, spectral_norm
 from retrain.verify import pictures
 from retrain.verify.net_trim import random_chain
 from retrain.verify.statement import Case, Level, Numbers, Row, Statement

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from retrain.bounds import theorem_1, theorem_2
-from retrain.chain import Chain, ChainStream, forward, link_normalise, response
-from retrain.methods.net_trim import NetTrimOptions, net_trim
+from retrain.bounds.outputs import theorem_1, theorem_2
+from retrain.methods.net_trim.method import NetTrimOptions, net_trim
+from retrain.stream.chain import Chain, ChainStream, forward, link_normalise, response
 from retrain.verify import pictures
 from retrain.verify.statement import Case, Level, Numbers, Row, Statement
 from solvers import solve_cvxpy, trim_program

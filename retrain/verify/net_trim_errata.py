@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retrain.bounds import check_link_normalised, output_bound, theorem_1
-from retrain.chain import Chain, ChainStream, forward, link_normalise
-from retrain.methods.net_trim import net_trim
+from retrain.bounds.outputs import check_link_normalised, output_bound, theorem_1
+from retrain.methods.net_trim.method import net_trim
+from retrain.stream.chain import Chain, ChainStream, forward, link_normalise
 from retrain.verify.net_trim import PAPER, THEOREM_1, Retrained, options, output, random_chain
 from retrain.verify.statement import Case, Numbers, Statement
 from solvers import ElasticNet, Penalty, solve_cvxpy, trim_program

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retrain.chain import Chain, forward, link_normalise
+from retrain.stream.chain import Chain, forward, link_normalise
 from retrain.verify.net_trim import PAPER, SLACK, VIOLATION, cascade, network_cases, trim
 from retrain.verify.statement import Case, Level, Numbers, Statement
 from solvers import solve_admm, solve_cvxpy, solve_osqp, trim_program

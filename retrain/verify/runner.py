@@ -27,8 +27,8 @@ from threadpoolctl import threadpool_limits
 from retrain.files import write_whole
 from retrain.methods.amounts import check_parallel
 from retrain.records import Count, parse_json, read_as
-from retrain.run import check_out
-from retrain.subject import apart_from_caller
+from retrain.runs.directory import check_out
+from retrain.runs.subject import apart_from_caller
 from retrain.verify import (
     gates,
     gates_dynamics,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from retrain.adapters.blocks import PadChannels, StackChannels
+from retrain.adapters.files.blocks import PadChannels, StackChannels
 
 
 @dataclass(slots=True)

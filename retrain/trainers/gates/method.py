@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from retrain.trainers.callbacks import Callbacks, Epoch, Step
-from retrain.trainers.distributed import joint_mean
 from retrain.trainers.gates.gating import Gating
 from retrain.trainers.gates.gradients import (
     MeanGradient,
@@ -22,7 +20,9 @@ from retrain.trainers.gates.gradients import (
     exact_difference,
 )
 from retrain.trainers.gates.network import gates_of, ungate
-from retrain.trainers.training import Setting, Training
+from retrain.trainers.loop.callbacks import Callbacks, Epoch, Step
+from retrain.trainers.loop.distributed import joint_mean
+from retrain.trainers.loop.training import Setting, Training
 
 Estimator = Literal["first-order", "exact"]
 ThetaOptimizer = Literal["adam", "sgd"]

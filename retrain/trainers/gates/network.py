@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from retrain.adapters.blocks import Sum
+from retrain.adapters.files.blocks import Sum
 from retrain.trainers.gates.block import Gated
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from retrain.trainers.callbacks import Callbacks, Epoch, Step
 from retrain.trainers.itp.objectives import (
     Complexity,
     Objective,
@@ -23,7 +22,8 @@ from retrain.trainers.itp.objectives import (
 from retrain.trainers.itp.schedules import time_decay
 from retrain.trainers.itp.smgd import SMGD, MAdam, MRMSProp, MultiGradient
 from retrain.trainers.itp.soft_pruning import HardPruning, SoftPruning
-from retrain.trainers.training import Setting, Stateful, Training
+from retrain.trainers.loop.callbacks import Callbacks, Epoch, Step
+from retrain.trainers.loop.training import Setting, Stateful, Training
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from retrain.trainers.masked import weights_of
+from retrain.trainers.loop.masked import weights_of
 
 Objective = Callable[[nn.Module], Tensor]
 """Something to be small that depends on the weights alone."""

@@ -7,7 +7,7 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from retrain.trainers.training import Setting
+from retrain.trainers.loop.training import Setting
 
 
 def time_decay(optimizer: Optimizer, decay: float) -> LambdaLR:

@@ -1,6 +1,6 @@
 """What training a network that shrinks has cost, by the draft's model.
 
-Seconds and operations are in every run's history (`retrain.trainers.account`).
+Seconds and operations are in every run's history (`retrain.trainers.loop.account`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from retrain.trainers.callbacks import Epoch
+from retrain.trainers.loop.callbacks import Epoch
 from retrain.trainers.shrinknets.network import neurons_of
 
 

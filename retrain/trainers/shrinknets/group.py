@@ -20,7 +20,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from retrain.trainers.callbacks import Step
+from retrain.trainers.loop.callbacks import Step
 from retrain.trainers.shrinknets.network import Neurons, Side, neurons_of
 
 

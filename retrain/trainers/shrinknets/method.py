@@ -12,8 +12,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from retrain.trainers.callbacks import Callbacks, Step
-from retrain.trainers.options import check_not_negative
+from retrain.trainers.loop.callbacks import Callbacks, Step
+from retrain.trainers.loop.training import Setting, Training
+from retrain.trainers.recipes.options import check_not_negative
 from retrain.trainers.shrinknets.cost import Costs, input_neurons
 from retrain.trainers.shrinknets.cutting import cut_neurons
 from retrain.trainers.shrinknets.fold import fold
@@ -26,7 +27,6 @@ from retrain.trainers.shrinknets.switches import (
     regularised_penalty,
     switches_of,
 )
-from retrain.trainers.training import Setting, Training
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from typing import Literal, get_args
 from torch import nn
 from torch.nn.utils import parametrize
 
+from retrain.trainers.loop.states import device_of
 from retrain.trainers.shrinknets.switches import InputSwitch, Switch
-from retrain.trainers.states import device_of
 
 Side = Literal["inputs", "outputs"]
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d

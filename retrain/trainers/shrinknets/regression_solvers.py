@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retrain.trainers.options import check_not_negative
+from retrain.trainers.recipes.options import check_not_negative
 from retrain.trainers.shrinknets.regression import (
     Regression,
     equivalent_penalty,

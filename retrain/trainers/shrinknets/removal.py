@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from retrain.trainers.callbacks import Step
+from retrain.trainers.loop.callbacks import Step
 from retrain.trainers.shrinknets.cutting import cut_neurons
 from retrain.trainers.shrinknets.network import neurons_of
 from retrain.trainers.shrinknets.switches import Switch, switches_of

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from retrain.trainers.masked import weights_of
+from retrain.trainers.loop.masked import weights_of
 
 POWERS = (1, 2)
 

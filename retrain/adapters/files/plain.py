@@ -1,0 +1,61 @@
+"""Whether a network's tensors alone say what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx, nn
+
+from retrain.adapters.files.dense import read_chain
+from retrain.adapters.network.find import Network
+from retrain.adapters.network.operations import operation, setting
+
+
+def is_plain(network: Network, model: nn.Module) -> bool:
+    """Whether `load_model` reads the same network off the model's saved tensors, without code.
+
+    That is so for a chain of dense layers with ReLUs between them and nothing after the last, whose
+    samples are flattened first if at all, if names and shapes leave no doubt about the order.
+    """
+    if network.graph is None or any(found.spec.reason for found in network.layers):
+        return False
+    state = model.state_dict()
+    try:
+        chain, _ = read_chain(state, activation="relu", ordered=False)
+    except ValueError:  # other tensors, or an order that cannot be told
+        return False
+    names = [layer.name for layer in chain.dense_layers]
+    return names == [found.spec.name for found in network.layers] and _is_chain(
+        network.graph, dict(model.named_modules())
+    )
+
+
+def _is_chain(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> bool:
+    """Walk from the input to the output: dense layers, a ReLU between two, no other step."""
+    node = next(node for node in graph.nodes if node.op == "placeholder")
+    layers, open_layer = 0, False  # open: nothing has followed the last layer yet
+    while True:
+        users = [user for user in node.users if operation(user, modules) != "shape"]
+        if len(users) != 1:
+            return False
+        node = users[0]
+        kind = operation(node, modules)
+        if node.op == "output":
+            return node.args[0] is not None and open_layer
+        if kind == "linear" and not open_layer:
+            layers, open_layer = layers + 1, True
+        elif kind == "relu" and open_layer:
+            open_layer = False
+        elif kind != "identity" and not (layers == 0 and _flattens(node, modules)):
+            return False
+
+
+def _flattens(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node makes a row of every sample."""
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if name in ("view", "reshape"):
+        return len(node.args) == 3
+    if name == "flatten" or isinstance(modules.get(str(node.target)), nn.Flatten):
+        start = setting(node, modules, 1, "start_dim", 0)
+        return bool(start == 1 and setting(node, modules, 2, "end_dim", -1) == -1)
+    return False

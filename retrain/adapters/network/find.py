@@ -1,0 +1,330 @@
+"""Find the layers of a torch module: what they are, what follows them, and why some must stay.
+
+The forward pass is traced symbolically (`torch.fx`), so modules, functions and methods, nested as
+they like, become one graph. A layer that this does not reach, or whose weights are not its own
+alone, is listed with the reason and left untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from torch import fx, nn
+
+from retrain.adapters.network.gain import describe
+from retrain.adapters.network.operations import operation
+from retrain.adapters.network.tensors import FLOATS
+from retrain.adapters.network.wrappers import check_plain_weights, unwrapped
+from retrain.stream.stream import Follows, LayerSpec
+
+# A ReLU commutes with whatever only moves entries about or picks the largest of some: since it is
+# monotone, relu(max(z)) = max(relu(z)). So a layer is followed by a ReLU across these, too.
+_COMMUTE = ("identity", "move", "max_pool")
+
+_TRACE_ERRORS = (
+    fx.proxy.TraceError,
+    TypeError,
+    RuntimeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+)
+
+
+@dataclass(frozen=True)
+class FoundLayer:
+    """A module with weights.
+
+    Attributes
+    ----------
+    spec : LayerSpec
+        What a method sees of it.
+    module : str
+        Its class name.
+    parameters : int
+        How many numbers it holds, biases included.
+    meets : str
+        What its response meets next, in words: ``"relu"``, ``"BatchNorm2d (bn1)"``, ``"output"``.
+    detail : str
+        Kernel, stride and so on of a convolution; else empty.
+    """
+
+    spec: LayerSpec
+    module: str
+    parameters: int
+    meets: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A module taken apart.
+
+    Attributes
+    ----------
+    layers : tuple of FoundLayer
+        All modules with weights, in execution order; those not reached come last.
+    graph : fx.Graph or None
+        The traced forward pass, or None if it cannot be traced.
+    nodes : mapping
+        By layer name, the node that calls it, for layers that are called once.
+    """
+
+    layers: tuple[FoundLayer, ...]
+    graph: fx.Graph | None
+    nodes: Mapping[str, fx.Node]
+
+
+def layer_table(model: nn.Module) -> tuple[FoundLayer, ...]:
+    """List a module's layers, in execution order, for a person to read.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; it is not changed.
+
+    Returns
+    -------
+    tuple of FoundLayer
+
+    Raises
+    ------
+    ValueError
+        If it is no module or has no weights at all.
+    """
+    return find_layers(evaluation_copy(model)).layers
+
+
+def evaluation_copy(model: nn.Module) -> nn.Module:
+    """Copy a module, without wrappers around it, and put the copy into evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        If it is no module, is a single bare layer, has weights that are computed at each call
+        (pruning masks, weight norm), or cannot be copied.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got a {type(model).__name__}, wanted a torch module")
+    model = unwrapped(model)
+    check_plain_weights(model)
+    if type(model) in (nn.Linear, nn.Conv2d):
+        raise ValueError("model: got a single layer; wrap it in torch.nn.Sequential")
+    try:
+        return copy.deepcopy(model).eval()
+    except (RuntimeError, TypeError) as error:
+        text = str(error).split("\n")[0]
+        raise ValueError(f"model: {type(model).__name__} cannot be copied: {text}") from error
+
+
+def find_layers(model: nn.Module) -> Network:
+    """Take a module apart; it must be in evaluation mode (`evaluation_copy`).
+
+    Raises
+    ------
+    ValueError
+        If the module has no weights.
+    """
+    graph, problem = trace(model)
+    modules = dict(model.named_modules())
+    nodes = list(graph.nodes) if graph else []
+    if any(operation(node, modules) == "random" for node in nodes):
+        problem = "the network is random in evaluation mode (dropout with training=True)"
+    owners = dict(_owners(model))
+    if not owners:
+        raise ValueError(f"model: {type(model).__name__} has no weights")
+
+    calls: dict[str, list[fx.Node]] = {name: [] for name in owners}
+    outside: dict[str, fx.Node] = {}  # weights read in some other way than by calling the module
+    order: dict[str, int] = {}
+    for position, node in enumerate(nodes):
+        target = str(node.target)
+        if node.op == "call_module":
+            if target in calls:
+                calls[target].append(node)
+            for name in owners:
+                if name == target or name.startswith(target + "."):
+                    order.setdefault(name, position)
+        elif node.op == "get_attr":
+            owner = target.rpartition(".")[0]
+            if owner in owners:
+                outside.setdefault(owner, node)
+                order.setdefault(owner, position)
+
+    tied = _tied(owners)
+    leaves = {str(node.target) for node in nodes if node.op == "call_module"}
+    found = []
+    for name in sorted(owners, key=lambda name: order.get(name, len(nodes))):  # stable
+        layer = _describe_layer(name, owners[name])
+        reason = _weights_reason(name, owners[name], tied)
+        reason = reason or problem or _use_reason(name, calls[name], outside, leaves, modules)
+        if len(calls[name]) == 1:
+            meets, follows = _next(calls[name][0], modules)
+            layer = replace(layer, meets=meets, spec=replace(layer.spec, follows=follows))
+        found.append(replace(layer, spec=replace(layer.spec, reason=reason)))
+    once = {name: called[0] for name, called in calls.items() if len(called) == 1}
+    return Network(tuple(found), graph, once)
+
+
+class _Proxy(fx.Proxy):
+    """A traced value that notes arithmetic in place as such; fx would note a new value."""
+
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: object) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: object) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: object) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+    def _in_place(self, target: Callable[..., object], other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
+def trace(model: nn.Module) -> tuple[fx.Graph | None, str | None]:
+    """Trace the forward pass with its first argument; the others keep their defaults."""
+    wanted = list(inspect.signature(model.forward).parameters.values())
+    plain = [p for p in wanted if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = [p.name for p in plain if p.default is p.empty]
+    if len(required) > 1:
+        return None, f"the network takes several inputs ({', '.join(required)})"
+    defaults = {p.name: p.default for p in plain[1:]}
+    try:
+        return _Tracer().trace(model, concrete_args=defaults or None), None
+    except _TRACE_ERRORS as error:
+        text = (str(error).strip() or type(error).__name__).split("\n")[0]
+        return None, f"the network cannot be traced: {text}"
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold parameters themselves; a parametrised one stands for what it holds."""
+    parametrised: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in parametrised):
+            continue
+        if hasattr(module, "parametrizations"):
+            parametrised.append(f"{name}.parametrizations")
+            yield name, module
+        elif next(module.parameters(recurse=False), None) is not None:
+            yield name, module
+
+
+def _tied(owners: Mapping[str, nn.Module]) -> dict[str, str]:
+    """By layer name, another layer that holds the same parameter or the same memory."""
+    holders: dict[int, list[str]] = {}
+    for name, module in owners.items():
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(parameter, nn.UninitializedParameter) and parameter.numel():
+                holders.setdefault(parameter.data_ptr(), []).append(name)
+    tied = {}
+    for names in holders.values():
+        for name in names:
+            others = [other for other in names if other != name]
+            if others:
+                tied[name] = others[0]
+    return tied
+
+
+def _describe_layer(name: str, module: nn.Module) -> FoundLayer:
+    """Describe a module by itself: no reason and no successor yet."""
+    label = type(module).__name__
+    parameters = list(module.parameters())
+    known = [p for p in parameters if not isinstance(p, nn.UninitializedParameter)]
+    count = sum(p.numel() for p in known)
+    detail = ""
+    kind, groups = label, 1
+    if type(module) is nn.Linear:
+        kind, shape = "linear", (module.in_features, module.out_features)
+    elif type(module) is nn.Conv2d:
+        kind, groups = "conv2d", module.groups
+        size = module.kernel_size[0] * module.kernel_size[1]
+        shape = (module.in_channels // groups * size, module.out_channels // groups)
+        detail = (
+            f"{module.in_channels}→{module.out_channels} channels, "
+            f"kernel {module.kernel_size[0]}x{module.kernel_size[1]}, stride {module.stride}, "
+            f"padding {module.padding}, dilation {module.dilation}, groups {groups}"
+        )
+    else:
+        largest = max(known, key=lambda p: p.numel(), default=None)
+        rows = largest.shape[0] if largest is not None and largest.ndim > 1 else 1
+        shape = (largest.numel() // max(rows, 1), rows) if largest is not None else (0, 0)
+    bias = getattr(module, "bias", None) is not None
+    spec = LayerSpec(name or "(root)", kind, shape, bias, "linear", groups)
+    return FoundLayer(spec, label, count, "", detail)
+
+
+def _weights_reason(name: str, module: nn.Module, tied: Mapping[str, str]) -> str | None:
+    """Why a module's weights cannot be replaced, whatever the network does with them."""
+    label = type(module).__name__
+    parametrised = getattr(module, "parametrizations", None)
+    if isinstance(parametrised, nn.ModuleDict):
+        return (
+            "its weight is parametrised; remove the parametrisation first: "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+            f"(model.get_submodule({name!r}), {next(iter(parametrised))!r})"
+        )
+    if type(module) not in (nn.Linear, nn.Conv2d):
+        return f"{label} layers are not retrained"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks (weight norm, a pruning mask, ...); remove them first"
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or isinstance(weight, nn.UninitializedParameter):
+        return "its weight is not a plain parameter"
+    if weight.dtype not in FLOATS or weight.is_meta:
+        return f"its weight is of type {weight.dtype} on {weight.device}"
+    if name in tied:
+        return f"its weight or bias is shared with {tied[name] or '(root)'}"
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return f"it pads with {module.padding_mode!r}, not with zeros"
+    return None
+
+
+def _use_reason(
+    name: str,
+    calls: list[fx.Node],
+    outside: Mapping[str, fx.Node],
+    leaves: set[str],
+    modules: Mapping[str, nn.Module],
+) -> str | None:
+    """Why the way the network uses a layer forbids retraining it."""
+    if name in outside:
+        return "its weights are also used without calling it"
+    if len(calls) > 1:
+        return f"it is used {len(calls)} times"
+    if calls:
+        plain = len(calls[0].args) == 1 and not calls[0].kwargs
+        return None if plain else "it is called with more than one positional argument"
+    parents = [leaf for leaf in leaves if name.startswith(leaf + ".")]
+    if parents:
+        return f"it is inside {type(modules[parents[0]]).__name__} ({parents[0]})"
+    return "the forward pass does not reach it"
+
+
+def _next(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[str, Follows]:
+    """What a layer's response meets next."""
+    while True:
+        users = [user for user in node.users if operation(user, modules) != "shape"]
+        if len(users) != 1:
+            return ("several operations" if users else "nothing"), "linear"
+        node = users[0]
+        if node.op == "output":
+            return "output", "linear"
+        kind = operation(node, modules)
+        if kind == "relu":
+            return "relu", "relu"
+        if kind not in _COMMUTE:
+            return describe(node, modules), "linear"

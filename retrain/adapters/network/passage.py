@@ -1,0 +1,442 @@
+"""One passage of the data through the given and the retrained network, for the bounds.
+
+Both networks run twice, in their own type and in float64. Let Y and Yhat be the exact outputs, Y64
+and Yhat64 those in float64, Yown and Yhatown those in the networks' own type. In float64 node v of
+the graph is off by at most eta_v (`_allowance`) on the values that it receives. Replacing the nodes
+one after the other, from the last to the first, with G(v) the factors of
+`retrain.adapters.network.gain`,
+
+    |Y - Y64|_F <= sum_v eta_v G(v),        |Yhat - Yhat64|_F <= sum_v etahat_v Ghat(v).   (*)
+
+The sum over layers (`retrain.bounds.outputs`) has its discrepancies e_j in float64 too, so that it
+bounds
+
+    |Yhat - Y|_F  <=  sum_j e_j Ghat(j) + sum_v eta_v (G(v) + Ghat(v)).
+
+What the networks' own arithmetic adds to that is measured, end to end: |Yown - Y64|_F and
+|Yhatown - Yhat64|_F. So float32's rounding counts with what it does to these outputs, hidden values
+that cancel or underflow included, and not with what it might do at worst.
+
+The direct bound speaks of the last layer on the inputs that it received in the own type. How far
+its own response is from the exact one on these inputs is measured in the same way.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from retrain.adapters.network.gain import batch_norm_scale, describe, factor, overwrites
+from retrain.adapters.network.operations import operation, setting
+from retrain.adapters.network.patches import operator_norm, padding
+from retrain.stream.stream import Follows, Gain, Passage
+from solvers.arrays import norm
+
+_log = logging.getLogger(__name__)
+
+# These only move values about, pick some, or change their sign: they round nothing.
+_EXACT = ("relu", "identity", "negate", "move", "shape", "max_pool", "select", "pad", "cat")
+_ROUNDOFF = 2.0**-53  # unit roundoff of float64
+_UNDERFLOW = 2.0**-1074  # float64's smallest number: the error of a product that underflows
+# Roundings of one term of an elementwise operation: exp, a division and a product stay below.
+_TERMS = 8
+# The graph and the network's own forward pass may differ by the order of sums only. Beyond this
+# share of the outputs' norm, the graph is not what the network computes.
+_SAME = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Networks:
+    """The given network and the retrained one, in evaluation mode, with their graph.
+
+    `shapes` is what `retrain.adapters.network.gain.gains` takes.
+    """
+
+    dense: nn.Module
+    current: nn.Module
+    graph: fx.Graph
+    shapes: Mapping[fx.Node, Any]
+
+
+Gains = tuple[Mapping[fx.Node, Gain], Mapping[fx.Node, Gain]]
+"""Factors to the output with the given weights, and with the current ones."""
+
+
+def measure_outputs(
+    dense: nn.Module, current: nn.Module, samples: Iterable[Tensor], reason: str | None
+) -> Passage:
+    """Measure the outputs alone: of networks that did not change, or have no graph (`reason`)."""
+    moved, size, rows = 0.0, 0.0, 0
+    for batch in samples:
+        with torch.no_grad():
+            before, after = dense(batch.clone()), current(batch.clone())
+        moved = math.hypot(moved, norm(after.double() - before.double()))
+        size = math.hypot(size, norm(before))
+        rows += len(batch)
+    return Passage(rows, moved, size, {}, {}, 0.0 if reason is None else None, reason)
+
+
+def measure(
+    networks: Networks,
+    changed: Mapping[str, Follows],
+    gains: Gains,
+    last: str | None,
+    samples: Iterable[Tensor],
+) -> Passage:
+    """Send samples through both networks, in their own type and in float64.
+
+    Parameters
+    ----------
+    networks : Networks
+        The two networks.
+    changed : mapping from str to {"relu", "linear"}
+        The layers whose weights differ, and what follows each.
+    gains : Gains
+        Factors to the output.
+    last : str or None
+        The layer whose response is the output, if there is one.
+    samples : iterable of Tensor
+        Batches of inputs.
+
+    Returns
+    -------
+    Passage
+    """
+    walk = _Walk(networks, changed, gains)
+    reason = walk.unfollowed
+    moved, size, rows, own = 0.0, 0.0, 0, [0.0, 0.0, 0.0]
+    for batch in samples:
+        _log.info("bounds: both networks on %d samples, after %d", len(batch), rows)
+        with torch.no_grad(), _received(networks.current, last) as seen:
+            ends = [net(batch.clone()) for net in (networks.dense, networks.current)]
+        moved = math.hypot(moved, norm(ends[1].double() - ends[0].double()))
+        size = math.hypot(size, norm(ends[0]))
+        if rows == 0 and not _same_graph(networks, batch, ends[0]):
+            reason = reason or "the traced graph gives other outputs than the network"
+        rows += len(batch)
+        try:
+            with torch.no_grad():
+                wide = walk(batch)
+        except (RuntimeError, TypeError) as error:
+            text = str(error).partition("\n")[0]
+            return _rest(networks, samples, (rows, moved, size), f"not in float64: {text}")
+        apart = [norm(end.double() - exact) for end, exact in zip(ends, wide, strict=True)]
+        lost = [walk.response_loss(str(last), *pair) for pair in seen]
+        own = [math.hypot(*pair) for pair in zip(own, [*apart, *(lost or [0.0])], strict=True)]
+    total = sum(own) + walk.total()
+    if reason is None and (walk.overflow or not math.isfinite(total)):
+        reason = f"{walk.overflow or 'an output'} overflows"
+    rounding = total if reason is None else None
+    return Passage(rows, moved, size, walk.discrepancy, walk.error, rounding, reason)
+
+
+def _rest(
+    networks: Networks, samples: Iterable[Tensor], done: tuple[int, float, float], reason: str
+) -> Passage:
+    """Measure the outputs of the batches that are left, where float64 has failed."""
+    rest = measure_outputs(networks.dense, networks.current, samples, reason)
+    rows, moved, size = done
+    return Passage(
+        rows + rest.rows,
+        math.hypot(moved, rest.measured),
+        math.hypot(size, rest.size),
+        {},
+        {},
+        None,
+        reason,
+    )
+
+
+@contextmanager
+def _received(network: nn.Module, name: str | None) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Collect what a layer receives and answers."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    if name is None:
+        yield seen
+        return
+
+    def keep(_: nn.Module, received: tuple[Tensor, ...], answered: Tensor) -> None:
+        seen.append((received[0].double(), answered.double()))
+
+    handle = network.get_submodule(name).register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _same_graph(networks: Networks, batch: Tensor, own: Tensor) -> bool:
+    """Whether the graph, in the dense network's own type, computes what its forward pass did."""
+    with torch.no_grad():
+        found = fx.Interpreter(networks.dense, graph=networks.graph).run(batch.clone())
+    return not math.isfinite(norm(own)) or norm(found.double() - own.double()) <= _SAME * norm(own)
+
+
+class _Walk:
+    """Runs both networks in float64, node by node, side by side; sums up what the bounds need.
+
+    Attributes
+    ----------
+    discrepancy, error : dict from str to float
+        e_j by changed layer, over all batches so far, and the same before the activation.
+    overflow : str
+        The first node with a value that is not finite, or empty.
+    unfollowed : str or None
+        Which node's rounding has no bound at the output, and why.
+    """
+
+    def __init__(self, networks: Networks, changed: Mapping[str, Follows], gains: Gains) -> None:
+        own = next(p.dtype for p in networks.dense.parameters() if p.is_floating_point())
+        self._largest = torch.finfo(own).max
+        self._graph = networks.graph
+        self._shapes = networks.shapes
+        self._changed = changed
+        self._gains = gains
+        self._networks = tuple(
+            copy.deepcopy(network).double() for network in (networks.dense, networks.current)
+        )
+        self._modules = tuple(dict(network.named_modules()) for network in self._networks)
+        modules = self._modules[0]
+        self._below = self._downstream()
+        self._last_use = {
+            argument: node for node in self._graph.nodes for argument in node.all_input_nodes
+        }
+        rounding = [node for node in self._graph.nodes if _may_round(node, modules)]
+        self.unfollowed = _unfollowed(rounding, modules, gains)
+        watched = [node for node in rounding if any(gain[node].value != 0 for gain in gains)]
+        self._losses = tuple(dict.fromkeys(() if self.unfollowed else watched, 0.0) for _ in gains)
+        self.discrepancy: dict[str, float] = dict.fromkeys(changed, 0.0)
+        self.error: dict[str, float] = dict.fromkeys(changed, 0.0)
+        self.overflow = ""
+
+    def _downstream(self) -> set[fx.Node]:
+        """The nodes whose values differ between the networks; the others are computed once.
+
+        All, where a node overwrites a value that others see: the networks must not share it then.
+        """
+        if any(overwrites(node, self._modules[0]) for node in self._graph.nodes):
+            return set(self._graph.nodes)
+        below: set[fx.Node] = set()
+        for node in self._graph.nodes:
+            called = node.op == "call_module" and str(node.target) in self._changed
+            if called or any(parent in below for parent in node.all_input_nodes):
+                below.add(node)
+        return below
+
+    def __call__(self, batch: Tensor) -> list[Tensor]:
+        """Run one batch; return the outputs of both networks."""
+        values: dict[fx.Node, list[Any]] = {}
+        inputs = iter([batch])
+        for node in self._graph.nodes:
+            if node.op == "output":
+                return [self._value(node.args[0], values, which) for which in (0, 1)]
+            if node.op == "placeholder":
+                default = node.args[0] if node.args else None
+                given = next(inputs, default)
+                values[node] = [_wide(given), _wide(given) if node in self._below else None]
+                continue
+            first = self._run(node, values, 0)
+            second = self._run(node, values, 1) if node in self._below else None
+            values[node] = [first, second]
+            for parent in node.all_input_nodes:
+                if self._last_use[parent] is node:
+                    del values[parent]
+        raise ValueError("graph: has no output")
+
+    def _value(self, node: Any, values: Mapping[fx.Node, list[Any]], which: int) -> Any:
+        return values[node][which if node in self._below else 0]
+
+    def _run(self, node: fx.Node, values: Mapping[fx.Node, list[Any]], which: int) -> Any:
+        """Run a node of one of the networks; watch it."""
+        modules = self._modules[which]
+
+        def value_of(parent: fx.Node) -> Any:
+            value = self._value(parent, values, which)
+            # A node that works in place, unseen, works on a copy: both networks share values.
+            return value.clone() if in_place and isinstance(value, Tensor) else value
+
+        in_place = len(self._below) < len(self._graph.nodes) and _works_in_place(node, modules)
+        args = fx.map_arg(node.args, value_of)
+        kwargs = fx.map_arg(node.kwargs, value_of)
+        sizes: dict[fx.Node, float] = {}
+        watched = node in self._losses[which]
+        if watched:
+            for parent in node.all_input_nodes:
+                value = self._value(parent, values, which)
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    sizes[parent] = norm(value)
+        name = str(node.target)
+        if which == 0 and node.op == "call_module" and name in self._changed:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            new = self._modules[1][name](inputs)
+        else:
+            new = None
+        found = _call(node, args, kwargs, self._networks[0], modules)
+        if new is not None:
+            self._compare(name, new, found)
+        if watched:
+            lost = self._allowance(node, sizes, found, which)
+            if not (math.isfinite(lost) and self._fits(found)):
+                self.overflow = self.overflow or describe(node, modules)
+            self._losses[which][node] = math.hypot(self._losses[which][node], lost)
+        return found
+
+    def _fits(self, value: Tensor) -> bool:
+        """Whether the networks' own type can hold a value."""
+        return norm(value) <= self._largest or float(value.abs().max()) <= self._largest
+
+    def _compare(self, name: str, new: Tensor, old: Tensor) -> None:
+        """Add to a changed layer's discrepancy, activated where a ReLU follows."""
+        self.error[name] = math.hypot(self.error[name], norm(new - old))
+        if self._changed[name] == "relu":
+            new, old = new.clamp(min=0), old.clamp(min=0)
+        self.discrepancy[name] = math.hypot(self.discrepancy[name], norm(new - old))
+
+    def total(self) -> float:
+        """Sum (*) over both networks, with both factors for the given one."""
+        given, gains = self._gains
+        total = 0.0
+        for node, lost in self._losses[0].items():
+            factors = cast("float", given[node].value), cast("float", gains[node].value)
+            # Where the networks do not differ, the second was not run: it lost as much.
+            again = self._losses[1][node] if node in self._below else lost
+            total += lost * sum(factors) + again * factors[1]
+        return total
+
+    def response_loss(self, name: str, received: Tensor, answered: Tensor) -> float:
+        """How far a response in the own type is from the exact one on the same inputs, at most."""
+        node = next(n for n in self._graph.nodes if n.op == "call_module" and n.target == name)
+        with torch.no_grad():
+            exact = self._modules[1][name](received)
+        parents = dict.fromkeys(node.all_input_nodes, norm(received))
+        return norm(exact - answered) + self._allowance(node, parents, exact, 1)
+
+    def _allowance(
+        self, node: fx.Node, sizes: Mapping[fx.Node, float], value: Tensor, which: int
+    ) -> float:
+        """Bound the error of computing a node in float64.
+
+        A sum of K products x_i w_i is off by at most K u sum |x_i| |w_i| and K times the smallest
+        number (Higham, Accuracy and Stability, section 3.1), in any order, with u the unit
+        roundoff; over all entries, sum |x_i| |w_i| has a Frobenius norm of at most |X|_F |W|_F.
+        The other operations work entry by entry, or sum K entries with fixed factors.
+        """
+        modules = self._modules[which]
+        kind = operation(node, modules)
+        terms, constants = _TERMS, 0.0
+        if kind in ("linear", "conv2d"):
+            module = modules[str(node.target)]
+            size = _magnitude(module) * sum(sizes.values())
+            terms += cast("Tensor", module.weight)[0].numel()
+            if isinstance(module.bias, Tensor):
+                rows = value.numel() / value.shape[1 if kind == "conv2d" else -1]
+                constants = math.sqrt(rows) * norm(module.bias.detach())
+        else:
+            size = sum(self._factor(node, parent, which) * sizes[parent] for parent in sizes)
+            fan_in = (_fan_in(kind, self._shapes[parent]) for parent in sizes)
+            terms += max(fan_in, default=0)
+            if kind == "batch_norm":
+                rows = value.numel() / value.shape[1]
+                constants = math.sqrt(rows) * _shift(modules[str(node.target)])
+        rounded = 2 * _ROUNDOFF * (size + constants + norm(value))
+        lost = terms * (rounded + _UNDERFLOW * math.sqrt(value.numel()))
+        if kind == "softplus":
+            # Beyond the threshold torch returns x itself, log(1 + exp(-beta x))/beta too little.
+            threshold = setting(node, modules, 2, "threshold", 20)
+            beta = setting(node, modules, 1, "beta", 1)
+            lost += math.sqrt(value.numel()) * math.exp(-threshold) / beta
+        return lost
+
+    def _factor(self, node: fx.Node, source: fx.Node, which: int) -> float:
+        """Factor of an operation that is no layer; infinity where there is none."""
+        found = factor(node, source, self._modules[which], lambda *_: math.inf, self._shapes)
+        return math.inf if isinstance(found, str) else found
+
+
+def _unfollowed(
+    nodes: Iterable[fx.Node], modules: Mapping[str, nn.Module], gains: Gains
+) -> str | None:
+    """Say which node's rounding cannot be followed to the output, if there is one."""
+    for node in nodes:
+        for gain in gains:
+            if gain[node].value is None:
+                return (
+                    f"rounding in {describe(node, modules)} cannot be followed to the output: "
+                    f"{gain[node].reason}"
+                )
+    return None
+
+
+def _may_round(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return False
+    return operation(node, modules) not in _EXACT
+
+
+def _works_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node may write into its argument: by its name, or by torch's `inplace`."""
+    name = getattr(node.target, "__name__", str(node.target)).rpartition(".")[2]
+    named = node.op != "call_module" and (name.endswith("_") or name in _AUGMENTED)
+    return named or setting(node, modules, 99, "inplace", False) is True
+
+
+_AUGMENTED = ("iadd", "isub", "imul", "itruediv")
+
+
+def _call(
+    node: fx.Node,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dense: nn.Module,
+    modules: Mapping[str, nn.Module],
+) -> Any:
+    """Compute a node; constants, which tracing may have made, are the dense network's."""
+    if node.op == "call_module":
+        return modules[str(node.target)](*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op == "call_function":
+        return cast("Callable[..., Any]", node.target)(*args, **kwargs)
+    owner, _, name = str(node.target).rpartition(".")
+    return _wide(getattr(dense.get_submodule(owner), name))
+
+
+def _wide(value: Any) -> Any:
+    """Copy a tensor of floating numbers into float64; leave what is none."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().to(torch.float64, copy=True)
+    return value
+
+
+def _magnitude(layer: nn.Module) -> float:
+    """Bound the factor of |X|_F in sum |x_i| |w_i|, over all entries of a layer's response."""
+    if not isinstance(layer, nn.Conv2d):
+        return norm(cast("Tensor", layer.weight).detach())
+    # Padding by other values than zeros repeats each entry at most 2 p + 1 times.
+    left, right, top, bottom = padding(layer)
+    repeats = 1 if layer.padding_mode == "zeros" else (1 + left + right) * (1 + top + bottom)
+    return operator_norm(layer, "frobenius") * math.sqrt(repeats)
+
+
+def _fan_in(kind: str | None, source: Sequence[int]) -> int:
+    """How many entries of a sample are summed into one, at most."""
+    if kind in ("softmax", "log_softmax"):
+        return max(source)
+    if kind in ("avg_pool", "adaptive_avg_pool", "mean"):
+        return math.prod(source[1:])
+    return 0
+
+
+def _shift(layer: nn.Module) -> float:
+    """2 |mu gamma / sigma| + |beta| over a batch norm's channels: what its shift is made of."""
+    mean = cast("Tensor", layer.running_mean)
+    shift = norm(layer.bias.detach()) if isinstance(layer.bias, Tensor) else 0.0
+    return 2 * norm(mean * batch_norm_scale(layer)) + shift

@@ -1,0 +1,551 @@
+"""A torch module and a data set as a `LayerStream`.
+
+Two copies of the module run in evaluation mode, the one as it was given and the one that is being
+retrained; hooks read a layer's input off both, and the forward pass stops there. The given module
+is never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from retrain.adapters.files.plain import is_plain
+from retrain.adapters.network import patches
+from retrain.adapters.network.find import Network, evaluation_copy, find_layers
+from retrain.adapters.network.gain import gains, output_source
+from retrain.adapters.network.passage import Networks, measure, measure_outputs
+from retrain.adapters.network.probe import Probe, variants
+from retrain.adapters.network.rows import (
+    bias_of,
+    by_sample,
+    input_rows,
+    matrix,
+    pieces,
+    response_rows,
+    write,
+)
+from retrain.adapters.network.structure import structure, weights_hash
+from retrain.adapters.network.tensors import HALF, check_finite, computing
+from retrain.data.sources import Data, as_data
+from retrain.stream.stream import (
+    Array,
+    Gain,
+    LayerBatch,
+    LayerSpec,
+    Norm,
+    Passage,
+    changed,
+    identity_hash,
+    layer,
+)
+
+
+class _Reached(BaseException):
+    """Ends a forward pass. Not an Exception, so that no network's own handler swallows it."""
+
+
+class TorchStream:
+    """The layers of a torch module on a data set; implements `retrain.stream.stream.LayerStream`.
+
+    Feed-forward networks of Linear and Conv2d layers, nested and branching as they like. What
+    cannot be retrained is in `layers` with the reason. Arrays are detached tensors on the stream's
+    device, in the layers' own type, half types in float32.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; two (of half types three) copies of it are held, itself it is left alone.
+    data : Data or whatever `retrain.data.sources.as_data` takes
+        The samples. Images go flat into a network that begins with a dense layer of that width.
+    batch_size : int, optional
+        Samples a forward pass; part of what fixes the last bits.
+    device : str or torch.device, optional
+        Where to compute; by default where the module's first parameter is.
+
+    Raises
+    ------
+    ValueError
+        If the module or the data are malformed, or do not fit each other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        *,
+        batch_size: int = 256,
+        device: str | torch.device | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: got {batch_size}, wanted a positive number")
+        self._data: Data = as_data(data)
+        given = evaluation_copy(model)
+        parameters = list(given.parameters())
+        if not parameters:
+            raise ValueError(f"model: {type(model).__name__} has no weights")
+        self._device = torch.device(device) if device is not None else parameters[0].device
+        check_finite(given)
+        given.requires_grad_(False).to(self._device)
+        self._batch_size = batch_size
+        self._model = given
+        self._dense = computing(copy.deepcopy(given))
+        # For networks without half types the current network computes with its own weights.
+        half = any(tensor.dtype in HALF for tensor in given.state_dict().values())
+        self._current = computing(copy.deepcopy(given)) if half else given
+        self._network: Network = find_layers(self._dense)
+        # Before it runs, which may leave traces in it.
+        computation = structure(given, self._network.graph, self._dense)
+        self._shape = sample_shape(self._network, self._dense, self._data.x.shape[1:])
+        floating = [p.dtype for p in self._dense.parameters() if p.is_floating_point()]
+        self._dtype = floating[0] if floating else torch.float32
+        self._layers, self._positions, self._mixes = self._probe()
+        self._changed: set[str] = set()
+        self._norms: dict[tuple[str, Norm, bool, bool], float] = {}
+        self._shapes: dict[fx.Node, Any] | None = None
+        self._identity = self._parts(computation)
+
+    # --- what it is -----------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The network as it is now, in evaluation mode and in its own types."""
+        return self._model
+
+    @property
+    def data(self) -> Data:
+        """The samples that the stream runs on."""
+        return self._data
+
+    @property
+    def device(self) -> torch.device:
+        """Where arrays are."""
+        return self._device
+
+    @property
+    def network(self) -> Network:
+        """The network taken apart."""
+        return self._network
+
+    @property
+    def plain(self) -> bool:
+        """Whether the saved tensors alone give the network back (`load_model` without --arch)."""
+        return is_plain(self._network, self._dense)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of `identity`."""
+        return identity_hash(self._identity)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The given weights, what the network computes, its layers, the data: JSON values."""
+        return self._identity
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """All layers with weights in execution order, those that cannot be retrained included."""
+        return self._layers
+
+    @property
+    def mixes(self) -> str | None:
+        """Why an output is not that of its own sample alone, or None. There are no bounds then."""
+        return self._mixes
+
+    def count(self, name: str) -> int:
+        """How many rows a layer has: samples times positions."""
+        return len(self._data) * self._positions[self._retrainable(name).name]
+
+    # --- weights --------------------------------------------------------------------------------
+
+    def weight(self, name: str, group: int = 0, *, dense: bool = False) -> Tensor:
+        """Weight matrix (n_in [+ 1], n_out), bias last: as it is now, or as given when `dense`."""
+        spec = self._retrainable(name, group)
+        module = (self._dense if dense else self._current).get_submodule(name)
+        values = matrix(module, group)
+        if spec.bias:
+            values = torch.cat([values, bias_of(module, group)[None]])
+        return values.detach().clone()
+
+    def commit(self, name: str, weight: Array, group: int = 0) -> None:
+        """Replace a weight, cast to the network's own type; later `inputs` are computed with it.
+
+        Raises
+        ------
+        ValueError
+            If the layer cannot be retrained, or the weight has another shape or is not finite, also
+            after the cast.
+        """
+        spec = self._retrainable(name, group)
+        wanted = (spec.shape[0] + spec.bias, spec.shape[1])
+        new = weight if isinstance(weight, Tensor) else torch.tensor(np.asarray(weight))
+        if tuple(new.shape) != wanted:
+            raise ValueError(f"weight: got shape {tuple(new.shape)}, layer {name!r} wants {wanted}")
+        module = self._model.get_submodule(name)
+        new = new.detach().to(self._device, cast("Tensor", module.weight).dtype)
+        if not torch.isfinite(new).all():
+            raise ValueError(f"weight: layer {name!r} got NaN or infinity in {new.dtype}")
+        for network in {self._model, self._current}:
+            write(network.get_submodule(name), group, new)
+        self._changed.add(name)
+        self._norms = {key: value for key, value in self._norms.items() if key[0] != name or key[2]}
+
+    # --- activations ----------------------------------------------------------------------------
+
+    def batches(
+        self, name: str, group: int = 0, *, rows: np.ndarray | None = None
+    ) -> Iterator[LayerBatch]:
+        """Yield the layer's rows in order; only the given sorted `rows` when there are any."""
+        spec = self._retrainable(name, group)
+        if rows is not None:
+            rows = np.asarray(rows)
+            count = self.count(name)
+            if rows.ndim != 1 or rows.dtype.kind not in "iu" or (np.diff(rows) <= 0).any():
+                raise ValueError("rows: wanted different row numbers in increasing order")
+            if rows.size and (rows[0] < 0 or rows[-1] >= count):
+                raise ValueError(f"rows: got {rows[0]} to {rows[-1]}, layer {name!r} has {count}")
+        return self._batches(spec, group, rows)
+
+    def _batches(
+        self, spec: LayerSpec, group: int, rows: np.ndarray | None
+    ) -> Iterator[LayerBatch]:
+        positions = self._positions[spec.name]
+        dense_layer = self._dense.get_submodule(spec.name)
+        before = [s.name for s in self._layers[: self._layers.index(spec)]]
+        changed = any(name in self._changed for name in before)
+        for start in range(0, len(self._data), self._batch_size):
+            stop = min(start + self._batch_size, len(self._data))
+            chosen = np.arange(start * positions, stop * positions)
+            if rows is not None:
+                chosen = rows[slice(*np.searchsorted(rows, (start * positions, stop * positions)))]
+                if not chosen.size:
+                    continue
+            # The whole batch runs even if few rows are wanted: other shapes could round otherwise.
+            dense, responses = self._read(self._dense, spec.name, start, stop)
+            inputs = self._read(self._current, spec.name, start, stop)[0] if changed else dense
+            for piece in pieces(chosen, positions, spec):
+                samples, local = np.unique(piece // positions - start, return_inverse=True)
+                pick = torch.from_numpy(local * positions + piece % positions).to(self._device)
+                which = torch.from_numpy(samples).to(self._device)
+
+                def rows_of(values: Tensor, which: Tensor = which, pick: Tensor = pick) -> Tensor:
+                    return input_rows(dense_layer, values[which], group)[pick]
+
+                dense_rows = rows_of(dense)
+                yield LayerBatch(
+                    rows_of(inputs) if changed else dense_rows,
+                    dense_rows,
+                    response_rows(dense_layer, responses[which], group)[pick],
+                    piece.astype(np.int64),
+                )
+
+    def outputs(self, *, dense: bool) -> Iterator[Tensor]:
+        """Yield the network's outputs batch by batch: of the given network, or of the current."""
+        network = self._dense if dense else self._current
+        for start in range(0, len(self._data), self._batch_size):
+            with torch.no_grad():
+                answered = network(self._inputs(start, start + self._batch_size))
+            yield answered.detach()
+
+    def _inputs(self, start: int, stop: int) -> Tensor:
+        """Copy samples to the device, so that a network that works in place spoils nothing."""
+        part = self._data.x[start:stop]
+        values = torch.tensor(part, dtype=self._dtype, device=self._device)
+        return values.reshape(len(part), *self._shape)
+
+    def _read(self, network: nn.Module, name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Run a batch up to a layer; return what the layer received and what it answered."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def stop_here(_: nn.Module, received: tuple[Tensor, ...], answered: Tensor) -> None:
+            seen.append((received[0].detach(), answered.detach()))
+            raise _Reached
+
+        handle = network.get_submodule(name).register_forward_hook(stop_here)
+        try:
+            with torch.no_grad():
+                network(self._inputs(start, stop))
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        received, answered = seen[0]
+        module = network.get_submodule(name)
+        count = min(stop, len(self._data)) - start
+        # A forward pass under autocast has layers that answer in a half type.
+        received, answered = received.to(self._dtype), answered.to(self._dtype)
+        return by_sample(module, received, count), by_sample(module, answered, count)
+
+    # --- bounds ---------------------------------------------------------------------------------
+
+    def gain(self, name: str, *, norm: Norm = "spectral") -> Gain:
+        """Lipschitz factor from the layer's output to the network's, with the current weights.
+
+        Frobenius norms over the samples; see `retrain.adapters.network.gain`. For a convolution,
+        "output" is the whole image of responses, so it applies to an error summed over all of its
+        rows and groups.
+        """
+        layer(self, name)
+        graph, node = self._network.graph, self._network.nodes.get(name)
+        if graph is None or node is None:
+            return Gain(None, f"layer {name!r} has no single place in a traced network")
+        found = self._gains(graph, norm, dense=False)[node]
+        # A factor that was found holds for samples one by one.
+        mixed = found.value is not None and self._mixes is not None
+        return Gain(None, self._mixes) if mixed else found
+
+    def _gains(self, graph: fx.Graph, norm: Norm, *, dense: bool) -> dict[fx.Node, Gain]:
+        """G of every node (see `retrain.adapters.network.gain`), dense network or current."""
+        if self._shapes is None:
+            first = self._inputs(0, 1)  # twice, since a batch of one would hide broadcasting
+            self._shapes = _node_shapes(self._dense, graph, torch.cat([first, first]))
+        network = self._dense if dense else self._current
+        modules = dict(network.named_modules())
+
+        def norms(name: str, scale: Tensor | None) -> float:
+            return self._layer_norm(name, norm, scale, dense=dense)
+
+        return gains(graph, modules, norms, self._shapes)
+
+    def _layer_norm(self, name: str, norm: Norm, scale: Tensor | None, *, dense: bool) -> float:
+        """Norm of a layer as a map, without the bias; kept until the next commit."""
+        dense = dense or name not in self._changed
+        # A batch norm is not retrained: a layer has one scale at most.
+        key = (name, norm, dense, scale is not None)
+        if key not in self._norms:
+            module = (self._dense if dense else self._current).get_submodule(name)
+            self._norms[key] = patches.operator_norm(module, norm, scale)
+        return self._norms[key]
+
+    def output_layer(self) -> tuple[str | None, str]:
+        """Name the layer whose activated response is the network's output, or say why none is."""
+        graph = self._network.graph
+        if self._mixes is not None:
+            return None, self._mixes
+        if graph is None:
+            return None, "the network could not be traced"
+        node, reason = output_source(graph, dict(self._dense.named_modules()))
+        if node is None:
+            return None, reason
+        found = self._gains(graph, "frobenius", dense=True)[node]
+        if found.value is None:  # something overwrites the response in place
+            return None, str(found.reason)
+        return str(node.target), ""
+
+    def passage(self) -> Passage:
+        """Send the data through both networks once; measure what the bounds are made of."""
+        changed_layers = {
+            spec.name: spec.follows
+            for spec in self._layers
+            if spec.name in self._changed and changed(self, spec)
+        }
+        starts = range(0, len(self._data), self._batch_size)
+        samples = (self._inputs(start, start + self._batch_size) for start in starts)
+        graph = self._network.graph
+        if graph is None or self._mixes is not None or not changed_layers:
+            reason = (self._mixes or "the network could not be traced") if changed_layers else None
+            return measure_outputs(self._dense, self._current, samples, reason)
+        given, gains = (self._gains(graph, "spectral", dense=dense) for dense in (True, False))
+        assert self._shapes is not None
+        networks = Networks(self._dense, self._current, graph, self._shapes)
+        return measure(networks, changed_layers, (given, gains), self.output_layer()[0], samples)
+
+    # --- checks at the start --------------------------------------------------------------------
+
+    def _probe(self) -> tuple[tuple[LayerSpec, ...], dict[str, int], str | None]:
+        """Run a few samples together, in pairs of the same, and alone: is each one's row its own?
+
+        A layer whose input is not the same rows for a sample, whatever runs beside it, has not one
+        sample after the other, or sees samples mixed; it cannot be retrained row by row.
+
+        Returns
+        -------
+        layers : tuple of LayerSpec
+            With the reason of each that cannot be retrained.
+        positions : dict
+            Rows of a sample, by layer.
+        mixes : str or None
+            Why the network's outputs are not one sample's either.
+        """
+        specs = [found.spec for found in self._network.layers]
+        open_specs = [spec for spec in specs if spec.reason is None]
+        probe = self._ask(self._dense, open_specs, self._dtype)
+        wide: list[Probe] = []
+
+        def separate(name: str, *, image: bool = False) -> bool:
+            """Ask; and again in float64, where rounding cannot be taken for mixing."""
+            if probe.separate(name, image=image):
+                return True
+            if not wide and self._dtype != torch.float64:
+                with suppress(ValueError):  # a network that computes in one type only
+                    network = copy.deepcopy(self._dense).double()
+                    wide.append(self._ask(network, open_specs, torch.float64))
+            return any(again.reached(name) and again.separate(name, image=image) for again in wide)
+
+        positions: dict[str, int] = {}
+        for i, spec in enumerate(specs):
+            if spec.reason is not None:
+                continue
+            if not probe.reached(spec.name):
+                specs[i] = replace(spec, reason="the forward pass does not reach it on this data")
+            elif not separate(spec.name, image=spec.kind == "conv2d"):
+                specs[i] = replace(spec, reason="its input is not one sample after the other")
+            else:
+                module = self._dense.get_submodule(spec.name)
+                positions[spec.name] = len(input_rows(module, probe.one(spec.name), 0))
+        if probe.refused is not None and len(self._data) % self._batch_size == 1:
+            raise ValueError(
+                f"data: the last batch of {self._data.name!r} has one sample, and the network "
+                f"cannot take one alone ({probe.refused}); use one sample more or less"
+            )
+        mixes = None if separate("") else "an output depends on the other samples of its batch"
+        return tuple(specs), positions, mixes
+
+    def _ask(self, network: nn.Module, specs: list[LayerSpec], dtype: torch.dtype) -> Probe:
+        """Probe a network with a few samples of the data."""
+        company = self._inputs(0, min(len(self._data), self._batch_size)).to(dtype)
+        places = sorted({0, len(self._data) // 2, len(self._data) - 1})
+        some = torch.cat([self._inputs(i, i + 1) for i in places]).to(dtype)
+        return Probe(
+            variants(some, company),
+            company,
+            lambda values, count: self._run(network, specs, values, count),
+        )
+
+    def _run(
+        self, network: nn.Module, specs: list[LayerSpec], values: Tensor, count: int
+    ) -> dict[str, Tensor]:
+        """Run samples; return what each layer received for the first `count`, and the output.
+
+        Keys are the layers' names, and "" for the output; tensors are cloned.
+        """
+        received: dict[str, Tensor] = {}
+        entered: list[tuple[str, nn.Module, torch.Size]] = []
+        samples = len(values)
+
+        def part(value: Tensor) -> Tensor:
+            rows = len(value) // samples * count if value.ndim and len(value) % samples == 0 else 0
+            return (value[:rows] if rows else value).detach().clone()
+
+        with ExitStack() as hooks:
+            for spec in specs:
+                module = network.get_submodule(spec.name)
+
+                def keep(
+                    module: nn.Module, args: tuple[Tensor, ...], name: str = spec.name
+                ) -> None:
+                    entered.append((name, module, args[0].shape))
+                    received[name] = part(args[0])
+
+                hooks.callback(module.register_forward_pre_hook(keep).remove)
+            try:
+                with torch.no_grad():
+                    output = network(values.clone())
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise ValueError(self._misfit(entered, error)) from error
+        if not isinstance(output, Tensor) or output.shape[:1] != values.shape[:1]:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"model: returned {got} for {samples} samples, wanted one tensor whose first "
+                "axis is the sample"
+            )
+        received[""] = part(output)
+        return received
+
+    def _misfit(self, entered: list[tuple[str, nn.Module, torch.Size]], error: Exception) -> str:
+        """Say why the network cannot take the data: which layer failed, or torch's first line."""
+        shape = tuple(self._data.x.shape[1:])
+        if entered:
+            name, module, got = entered[-1]
+            if isinstance(module, nn.Linear) and got[-1] != module.in_features:
+                return (
+                    f"data: layer {name!r} wants {module.in_features} inputs and got {got[-1]}; "
+                    f"samples have shape {shape}"
+                )
+            if isinstance(module, nn.Conv2d) and (len(got) != 4 or got[1] != module.in_channels):
+                return (
+                    f"data: layer {name!r} wants images of {module.in_channels} channels and got "
+                    f"shape {tuple(got[1:])}; samples have shape {shape}"
+                )
+        text = str(error).strip().split("\n")[0]
+        return f"data: the network cannot take samples of shape {shape}: {text}"
+
+    def _parts(self, computation: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "arrays": "torch",
+            "weights": weights_hash(self._model),
+            "computation": {**computation, "layers": [repr(spec) for spec in self._layers]},
+            "data": self._data.fingerprint,
+            "batch size": self._batch_size,
+        }
+
+    def _retrainable(self, name: str, group: int = 0) -> LayerSpec:
+        spec = layer(self, name)
+        if spec.reason is not None:
+            raise ValueError(f"name: layer {name!r} cannot be retrained: {spec.reason}")
+        if not 0 <= group < spec.groups:
+            raise ValueError(f"group: got {group}, layer {name!r} has {spec.groups}")
+        return spec
+
+
+def fit_samples(model: nn.Module, x: np.ndarray) -> np.ndarray:
+    """Shape samples as a network takes them: for training loops and the like, as streams do it.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The network; it is not changed.
+    x : ndarray, shape (n_samples, ...)
+        `retrain.data.sources.Data.x`.
+
+    Returns
+    -------
+    ndarray, shape (n_samples, n_features) or as it was
+        A view.
+    """
+    copied = evaluation_copy(model)
+    return x.reshape(len(x), *sample_shape(find_layers(copied), copied, x.shape[1:]))
+
+
+def sample_shape(network: Network, model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape in which a network takes a sample that is stored in `shape`.
+
+    That is `shape`, except that images go flat into a network which hands its input to a dense
+    layer of that many inputs.
+    """
+    features = int(np.prod(shape))
+    if network.graph is None or len(shape) == 1:
+        return shape
+    node = next(node for node in network.graph.nodes if node.op == "placeholder")
+    modules = dict(model.named_modules())
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Linear):
+            wide = module.in_features == features and shape[-1] != features
+            return (features,) if wide else shape
+        if not isinstance(module, nn.Dropout | nn.Identity):
+            break
+    return shape
+
+
+def _node_shapes(model: nn.Module, graph: fx.Graph, samples: Tensor) -> dict[fx.Node, Any]:
+    """Run the graph on some samples; return the shape of every tensor in it, and what is none."""
+    shapes: dict[fx.Node, Any] = {}
+
+    class Shapes(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            value = super().run_node(node)
+            shapes[node] = value.shape if isinstance(value, Tensor) else value
+            return value
+
+    with torch.no_grad():
+        Shapes(model, graph=graph).run(samples)
+    return shapes

@@ -1,0 +1,161 @@
+"""What stands around a network (data parallel training, a compiler), and what hides its weights.
+
+Wrappers are taken off: the network inside is the same function with shorter names. Weights that are
+computed anew at each call (pruning masks, weight norm) are refused with the line of code that makes
+plain weights of them, since only their owner can tell whether that is what is wanted.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Collection
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+_PREFIX = "module."
+"""What data parallel training puts before every name, each wrapper once."""
+_INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that no one gives to a module of their own, wherever they stand."""
+
+_EACH = "for m in list(model.modules()) for n in list(m._parameters)"
+_MASKS = (
+    "has pruning masks (torch.nn.utils.prune)",
+    f"[torch.nn.utils.prune.remove(m, n[:-5]) {_EACH} if n[:-5] + '_mask' in m._buffers]",
+)
+_WEIGHT_NORM = (
+    "has weight norm of the old kind (torch.nn.utils.weight_norm)",
+    f"[torch.nn.utils.remove_weight_norm(m, n[:-2]) {_EACH} if n[:-2] + '_v' in m._parameters "
+    "and n.endswith('_g')]",
+)
+_SPECTRAL_NORM = (
+    "has spectral norm of the old kind (torch.nn.utils.spectral_norm)",
+    f"[torch.nn.utils.remove_spectral_norm(m, n[:-5]) {_EACH} if n[:-5] + '_u' in m._buffers]",
+)
+_PARAMETRISED = (
+    "has parametrised weights (torch.nn.utils.parametrize)",
+    "[torch.nn.utils.parametrize.remove_parametrizations(m, n) for m in list(model.modules()) "
+    "for n in list(getattr(m, 'parametrizations', ()))]",
+)
+_HIDDEN = (  # endings of two tensors of one weight that tell each kind
+    ("_orig", "_mask", _MASKS),
+    ("_g", "_v", _WEIGHT_NORM),
+    ("_orig", "_u", _SPECTRAL_NORM),
+)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the network inside of DataParallel, DistributedDataParallel and torch.compile.
+
+    Parameters
+    ----------
+    module : nn.Module
+        It is not changed.
+
+    Returns
+    -------
+    nn.Module
+        The module itself if there is no wrapper in it; the one inside if the wrapper is outermost;
+        and a module that shares all else where a part of it is wrapped.
+    """
+    return _unwrapped(module, {})
+
+
+def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in done:
+        return done[id(module)]
+    inside = module
+    while (held := _held(inside)) is not None:
+        inside = held
+    children = {
+        name: None if child is None else _unwrapped(child, done)
+        for name, child in inside._modules.items()
+    }
+    if any(children[name] is not child for name, child in inside._modules.items()):
+        inside = copy.copy(inside)
+        inside._modules = children
+    done[id(module)] = inside
+    return inside
+
+
+def _held(module: nn.Module) -> nn.Module | None:
+    """Return what a wrapper holds; None if the module is no wrapper."""
+    if isinstance(module, DataParallel | DistributedDataParallel):
+        return module.module
+    # Importing torch's compiler takes seconds; a compiled module exists only where it has been.
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is not None and isinstance(module, compiler.OptimizedModule):
+        return module._orig_mod
+    return None
+
+
+def check_plain_weights(module: nn.Module) -> None:
+    """Refuse a network whose weights are computed from others at each call.
+
+    A layer with a parametrisation of torch.nn.utils.parametrize can be copied; such a layer is
+    listed with its reason instead (`retrain.adapters.network.find`).
+
+    Raises
+    ------
+    ValueError
+        With the line of code that mends it; ``model`` is the module.
+    """
+    for name, part in module.named_modules():
+        own = [*part._parameters, *part._buffers]
+        found = _hidden(own)
+        if found is not None:
+            _refuse(f"{name or 'the network'!r}", found, "first")
+
+
+def check_plain_names(names: Collection[str]) -> None:
+    """Refuse the names of a state dict that was saved with such weights.
+
+    Raises
+    ------
+    ValueError
+        With the line of code to run before saving.
+    """
+    found = _hidden(names)
+    if found is None and any("parametrizations." in name for name in names):
+        found = _PARAMETRISED
+    if found is not None:
+        _refuse("the file", found, "before saving")
+
+
+def _hidden(names: Collection[str]) -> tuple[str, str] | None:
+    known = set(names)
+    for one, other, found in _HIDDEN:
+        if any(n.endswith(one) and n.removesuffix(one) + other in known for n in names):
+            return found
+    return None
+
+
+def _refuse(who: str, found: tuple[str, str], when: str) -> None:
+    what, code = found
+    raise ValueError(f"model: {who} {what}; make plain weights of them {when}: {code}")
+
+
+def without_wrappers(names: Collection[str]) -> list[str]:
+    """Return names of a state dict without what wrappers put into them.
+
+    ``module.`` goes as long as all names begin with it; the parts that only torch gives
+    (``_orig_mod``) go wherever they stand. So nested wrappers may come in any order.
+    """
+    short = [".".join(part for part in name.split(".") if part not in _INNER) for name in names]
+    while short and all(name.startswith(_PREFIX) for name in short):
+        short = [name.removeprefix(_PREFIX) for name in short]
+    return short if len(set(short)) == len(short) else list(names)
+
+
+def shorter_names(names: Collection[str]) -> list[list[str]]:
+    """List the namings of a state dict to try on an architecture, the likeliest first.
+
+    As they are; without wrappers; without wrappers of a part of the network; and without one, two,
+    ... of the leading parts that all names share (``model.``).
+    """
+    tries = [list(names), without_wrappers(names)]
+    tries.append([".".join(p for p in name.split(".") if p != "module") for name in tries[1]])
+    while all("." in name for name in tries[-1]) and len({n.split(".")[0] for n in tries[-1]}) == 1:
+        tries.append([name.partition(".")[2] for name in tries[-1]])
+    return [names for names in tries if len(set(names)) == len(names)]

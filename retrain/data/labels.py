@@ -1,0 +1,117 @@
+"""Class numbers out of whatever people label their samples with; and if there are none, why.
+
+What can mean one thing only is converted, and said: numbers with a decimal point, a column, one-hot
+rows, true and false. What cannot be is told in one line with what to do, and never passed over: an
+accuracy that is missing has a reason beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from retrain.stream.stream import LayerStream
+
+_LARGEST = 2**31  # of a class number: outputs are fewer, and float64 tells them apart
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """How labels were read.
+
+    Attributes
+    ----------
+    classes : ndarray of int64, shape (n_samples,), or None
+        A class number for each sample, from 0.
+    note : str
+        What was converted; empty if nothing was.
+    reason : str
+        Why there are no class numbers; empty if there are.
+    """
+
+    classes: np.ndarray | None
+    note: str = ""
+    reason: str = ""
+
+
+def class_numbers(y: np.ndarray | None) -> Labels:
+    """Read class numbers off labels, whatever network they are for.
+
+    Parameters
+    ----------
+    y : ndarray or None, shape (n_samples, ...)
+        Finite numbers, or true and false.
+    """
+    if y is None:
+        return Labels(None, reason="the data has no labels")
+    if y.ndim > 1 and math.prod(y.shape[1:]) == 1:
+        found = class_numbers(y.reshape(len(y)))
+        note = f"a column of shape {y.shape}" + (f", {found.note}" if found.note else "")
+        return Labels(found.classes, "" if found.classes is None else note, found.reason)
+    if y.ndim == 1:
+        return _numbers(y)
+    if y.ndim == 2:
+        if ((y == 0) | (y == 1)).all() and (np.count_nonzero(y, axis=1) == 1).all():
+            return Labels(y.argmax(axis=1).astype(np.int64), f"one-hot rows of {y.shape[1]}")
+        what = "are no one-hot rows (exactly one 1 in each)"
+    else:
+        what = "are neither one number for each sample nor one-hot rows"
+    said = f"the labels, {y.dtype} of shape {y.shape}, {what}"
+    return Labels(None, reason=f"{said}; they are taken for targets, not for classes")
+
+
+def class_labels(y: np.ndarray | None, outputs: tuple[int, ...]) -> Labels:
+    """Read class numbers for a network.
+
+    Parameters
+    ----------
+    y : ndarray or None, shape (n_samples, ...)
+        As for `class_numbers`.
+    outputs : tuple of int
+        Shape of the network's output for one sample.
+    """
+    found = class_numbers(y)
+    if y is None or found.classes is None:
+        return found
+    if len(outputs) != 1 or outputs[0] < 2:
+        said = f"the network's outputs, of shape {outputs} per sample, are not one for each class"
+        return Labels(None, reason=said)
+    if y.ndim == 2 and y.shape[1] > 1 and y.shape[1] != outputs[0]:
+        what = f"the labels are one-hot rows of {y.shape[1]}, and the network has {outputs[0]}"
+        return Labels(None, reason=f"{what} outputs")
+    unfit = unfit_range(found.classes, outputs[0])
+    return Labels(None, reason=unfit) if unfit else found
+
+
+def labels_for(stream: LayerStream, y: np.ndarray | None) -> Labels:
+    """Read class numbers for a stream's network, whose first outputs tell how many there are."""
+    if y is None:
+        return class_numbers(y)
+    outputs = next(iter(stream.outputs(dense=True)))
+    return class_labels(y, tuple(int(size) for size in outputs.shape[1:]))
+
+
+def unfit_range(classes: np.ndarray, outputs: int) -> str:
+    """Say why class numbers are not those of a network's outputs; nothing if they are."""
+    low, high = int(classes.min()), int(classes.max())
+    if low >= 0 and high < outputs:
+        return ""
+    said = f"the labels are {low} to {high}; {outputs} outputs want labels from 0 to {outputs - 1}"
+    if low >= 1 and high == outputs:
+        said += ": they begin at 1; subtract 1 from them"
+    return said
+
+
+def _numbers(y: np.ndarray) -> Labels:
+    """Read one number for each sample."""
+    if y.dtype.kind == "b":
+        return Labels(y.astype(np.int64), "true and false as classes 1 and 0")
+    if y.dtype.kind == "f" and (y != np.floor(y)).any():
+        said = f"the labels, {y.dtype}, are not whole numbers"
+        return Labels(None, reason=f"{said}; they are taken for targets, not for classes")
+    if (np.abs(y.astype(np.float64)) >= _LARGEST).any():
+        return Labels(None, reason="the labels are too large for class numbers")
+    note = f"{y.dtype} read as whole numbers" if y.dtype.kind == "f" else ""
+    return Labels(y.astype(np.int64), note)

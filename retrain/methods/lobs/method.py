@@ -1,0 +1,361 @@
+"""Second-order pruning over a layer stream: the paper's L-OBS and its exact relatives.
+
+Each layer, in execution order:
+
+    H = (1/n) sum x x^T           streamed over all rows (`moments.py`, with the three calibrations)
+    What = prune(W, H, pattern)   a method of `solvers.obs.METHODS`; biases updated, never pruned
+    E(What - W)                   from H, and a second time from the rows
+
+`one-shot` is the paper's; the default, `auto`, is `swaps` (the exact greedy path, then exchanges of
+kept for removed weights), `large` for layers of more than 2048 inputs, and `inputs` for the pattern
+of that name.
+
+A layer is *certified* when what is claimed of the saved weights, after any rounding to the
+network's own type, was found true by other means than it was made: exactly as many weights as the
+pattern says are zero; the error computed from H is the one measured row by row, within the rounding
+that the sizes involved explain; and with a tolerance, that error is within it. It says nothing of
+optimality: unlike Net-Trim's programs this one is combinatorial. Weights of a layer that is not
+certified are used all the same.
+
+Zeros of the given network stay zero by default and count as removed, so that a pruned network can
+be pruned again. A grouped layer has one program a group; the layer's count, or the square of its
+tolerance, is shared evenly among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import joblib
+import numpy as np
+from array_api_compat import array_namespace
+from threadpoolctl import threadpool_limits
+
+from retrain.methods.layers import chosen, commit
+from retrain.methods.lobs.moments import RowErrors, row_errors
+from retrain.methods.lobs.options import TO_TOLERANCE, LobsOptions, bytes_needed
+from retrain.methods.lobs.problem import Group, Task, patterns_of, state_layer
+from retrain.stream.layer_report import LayerReport, LayerResult
+from retrain.stream.stream import Array, LayerSpec, LayerStream
+from solvers.arrays import like, to_numpy
+from solvers.obs import (
+    LayerProblem,
+    Pattern,
+    Pruned,
+    dead_inputs,
+    improve,
+    layer_count,
+    pattern_support,
+    prune,
+    prune_greedy,
+    prune_inputs,
+    prune_large,
+    prune_one_shot,
+    prune_sweep,
+    removal_path,
+)
+from solvers.result import Status
+from solvers.workers import workers
+
+_log = logging.getLogger(__name__)
+
+_AGREEMENT = 1e-9
+_STORED = 1e-5  # what rounding a weight to float32 may add to a squared error at its tolerance
+
+
+def lobs(
+    stream: LayerStream,
+    options: LobsOptions,
+    *,
+    layers: Sequence[str] | None = None,
+    finished: Mapping[str, Sequence[Array]] | None = None,
+) -> Iterator[LayerResult]:
+    """Prune a network's layers by second-order information, yielding each as it is done.
+
+    A layer is committed to the stream before it is yielded, cast to the network's own type, so
+    that sequential calibration sees exactly what a caller saves. A layer that has nothing to lose
+    is left as it is, bit for bit.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        The network and the calibration data.
+    options : LobsOptions
+        What to do.
+    layers : sequence of str, optional
+        Names of the layers to prune; all that can be, by default.
+    finished : mapping from str to sequence of array, optional
+        Weights (one a group) of layers done by an earlier run: committed and not yielded again.
+
+    Yields
+    ------
+    LayerResult
+        In execution order; in order of completion when several jobs work.
+
+    Raises
+    ------
+    ValueError
+        If a named layer does not exist, cannot be retrained, has no number in a mapping, would take
+        more than `memory`, or if its Hessian is singular to working precision.
+
+    References
+    ----------
+    Dong, Chen, Pan, Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain Surgeon
+    (NIPS 2017).
+    """
+    specs = chosen(stream, layers)
+    for spec in specs:
+        _check(spec, options)
+    done = dict(finished or {})
+    if options.jobs > 1:
+        for name, weights in done.items():
+            commit(stream, name, weights)
+        tasks = (state_layer(stream, spec, options) for spec in specs if spec.name not in done)
+        for task, results in _solve_all(tasks, options):
+            yield _finish(stream, task, results, options)
+        return
+    for spec in specs:
+        if spec.name in done:
+            commit(stream, spec.name, done[spec.name])
+            continue
+        with threadpool_limits(options.threads_per_job):
+            task = state_layer(stream, spec, options)
+            result = _finish(stream, *_solve(task, options), options)
+        yield result  # what is done with it has the caller's threads
+
+
+def lobs_plan(
+    stream: LayerStream, options: LobsOptions, layers: Sequence[str]
+) -> Iterator[tuple[LayerSpec, int | None, float]]:
+    """Say what `lobs` would do: layers, how many weights would go, and in how many bytes.
+
+    The number is None with a tolerance; zeros that are there already are not looked at.
+
+    Raises
+    ------
+    ValueError
+        As `lobs`, where that can be told without data. Layers beyond `memory` are in the plan.
+    """
+    for spec in chosen(stream, layers):
+        options.sparsity_for(spec.name)
+        options.tolerance_for(spec.name)
+        everything = np.ones(spec.shape, dtype=bool)
+        counts = [
+            None
+            if pattern is None
+            else layer_count(pattern, everything, np.ones(spec.shape[0], dtype=bool))
+            for pattern in patterns_of(spec, options)
+        ]
+        known = [count for count in counts if count is not None]
+        yield spec, sum(known) if known else None, bytes_needed(spec, options)
+
+
+def _check(spec: LayerSpec, options: LobsOptions) -> None:
+    """Refuse what would fail later, before any layer is touched."""
+    options.sparsity_for(spec.name)
+    options.tolerance_for(spec.name)
+    reason = oversized(spec, options)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def oversized(spec: LayerSpec, options: LobsOptions) -> str | None:
+    """Say why a layer's solve does not fit into `memory`, and the way out; None where it fits."""
+    needed = bytes_needed(spec, options)
+    if needed <= options.memory:
+        return None
+    return (
+        f"memory: layer {spec.name!r} with {spec.shape[0]} inputs takes about "
+        f"{needed / 2**30:.2g} GiB, more than the {options.memory / 2**30:.2g} GiB allowed; raise "
+        f"it (--memory), or leave the layer out (--skip {spec.name})"
+    )
+
+
+# --- solving ---------------------------------------------------------------------------------
+
+
+def _solve(task: Task, options: LobsOptions) -> tuple[Task, tuple[Pruned | None, ...]]:
+    """Solve a layer's programs; None for a group that has nothing to lose."""
+    started = time.perf_counter()
+    _log.info("solving: layer %s", task.spec.name)
+    try:
+        results = tuple(_solve_group(task.spec, group, options) for group in task.groups)
+    except ValueError as error:
+        raise ValueError(f"layer {task.spec.name!r}: {error}") from error
+    return replace(task, seconds=task.seconds + time.perf_counter() - started), results
+
+
+def _solve_group(spec: LayerSpec, group: Group, options: LobsOptions) -> Pruned | None:
+    method, threads = options.method_for(spec), options.threads_per_job
+    damped = {} if options.damping is None else {"damping": options.damping}
+    if group.pattern is None:
+        tolerance = options.tolerance_for(spec.name)
+        assert tolerance is not None
+        # The groups share the layer's mean squared error.
+        tolerance /= math.sqrt(spec.groups)
+        if method == "greedy":
+            damped["threads"] = threads
+        return TO_TOLERANCE[method](group.problem, tolerance, **damped)
+    prunable = to_numpy(group.old)[: spec.shape[0]]
+    if group.wanted == int((prunable == 0).sum()) and _stays(group, options):
+        return None
+    if not damped:
+        return prune(group.problem, group.pattern, method, threads=threads)
+    return _prune_damped(group.problem, group.pattern, method, damped["damping"], threads)
+
+
+def _stays(group: Group, options: LobsOptions) -> bool:
+    """Whether the zeros there are, are the zeros wanted."""
+    return options.zeros == "stay" or group.wanted == 0
+
+
+def _prune_damped(
+    problem: LayerProblem, pattern: Pattern, method: str, damping: float, threads: int
+) -> Pruned:
+    """Run a method with a damping of the caller's instead of its own."""
+    if method == "one-shot":
+        return prune_one_shot(problem, pattern, damping=damping)
+    if method == "sweep":
+        return prune_sweep(problem, pattern, damping=damping)
+    if method == "swaps":
+        path = removal_path(problem, pattern=pattern, damping=damping, threads=threads)
+        found = improve(problem, pattern_support(problem, path, pattern), pattern, threads=threads)
+        return replace(found, damping=damping)
+    threaded = {"greedy": prune_greedy, "large": prune_large, "inputs": prune_inputs}
+    return threaded[method](problem, pattern, damping=damping, threads=threads)
+
+
+def _worker(task: Task, options: LobsOptions) -> tuple[Task, tuple[Pruned | None, ...]]:
+    """Solve in a joblib worker, which gets its share of the threads."""
+    with threadpool_limits(options.threads_per_job):
+        return _solve(task, options)
+
+
+def _solve_all(
+    tasks: Iterable[Task], options: LobsOptions
+) -> Iterator[tuple[Task, tuple[Pruned | None, ...]]]:
+    """Solve independent layers with joblib, yielding each as it is done; `jobs` are held."""
+    pool = workers(options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered")
+    yield from pool(joblib.delayed(_worker)(task, options) for task in tasks)
+
+
+# --- what came of it --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A group's numbers, of the weights as saved."""
+
+    rows: RowErrors
+    quadratic: float
+    agrees: bool
+    exact: bool
+    removed: int
+
+
+def _finish(
+    stream: LayerStream, task: Task, results: Sequence[Pruned | None], options: LobsOptions
+) -> LayerResult:
+    """Commit a layer's weights, check them as they were saved, report."""
+    started = time.perf_counter()
+    _log.info("checking: layer %s, row by row", task.spec.name)
+    spec = task.spec
+    for number, (group, result) in enumerate(zip(task.groups, results, strict=True)):
+        if result is not None:
+            new = to_numpy(group.old).copy()
+            new[: result.weight.shape[0]] = to_numpy(result.weight)
+            stream.commit(spec.name, like(new, group.old), number)
+    checks = [
+        _check_group(stream, spec, number, group, result, options)
+        for number, (group, result) in enumerate(zip(task.groups, results, strict=True))
+    ]
+    task = replace(task, seconds=task.seconds + time.perf_counter() - started)
+    weights = [stream.weight(spec.name, group) for group in range(spec.groups)]
+    return LayerResult(weights, _report(task, results, weights, checks, options))
+
+
+def _check_group(
+    stream: LayerStream,
+    spec: LayerSpec,
+    number: int,
+    group: Group,
+    result: Pruned | None,
+    options: LobsOptions,
+) -> _Checked:
+    """Recompute a group's error from rows and count its zeros, from the weights as saved."""
+    saved = stream.weight(spec.name, number)
+    xp = array_namespace(saved)
+    change = xp.astype(saved, xp.float64) - xp.astype(group.old, xp.float64)
+    quadratic = group.moments.error(change)
+    measured = row_errors(stream, spec, number, options.calibration, group.old, saved)
+    apart = abs(quadratic - measured.error)
+    agrees = apart <= _AGREEMENT * measured.error + group.moments.rounding(change)
+    values = to_numpy(saved)[: spec.shape[0]]
+    if result is None:
+        return _Checked(measured, quadratic, agrees, True, group.wanted)
+    gone = ~to_numpy(result.kept)[: spec.shape[0]]
+    removed = int(gone.sum())
+    exact = removed == (removed if group.pattern is None else group.wanted)
+    return _Checked(measured, quadratic, agrees, exact and not np.any(values[gone]), removed)
+
+
+def _report(
+    task: Task,
+    results: Sequence[Pruned | None],
+    weights: Sequence[Array],
+    checks: Sequence[_Checked],
+    options: LobsOptions,
+) -> LayerReport:
+    """Sum up a layer; groups add their squared errors, and certify together."""
+    spec = task.spec
+    error = sum(check.rows.error for check in checks)
+    energy = sum(check.rows.energy for check in checks)
+    activated = math.hypot(*(check.rows.activated for check in checks))
+    target = math.hypot(*(check.rows.target for check in checks))
+    tolerance = options.tolerance_for(spec.name)
+    within = tolerance is None or error <= tolerance**2 * (1 + _STORED)
+    certified = within and all(check.agrees and check.exact for check in checks)
+    solved = [result for result in results if result is not None]
+    said = dict.fromkeys(result.status for result in solved)
+    details: dict[str, Any] = {
+        "method": options.method_for(spec),
+        "pattern": options.pattern,
+        "calibration": options.calibration,
+        "bias": ("updated" if options.bias == "update" else "kept") if spec.bias else "none",
+        "damping": solved[0].damping if solved else options.damping,
+        "sparsity": options.sparsity_for(spec.name),
+        "tolerance": tolerance,
+        "removed": sum(check.removed for check in checks),
+        "dead_inputs": [int(dead_inputs(to_numpy(g.problem.hessian)).sum()) for g in task.groups],
+        "layer_error": error,
+        "layer_error_from_hessian": sum(check.quadratic for check in checks),
+        "rms_error": math.sqrt(error),
+        "energy": energy,
+        "relative_layer_error": error / energy if energy > 0 else None,
+        "method_status": "; ".join(said) or "nothing to remove",
+        "sensitivities": [group.sensitivities for group in task.groups],
+    }
+    return LayerReport(
+        name=spec.name,
+        kind=spec.kind,
+        shape=spec.shape,
+        follows=spec.follows,
+        method="lobs",
+        weights=spec.size,
+        zeros_before=sum(int((to_numpy(g.old)[: spec.shape[0]] == 0).sum()) for g in task.groups),
+        zeros=sum(int((to_numpy(weight)[: spec.shape[0]] == 0).sum()) for weight in weights),
+        rows=checks[0].rows.rows,
+        total_rows=checks[0].rows.rows,
+        status=(Status.SOLVED if certified else Status.INEXACT).value,
+        certified=certified,
+        dense_units=0,
+        error=activated,
+        relative_error=activated / target if target > 0 else 0.0,
+        seconds=task.seconds,
+        details=details,
+    )
