@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from retrain.api.load import load
     from retrain.api.lobs import lobs
-    from retrain.api.net_trim import Run, net_trim
+    from retrain.api.net_trim import net_trim
     from retrain.data.sources import load_data
+    from retrain.runs.outcome import Run
     from retrain.runs.trained import TrainedRun
     from retrain.runs.training import train
     from retrain.stream.chain import Chain
@@ -25,7 +26,7 @@ __all__ = ["Chain", "Run", "TrainedRun", "load", "load_data", "lobs", "net_trim"
 # Imported when asked for, so that `retrain --help` answers at once.
 _HOMES = {
     "Chain": "retrain.stream.chain",
-    "Run": "retrain.api.net_trim",
+    "Run": "retrain.runs.outcome",
     "load": "retrain.api.load",
     "load_data": "retrain.data.sources",
     "lobs": "retrain.api.lobs",

@@ -15,13 +15,15 @@ from torch import nn
 
 from retrain.adapters.files.load import load_model
 from retrain.adapters.files.save import save_model
-from retrain.api.net_trim import Run, net_trim
-from retrain.data.sources import Data, load_data
+from retrain.api.net_trim import net_trim
+from retrain.data.arrays import Data
+from retrain.data.sources import load_data
 from retrain.files import json_bytes
 from retrain.methods.amounts import check_parallel
 from retrain.methods.net_trim.options import Scheme
 from retrain.report.terminal import bound_line, output
 from retrain.runs.directory import check_out
+from retrain.runs.outcome import Run
 from retrain.runs.subject import check_device
 from retrain.trainers.loop.states import seeded
 from retrain.trainers.loop.supervised import train

@@ -1,4 +1,9 @@
-"""Write files whole or not at all; what reading a damaged one raises."""
+"""Files: written whole or not at all; read strictly, and checked by type.
+
+Every file is taken for damaged until it has been read. Strict JSON is turned into a type by the
+type's own hints (msgspec); whatever is wrong ends in one `ValueError` that names the file, the
+entry, what was found and what was wanted.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,19 @@ import lzma
 import math
 import os
 import pickle
+import re
 import struct
 import tokenize
+import types
+import typing
 import zipfile
 import zlib
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import msgspec
 
 READ_ERRORS = (
     ArithmeticError,
@@ -125,3 +137,164 @@ def json_bytes(record: dict[str, Any]) -> bytes:
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a record as JSON, whole or not at all."""
     write_whole(path, json_bytes(record))
+
+
+Kind = TypeVar("Kind")
+
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+"""A whole number of at least 0."""
+
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+"""A whole number of at least 1."""
+
+
+Size = Annotated[float, msgspec.Meta(ge=0)]
+"""A number of at least 0."""
+
+
+LARGEST = 64 * 2**20
+"""Bytes of the largest record that is read; a run's own are thousands of times smaller."""
+
+
+_MESSAGE = re.compile(r"(?P<said>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?", re.DOTALL)
+
+
+_EXPECTED = re.compile(r"Expected (?P<want>.*?)(?:, got (?P<got>.*))?", re.DOTALL)
+
+
+def parse_json(content: bytes | str, what: str) -> Any:
+    """Parse JSON strictly.
+
+    Parameters
+    ----------
+    content : bytes or str
+        UTF-8 where it is bytes.
+    what : str
+        How messages begin: ``run: DIR/run.json``.
+
+    Raises
+    ------
+    ValueError
+        If it is not JSON, is nested too deeply, has a key twice, or a number that is not finite in
+        float64, or text that is not Unicode.
+    """
+    try:
+        text = content if isinstance(content, str) else content.decode("utf-8")
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_not_finite,
+            parse_float=_real,
+            parse_int=_whole,
+        )
+        if "\\u" in text:  # an escaped half of a surrogate pair is JSON, but no text
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise ValueError(f"{what}: is damaged (nested too deeply)") from error
+    except ValueError as error:
+        raise ValueError(f"{what}: is damaged ({error})") from error
+    return value
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON file of at most `LARGEST` bytes.
+
+    Raises
+    ------
+    ValueError
+        As `parse_json`; or if the file is larger.
+    OSError
+        If it cannot be read.
+    """
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{what}: is too large for a record")
+    return parse_json(path.read_bytes(), what)
+
+
+def read_as(kind: type[Kind], value: Any, what: str, at: str = "") -> Kind:
+    """Make a value of a type out of plain values, by the type's own hints.
+
+    Parameters
+    ----------
+    kind : type
+        A dataclass or a msgspec Struct. A null where a dataclass wants a float is NaN, which JSON
+        cannot hold; a field that a record of an older version lacks is None where it may be None.
+    value : object
+        As JSON, TOML or torch's reader give it.
+    what : str
+        How messages begin.
+    at : str
+        Where the value is in what was read: ``layers[3]``.
+
+    Raises
+    ------
+    ValueError
+        ``WHAT: `layers[3].gap`: got str, want float``.
+    """
+    try:
+        return msgspec.convert(_with_nan(kind, value), kind, strict=True)
+    except (msgspec.ValidationError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{what}: {_said(error, at)}") from error
+
+
+def _said(error: Exception, at: str) -> str:
+    """Turn msgspec's words into ours."""
+    parts = _MESSAGE.fullmatch(str(error) or type(error).__name__)
+    said, path = (str(error), "") if parts is None else (parts["said"], parts["path"] or "")
+    place = ".".join(part for part in (at, path) if part).replace(".[", "[")
+    lacking = re.fullmatch(r"Object missing required field `(.*)`", said)
+    expected = _EXPECTED.fullmatch(said)
+    if lacking is not None:
+        said = f"lacks `{lacking[1]}`"
+    elif expected is not None:
+        got = f"got {expected['got']}, " if expected["got"] else ""
+        said = (got + f"want {expected['want']}").replace("`", "")
+    return f"`{place}`: {said}" if place else said
+
+
+def _with_nan(kind: Any, value: Any) -> Any:
+    """Put NaN where a null stands for it, and None where an older record lacks what may be None."""
+    if not is_dataclass(kind) or not isinstance(value, Mapping):
+        return value
+    hints = typing.get_type_hints(kind)
+    filled = dict(value)
+    for entry in fields(kind):
+        hint = hints[entry.name]
+        required = entry.default is MISSING and entry.default_factory is MISSING
+        if entry.name not in filled:
+            if required and types.NoneType in typing.get_args(hint):
+                filled[entry.name] = None
+        elif hint is float and filled[entry.name] is None:
+            filled[entry.name] = math.nan
+        elif hint == dict[str, float] and isinstance(filled[entry.name], Mapping):
+            numbers = filled[entry.name].items()
+            filled[entry.name] = {k: math.nan if v is None else v for k, v in numbers}
+    return filled
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has {twice!r:.80} twice")
+    return found
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number that JSON has")
+
+
+def _real(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text:.40} is beyond float64")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > 300:  # float64 ends at 309 digits, and converting text to int at 4300
+        raise ValueError(f"the number {text:.40}... is too long")
+    return int(text)

@@ -12,7 +12,7 @@ from retrain.adapters.files.load import load_model
 from retrain.adapters.files.save import save_model
 from retrain.adapters.network.patches import padding
 from retrain.adapters.network.stream import TorchStream, fit_samples
-from retrain.data.sources import Data
+from retrain.data.arrays import Data
 from retrain.stream.stream import LayerSpec, collect
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retrain.data.sources import Data, as_data, import_factory, load_data, parse_normalise
+from retrain.data.arrays import Data, parse_normalise
+from retrain.data.factories import import_factory
+from retrain.data.sources import as_data, load_data
 
 MNIST = Path(__file__).parents[1].parent / "shared" / "data" / "mnist"
 

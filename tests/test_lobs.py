@@ -609,7 +609,8 @@ def test_stages_keep_the_same_share_each():
 def test_our_streamed_hessians_are_the_authors():
     """Theirs: (1/n) sum x x^T over all 60 000 images, the bias last, float32 sums."""
     from retrain.adapters.files.load import load_model
-    from retrain.data.sources import Data, load_data
+    from retrain.data.arrays import Data
+    from retrain.data.sources import load_data
 
     model = load_model(DATA / "models/lobs_LeNet300100_pretrain.pth").module
     data = load_data(f"mnist:{DATA}/mnist", normalise="0.1307,0.3081")

@@ -133,9 +133,9 @@ def test_a_record_of_the_largest_size_is_read(tmp_path, monkeypatch):
     file = tmp_path / "run.json"
     file.write_bytes(json_bytes({"format": 1}))
     size = file.stat().st_size
-    monkeypatch.setattr("retrain.records.LARGEST", size)
+    monkeypatch.setattr("retrain.files.LARGEST", size)
     assert read_record(tmp_path) == {"format": 1}
-    monkeypatch.setattr("retrain.records.LARGEST", size - 1)
+    monkeypatch.setattr("retrain.files.LARGEST", size - 1)
     with pytest.raises(ValueError, match="too large"):
         read_record(tmp_path)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bench.papers.itp_table import CRITICAL, TABLES, TRADE_OFFS, Printed
-from retrain.data.sources import Data
+from retrain.data.arrays import Data
 from retrain.runs.trained import TrainedRun
 from retrain.runs.training import run_training
 from retrain.trainers.itp.objectives import Complexity, dense_weights

@@ -27,7 +27,8 @@ from bench.papers import l_obs_curves as curves
 from bench.papers.l_obs_authors import compare
 from bench.papers.lenet import lenet_5, lenet_300_100, pairs
 from retrain.adapters.network.stream import TorchStream
-from retrain.data.sources import Data, load_data
+from retrain.data.arrays import Data
+from retrain.data.sources import load_data
 from retrain.trainers.hptd import truncate
 from retrain.trainers.loop.accuracy import evaluate
 from retrain.trainers.loop.masked import fine_tune

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from bench.papers.models import relu_network
 from retrain.adapters.files.load import load_model
-from retrain.data.sources import Data
+from retrain.data.arrays import Data
 from retrain.trainers.loop.batches import TrainingData
 from retrain.trainers.loop.states import seeded
 from retrain.trainers.loop.supervised import train

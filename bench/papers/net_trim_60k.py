@@ -26,7 +26,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import retrain
 from bench.papers.models import momentum_sgd, relu_network
-from retrain.data.sources import Data, load_data
+from retrain.data.arrays import Data
+from retrain.data.sources import load_data
 from retrain.stream.layer_report import LayerReport
 from retrain.trainers.loop.accuracy import evaluate
 from retrain.trainers.loop.supervised import train

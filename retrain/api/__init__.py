@@ -1,1 +1,1 @@
-"""TODO."""
+"""What people call, one verb per file: net_trim, lobs, train, load."""

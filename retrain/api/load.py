@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from retrain.api import net_trim as api
 from retrain.runs.directory import read_record
+from retrain.runs.outcome import Run, read_run
 from retrain.runs.subject import apart_from_caller
 from retrain.runs.trained import KIND, TrainedRun, load_trained
 
 
 @apart_from_caller()
-def load(path: str | Path, model: Any = None) -> api.Run | TrainedRun:
+def load(path: str | Path, model: Any = None) -> Run | TrainedRun:
     """Read a finished run back.
 
     Parameters
@@ -35,8 +35,8 @@ def load(path: str | Path, model: Any = None) -> api.Run | TrainedRun:
     """
     directory = Path(path)
     record = read_record(directory)
-    if record.get("kind") != KIND:
-        return api.load(directory, model)
     if record.get("state") != "finished":
         raise ValueError(f"run: {str(path)!r} is not finished; repeat its command to resume it")
-    return load_trained(directory, record, model)
+    if record.get("kind") == KIND:
+        return load_trained(directory, record, model)
+    return read_run(directory, record, model)

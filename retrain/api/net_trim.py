@@ -3,92 +3,28 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import joblib
-import numpy as np
-from threadpoolctl import threadpool_limits
-
-from retrain.bounds.outputs import Direct, OutputBound, cascade_bound, output_bound
-from retrain.data.labels import labels_for
-from retrain.data.sources import Data, as_data
+from retrain.bounds.outputs import cascade_bound
+from retrain.data.sources import as_data
 from retrain.methods.amounts import layers_named
 from retrain.methods.net_trim import method as net_trim_method
 from retrain.methods.net_trim.options import NetTrimOptions
-from retrain.runs.directory import RUN_FILE, RunDirectory, check_out, open_run, read_record
-from retrain.runs.identity import run_identity
-from retrain.runs.prepare import Oversized, prepare
-from retrain.runs.record import check_finished
-from retrain.runs.subject import Subject, apart_from_caller, reopen, subject_of
-from retrain.stream.layer_report import LayerReport, LayerResult
-from retrain.stream.stream import LayerStream, Passage, layer
+from retrain.runs.directory import check_out
+from retrain.runs.drive import drive
+from retrain.runs.outcome import OnLayer, Run
+from retrain.runs.prepare import prepare
+from retrain.runs.subject import apart_from_caller, subject_of
+from retrain.stream.stream import LayerStream, layer
 from solvers.arrays import to_numpy
 
 if TYPE_CHECKING:
     from retrain.runs.epsilon_search import OnTrial
 
 _log = logging.getLogger(__name__)
-
-OnLayer = Callable[[LayerReport, int], None]
-_MOST_EPOCHS = 10**6  # more would end in no one's lifetime
-Steps = Callable[[LayerStream, Sequence[str], Mapping[str, Sequence[Any]]], Iterator[LayerResult]]
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """A retraining run.
-
-    Attributes
-    ----------
-    model : torch.nn.Module or Chain
-        The retrained network, of the kind that was given.
-    layers : tuple of LayerReport
-        What became of each layer.
-    bounds : dict of OutputBound
-        Output deviation, bound beside measured: ``"calibration"`` and, with held-out data,
-        ``"held_out"``. Of the retrained network before any fine-tuning.
-    record : dict
-        All that ``run.json`` holds: options, versions, totals, accuracies, seconds.
-    directory : Path or None
-        Where the run was written, if anywhere.
-    """
-
-    model: Any
-    layers: tuple[LayerReport, ...]
-    bounds: dict[str, OutputBound]
-    record: dict[str, Any]
-    directory: Path | None
-
-    @property
-    def bound(self) -> float | None:
-        """Best bound on |Yhat - Y|_F of the outputs on the calibration rows."""
-        return self.bounds["calibration"].best
-
-    @property
-    def measured(self) -> float:
-        """Measured |Yhat - Y|_F of the outputs on the calibration rows."""
-        return self.bounds["calibration"].measured
-
-    @property
-    def certified(self) -> bool:
-        """Whether every layer's saved weights are certified."""
-        return all(report.certified for report in self.layers)
-
-    @property
-    def defects(self) -> list[str]:
-        """Bounds below what was measured. There should be none: each is an error of this package.
-
-        Where there is one, the command line says so, prints no bound as proven, and ends with 1.
-        """
-        theorems = self.record.get("theorems", {}).values()
-        found = [bound.defect for bound in self.bounds.values()]
-        found += [entry.get("defect") for entry in theorems]
-        return [defect for defect in found if defect is not None]
 
 
 @apart_from_caller()
@@ -244,161 +180,6 @@ def _check_sparsity(stream: LayerStream, names: Sequence[str], sparsity: float) 
         )
 
 
-def drive(
-    method: str,
-    steps: Steps,
-    subject: Subject,
-    data: Data,
-    *,
-    held_out: Data | None,
-    settings: dict[str, Any],
-    layers: str | Sequence[str] | None,
-    skip: str | Sequence[str] | None,
-    oversized: Oversized,
-    fine_tune: int,
-    out: str | Path | None,
-    on_layer: OnLayer | None,
-    direct: Callable[[LayerStream, Sequence[LayerReport]], Direct],
-    theorems: Callable[[LayerStream, Passage], dict[str, Any]] | None = None,
-) -> Run:
-    """Run a layer method over a network: resume, retrain, save, bound, evaluate, report.
-
-    `steps` is the method bound to its options; `direct` gives its own bound on the calibration
-    rows, if it has one; `theorems` what its paper proves, in numbers, on each data set.
-    """
-    started = time.perf_counter()
-    if fine_tune > _MOST_EPOCHS:
-        raise ValueError(f"fine_tune: want at most {_MOST_EPOCHS} epochs, got {fine_tune}")
-    with ExitStack() as stack:
-        stack.enter_context(threadpool_limits(joblib.cpu_count()))
-        prepared = prepare(
-            subject,
-            data,
-            held_out,
-            layers=layers,
-            skip=skip,
-            oversized=oversized,
-            fine_tune=fine_tune,
-            out=out,
-        )
-        stream, other, names = prepared.stream, prepared.held_out, prepared.names
-        identity = {
-            "method": method,
-            "layers": names,
-            "options": settings,
-            "fine_tune": fine_tune,
-            **run_identity(stream),
-            **subject.identity(training=fine_tune > 0),
-        }
-        directory = None
-        if out is not None:
-            every = tuple(spec.name for spec in stream.layers)
-            directory = stack.enter_context(open_run(out, identity, every))
-        reports = _retrain(stream, steps, names, directory, on_layer)
-        _log.info("bounds: calibration data")
-        passage = stream.passage()
-        proof = direct(stream, reports)
-        bounds = {"calibration": output_bound(stream, passage=passage, direct=proof)}
-        accuracy = {"calibration": _accuracies(stream, data)}
-        proven = {} if theorems is None else {"calibration": theorems(stream, passage)}
-        if held_out is not None and other is not None:
-            _log.info("bounds: held-out data")
-            _copy_weights(stream, other, names)
-            passage = other.passage()
-            bounds["held_out"] = output_bound(other, passage=passage)
-            accuracy["held_out"] = _accuracies(other, held_out)
-            if theorems is not None:
-                proven["held_out"] = theorems(other, passage)
-        tuned = None
-        if fine_tune:
-            _log.info("fine-tuning: %d epochs", fine_tune)
-            tuned = subject.fine_tune(stream, data, fine_tune, held_out, settings.get("seed", 0))
-            for name, value in tuned.accuracies.items():
-                accuracy[name]["fine_tuned"] = value
-        model = subject.model(stream) if tuned is None else tuned.model
-        record: dict[str, Any] = {
-            "state": "finished",
-            "identity": identity,
-            "method": method,
-            "model": subject.describe(stream),
-            "data": {"name": data.name, "samples": len(data)},
-            "held_out": None
-            if held_out is None
-            else {"name": held_out.name, "samples": len(held_out)},
-            "options": settings,
-            "layers": [report.to_json() for report in reports],
-            "left": [
-                {
-                    "name": spec.name,
-                    "kind": spec.kind,
-                    "reason": prepared.left.get(spec.name) or spec.reason or "not selected",
-                }
-                for spec in stream.layers
-                if spec.name not in names
-            ],
-            "totals": totals(reports),
-            "accuracy": accuracy,
-            "bounds": {name: bound.to_json() for name, bound in bounds.items()},
-            "theorems": proven,
-            "fine_tune": fine_tune,
-            "seconds": time.perf_counter() - started,
-        }
-        if directory is not None:
-            _log.info("saving: %s", directory.path)
-            subject.save(model, directory.path)
-            directory.write_record(record)
-    return Run(model, tuple(reports), bounds, record, None if out is None else Path(out))
-
-
-@apart_from_caller()
-def load(path: str | Path, model: Any = None) -> Run:
-    """Read a finished run back.
-
-    Parameters
-    ----------
-    path : path
-        The run directory.
-    model : torch.nn.Module, optional
-        The architecture, for a network that was given as a module and that is no plain chain; a
-        copy of it is filled.
-
-    Returns
-    -------
-    Run
-
-    Raises
-    ------
-    ValueError
-        If there is no finished run, or the network's architecture must be given and is not.
-    """
-    directory = Path(path)
-    record = read_record(directory)
-    if record.get("state") != "finished":
-        raise ValueError(f"run: {str(path)!r} is not finished; repeat its command to resume it")
-    checked = check_finished(record, f"run: {directory / RUN_FILE}")
-    return Run(
-        model=reopen(checked.record.model, directory, model),
-        layers=checked.layers,
-        bounds=checked.bounds,
-        record=record,
-        directory=directory,
-    )
-
-
-def totals(reports: Sequence[LayerReport]) -> dict[str, Any]:
-    """Sum up the retrained layers."""
-    weights = sum(report.weights for report in reports)
-    zeros = sum(report.zeros for report in reports)
-    return {
-        "weights": weights,
-        "zeros_before": sum(report.zeros_before for report in reports),
-        "zeros": zeros,
-        "sparsity": zeros / weights,
-        "certified": all(report.certified for report in reports),
-        "solve_seconds": sum(report.seconds for report in reports),
-    }
-
-
 def _options(options: NetTrimOptions | None, settings: dict[str, Any]) -> NetTrimOptions:
     """Options from an object, from single settings, or both."""
     unknown = sorted(set(settings) - set(NetTrimOptions.__dataclass_fields__))
@@ -432,58 +213,3 @@ def _plain(options: Any) -> dict[str, Any]:
         elif isinstance(value, Mapping):
             values[name] = dict(value)
     return values
-
-
-def _retrain(
-    stream: LayerStream,
-    steps: Steps,
-    names: list[str],
-    directory: RunDirectory | None,
-    on_layer: OnLayer | None,
-) -> list[LayerReport]:
-    """Go through the layers, writing each as it is done; return all reports in execution order."""
-    finished = directory.finished(stream) if directory is not None else {}
-    finished = {name: result for name, result in finished.items() if name in names}
-    reports = {name: result.report for name, result in finished.items()}
-    for report in reports.values():
-        if on_layer is not None:
-            on_layer(report, len(names))
-    weights = {name: result.weights for name, result in finished.items()}
-    for result in steps(stream, names, weights):
-        if directory is not None:
-            directory.write_layer(result)
-        reports[result.report.name] = result.report
-        if on_layer is not None:
-            on_layer(result.report, len(names))
-    return [reports[name] for name in names]
-
-
-def _copy_weights(source: LayerStream, target: LayerStream, names: Sequence[str]) -> None:
-    for name in names:
-        for group in range(layer(source, name).groups):
-            target.commit(name, source.weight(name, group), group)
-
-
-def _accuracies(stream: LayerStream, data: Data) -> dict[str, Any]:
-    """Accuracy before and after; None with the `reason`, and `labels` where they were converted."""
-    labels = labels_for(stream, data.y)
-    said = {"labels": labels.note, "reason": labels.reason}
-    return {
-        "before": _accuracy(stream, labels.classes, dense=True),
-        "after": _accuracy(stream, labels.classes, dense=False),
-        **{name: text for name, text in said.items() if text},
-    }
-
-
-def _accuracy(stream: LayerStream, classes: np.ndarray | None, *, dense: bool) -> float | None:
-    """Share of samples whose largest output is their class's; None without classes."""
-    if classes is None:
-        return None
-    which = "dense" if dense else "retrained"
-    hits, start = 0, 0
-    for outputs in stream.outputs(dense=dense):
-        values = to_numpy(outputs)
-        hits += int((values.argmax(axis=1) == classes[start : start + len(values)]).sum())
-        start += len(values)
-        _log.debug("accuracy: the %s network, %d of %d samples", which, start, len(classes))
-    return hits / start

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Bounds on what retraining does to outputs, beside what is measured."""

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from retrain.records import read_as
+from retrain.files import read_as
 from retrain.stream.chain import Chain, activate
 from retrain.stream.layer_report import LayerReport
 from retrain.stream.stream import LayerStream, Norm, Passage, layer
@@ -135,7 +135,7 @@ class OutputBound:
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> OutputBound:
-        """Read what `to_json` gave; what older records lack is None (`retrain.records`)."""
+        """Read what `to_json` gave; what older records lack is None (`retrain.files`)."""
         return read_as(OutputBound, record, "output bound")
 
 

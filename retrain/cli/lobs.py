@@ -89,7 +89,8 @@ def add_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """Prune by second-order information."""
-    from retrain.api.lobs import lobs, plan_stages
+    from retrain.api.lobs import lobs
+    from retrain.runs.stages import plan_stages
 
     sparsity = [by_layer("--sparsity", text) for text in options.sparsity or []]
     tolerance = None
@@ -137,9 +138,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _dry_run_lobs(options: argparse.Namespace, loaded: Any, data: Any, plan: Any) -> int:
     """Say what would be pruned, how, in how much memory."""
-    from retrain.api.lobs import layers_of
     from retrain.methods.lobs.method import lobs_plan, oversized
     from retrain.runs.prepare import select
+    from retrain.runs.stages import layers_of
     from retrain.runs.subject import subject_of
 
     stream = subject_of(loaded, options.device).stream(data)

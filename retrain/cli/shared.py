@@ -17,8 +17,8 @@ from retrain.cli.status import Status
 
 if TYPE_CHECKING:
     from retrain.adapters.files.load import LoadedModel
-    from retrain.api.net_trim import Run
     from retrain.runs.epsilon_search import Goal, Trial
+    from retrain.runs.outcome import Run
     from retrain.stream.layer_report import LayerReport
 
 DONE, NOT_CERTIFIED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130

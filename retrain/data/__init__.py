@@ -1,1 +1,1 @@
-"""TODO."""
+"""Samples and labels: from files, functions, arrays and batches, as one `Data`."""

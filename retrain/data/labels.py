@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retrain.stream.stream import LayerStream
-
 _LARGEST = 2**31  # of a class number: outputs are fewer, and float64 tells them apart
 
 
@@ -83,14 +81,6 @@ def class_labels(y: np.ndarray | None, outputs: tuple[int, ...]) -> Labels:
         return Labels(None, reason=f"{what} outputs")
     unfit = unfit_range(found.classes, outputs[0])
     return Labels(None, reason=unfit) if unfit else found
-
-
-def labels_for(stream: LayerStream, y: np.ndarray | None) -> Labels:
-    """Read class numbers for a stream's network, whose first outputs tell how many there are."""
-    if y is None:
-        return class_numbers(y)
-    outputs = next(iter(stream.outputs(dense=True)))
-    return class_labels(y, tuple(int(size) for size in outputs.shape[1:]))
 
 
 def unfit_range(classes: np.ndarray, outputs: int) -> str:

@@ -29,10 +29,18 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from retrain.files import READ_ERRORS, first_line, plain, write_json, write_whole
+from retrain.files import (
+    READ_ERRORS,
+    first_line,
+    parse_json,
+    plain,
+    read_as,
+    read_json,
+    write_json,
+    write_whole,
+)
 from retrain.runs.identity import differences
 from retrain.stream.layer_report import LayerReport, LayerResult
-from retrain.records import parse_json, read_as, read_json
 from retrain.stream.stream import LayerSpec, LayerStream
 from solvers.arrays import to_numpy
 

@@ -17,15 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from retrain.api.net_trim import OnLayer, Run
-from retrain.data.sources import Data
-from retrain.runs.identity import run_identity
-from retrain.data.labels import labels_for
+from retrain.data.arrays import Data
 from retrain.methods.net_trim.options import NetTrimOptions
+from retrain.runs.accuracy import labels_for
 from retrain.runs.directory import LAYERS, RUN_FILE, open_run, read_record
+from retrain.runs.identity import run_identity
+from retrain.runs.outcome import OnLayer, Run
 from retrain.runs.record import check_finished
-from retrain.stream.stream import LayerStream
 from retrain.runs.subject import Subject
+from retrain.stream.stream import LayerStream
 from solvers.path.root import next_place
 
 _log = logging.getLogger(__name__)

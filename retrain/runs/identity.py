@@ -1,11 +1,11 @@
 """The identity of a run: everything that could change a weight, as JSON values a person can read.
 
-What the network and the data are, their stream says (`retrain.stream.stream.LayerStream.identity`). Here
-is the rest: the machine, the packages, and what decides the last bits of a sum. Where an effect can
-be read off a library, the effect is recorded, not the environment variable behind it: where
-OPENBLAS_CORETYPE names the kernels that OpenBLAS would choose anyway, the run is the same. Paths,
-the order of imports, the language and the seed of Python's hashes are left out, since they change
-no weight.
+What the network and the data are, their stream says (`retrain.stream.stream.LayerStream.identity`).
+Here is the rest: the machine, the packages, and what decides the last bits of a sum. Where an
+effect can be read off a library, the effect is recorded, not the environment variable behind it:
+where OPENBLAS_CORETYPE names the kernels that OpenBLAS would choose anyway, the run is the same.
+Paths, the order of imports, the language and the seed of Python's hashes are left out, since they
+change no weight.
 """
 
 from __future__ import annotations

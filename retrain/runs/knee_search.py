@@ -22,12 +22,12 @@ import torch
 
 from retrain.files import write_json
 from retrain.runs.trained import TrainedRun
+from retrain.runs.training import run_training
 from retrain.trainers.itp.knee import Knee, knee_by_chord, knee_by_trade_off
 from retrain.trainers.itp.method import Itp
 from retrain.trainers.itp.objectives import Complexity, dense_weights, trade_off_of
 from retrain.trainers.itp.search import Outcome, Train
 from retrain.trainers.recipes.recipe import Recipe
-from retrain.runs.training import run_training
 from solvers.workers import workers
 
 Strategy = Callable[[Train], list[Outcome]]

@@ -18,9 +18,9 @@ from typing import Any
 
 from array_api_compat import array_namespace
 
-from retrain.data.sources import Data
-from retrain.stream.stream import LayerSpec, LayerStream, layer
+from retrain.data.arrays import Data
 from retrain.runs.subject import Subject
+from retrain.stream.stream import LayerSpec, LayerStream, layer
 
 _log = logging.getLogger(__name__)
 

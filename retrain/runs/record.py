@@ -8,8 +8,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from retrain.bounds.outputs import OutputBound
+from retrain.files import Count, Positive, read_as
 from retrain.stream.layer_report import LayerReport
-from retrain.records import Count, Positive, read_as
 
 
 class Totals(msgspec.Struct, frozen=True):

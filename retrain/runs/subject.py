@@ -21,12 +21,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from retrain.stream.chain import Chain, ChainStream
-from retrain.data.sources import Data
+from retrain.data.arrays import Data
 from retrain.files import READ_ERRORS, first_line, write_whole
-from retrain.data.labels import labels_for
+from retrain.runs.accuracy import labels_for
 from retrain.runs.directory import MODEL_FILE
 from retrain.runs.record import ChainModel, Dense, ModuleModel
+from retrain.stream.chain import Chain, ChainStream
 from retrain.stream.stream import LayerStream
 from solvers.arrays import to_numpy
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from retrain.records import Count, Positive, parse_json, read_as
+from retrain.files import Count, Positive, parse_json, read_as
 from retrain.runs.directory import HISTORY_FILE, MODEL_FILE, RUN_FILE
 
 KIND = "training"

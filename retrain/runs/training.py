@@ -1,11 +1,10 @@
 """Train by a recipe: start or resume, an epoch at a time, and save a plain network.
 
     DIR/
-      lock, run.json        as of every run (`retrain.runs.directory`): identity first, results in the end
-      history.jsonl         a line an epoch
-      checkpoint.pt         all of the training after the last epoch
-      model.safetensors     the finished network's tensors; run.json has its architecture
-      model.pt2             the same as an exported program, when asked for
+      lock, run.json        as of every run (`retrain.runs.directory`): identity first, results in
+      the end history.jsonl         a line an epoch checkpoint.pt         all of the training after
+      the last epoch model.safetensors     the finished network's tensors; run.json has its
+      architecture model.pt2             the same as an exported program, when asked for
 
 A killed run loses at most the epoch in hand, and the same command goes on to the same result.
 """
@@ -24,10 +23,9 @@ from torch.optim import Optimizer
 
 from retrain.adapters.files.description import described
 from retrain.adapters.files.export import write_export
-from retrain.adapters.network.modes import apart
 from retrain.adapters.files.save import save_model
+from retrain.adapters.network.modes import apart
 from retrain.files import READ_ERRORS, plain, write_whole
-from retrain.runs.identity import surroundings
 from retrain.runs.directory import (
     CHECKPOINT_FILE,
     EXPORT_FILE,
@@ -38,6 +36,7 @@ from retrain.runs.directory import (
     open_run,
     read_record,
 )
+from retrain.runs.identity import surroundings
 from retrain.runs.subject import check_device
 from retrain.runs.trained import KIND, TrainedRun, history_bytes, load_trained, read_history
 from retrain.trainers.loop.account import Account, cost
@@ -62,11 +61,11 @@ from retrain.trainers.loop.distributed import (
     shared,
 )
 from retrain.trainers.loop.masked import weights_of
-from retrain.trainers.recipes.recipe import Recipe, parse_recipe, read_recipe
-from retrain.trainers.recipes.start import Pair, Start, start
 from retrain.trainers.loop.states import seeded
 from retrain.trainers.loop.supervised import fit
 from retrain.trainers.loop.training import GeneratorState, Stateful, Training
+from retrain.trainers.recipes.recipe import Recipe, parse_recipe, read_recipe
+from retrain.trainers.recipes.start import Pair, Start, start
 
 OnEpoch = Callable[[dict[str, Any], int], None]
 

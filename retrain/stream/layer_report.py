@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from retrain.records import Count, Positive, Size, read_as
+from retrain.files import Count, Positive, Size, read_as
 from retrain.stream.stream import Array
 from solvers.result import Status
 
@@ -91,7 +91,7 @@ class LayerReport:
 
     @staticmethod
     def from_json(record: Any, what: str = "layer report", at: str = "") -> LayerReport:
-        """Read what `to_json` gave; `what` and `at` are as for `retrain.records.read_as`.
+        """Read what `to_json` gave; `what` and `at` are as for `retrain.files.read_as`.
 
         Raises
         ------

@@ -24,9 +24,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 from threadpoolctl import threadpool_limits
 
-from retrain.files import write_whole
+from retrain.files import Count, parse_json, read_as, write_whole
 from retrain.methods.amounts import check_parallel
-from retrain.records import Count, parse_json, read_as
 from retrain.runs.directory import check_out
 from retrain.runs.subject import apart_from_caller
 from retrain.verify import (

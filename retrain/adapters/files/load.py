@@ -31,7 +31,7 @@ from retrain.adapters.network.wrappers import (
     unwrapped,
     without_wrappers,
 )
-from retrain.data.sources import call_factory
+from retrain.data.factories import call_factory
 from retrain.files import READ_ERRORS, first_line
 
 STATE_DICTS = (".pt", ".pth", ".th", ".bin", ".ckpt")

@@ -34,7 +34,8 @@ from retrain.adapters.network.rows import (
 )
 from retrain.adapters.network.structure import structure, weights_hash
 from retrain.adapters.network.tensors import HALF, check_finite, computing
-from retrain.data.sources import Data, as_data
+from retrain.data.arrays import Data
+from retrain.data.sources import as_data
 from retrain.stream.stream import (
     Array,
     Gain,
@@ -503,7 +504,7 @@ def fit_samples(model: nn.Module, x: np.ndarray) -> np.ndarray:
     model : nn.Module
         The network; it is not changed.
     x : ndarray, shape (n_samples, ...)
-        `retrain.data.sources.Data.x`.
+        `retrain.data.arrays.Data.x`.
 
     Returns
     -------

@@ -1,1 +1,1 @@
-"""TODO."""
+"""L-OBS and its relatives over a `retrain.stream.stream.LayerStream`."""

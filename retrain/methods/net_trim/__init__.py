@@ -1,1 +1,1 @@
-"""TODO."""
+"""Net-Trim over a `retrain.stream.stream.LayerStream`."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The training loop that all trainers share."""

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from retrain.files import READ_ERRORS, first_line, write_whole
-from retrain.records import Count, read_as
+from retrain.files import READ_ERRORS, Count, first_line, read_as, write_whole
 from retrain.trainers.loop.training import Stateful, Training
 
 FORMAT = 1

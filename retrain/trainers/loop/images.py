@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from retrain.data.sources import parse_normalise
+from retrain.data.arrays import parse_normalise
 from retrain.files import READ_ERRORS, first_line
 from retrain.trainers.loop.batches import Rows
 

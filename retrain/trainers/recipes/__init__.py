@@ -1,1 +1,1 @@
-"""TODO."""
+"""Recipes of training runs: read, checked, turned into what trains."""

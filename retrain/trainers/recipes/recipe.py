@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from retrain.data.sources import import_factory
+from retrain.data.factories import import_factory
 from retrain.trainers.recipes.options import check_arguments, check_names, make_options
 
 RECIPES = Path(__file__).with_name("recipes")

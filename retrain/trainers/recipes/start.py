@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from retrain.adapters.network.structure import training_structure, weights_hash
 from retrain.adapters.network.wrappers import unwrapped
+from retrain.data.arrays import Data
 from retrain.data.labels import class_numbers, unfit_range
-from retrain.data.sources import Data, as_data, load_data
+from retrain.data.sources import as_data, load_data
 from retrain.trainers.loop.account import Cost, cost
 from retrain.trainers.loop.batches import Rows
 from retrain.trainers.loop.states import mode, seeded

@@ -1,0 +1,167 @@
+"""Samples in memory: finite floating-point arrays, first axis the sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Samples of a network's input, with labels or targets where there are some.
+
+    Attributes
+    ----------
+    x : ndarray, shape (n_samples, ...)
+        Finite, float32 or float64. Images are (n_samples, channels, height, width).
+    y : ndarray or None, shape (n_samples, ...)
+        Integer labels or real targets.
+    name : str
+        Where they came from.
+    """
+
+    x: np.ndarray
+    y: np.ndarray | None
+    name: str
+
+    def __len__(self) -> int:
+        return int(self.x.shape[0])
+
+    @property
+    def flat(self) -> np.ndarray:
+        """The samples as rows, shape (n_samples, n_features): what a dense first layer takes."""
+        return self.x.reshape(len(self), -1)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of dtypes, shapes and bytes of samples and labels; the name is left out."""
+        digest = hashlib.sha256()
+        for array in (self.x, self.y):
+            if array is None:
+                digest.update(b"none;")
+                continue
+            digest.update(f"{array.dtype.newbyteorder('<').str}{array.shape};".encode())
+            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            digest.update(np.ascontiguousarray(little).data)
+        return digest.hexdigest()
+
+
+def parse_normalise(text: str) -> tuple[Any, Any]:
+    """Read ``MEAN,STD``: two numbers, or k means followed by k standard deviations.
+
+    Raises
+    ------
+    ValueError
+        If it is not an even number of numbers.
+    """
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or len(numbers) % 2:
+        raise ValueError(f"normalise: got {text!r}, wanted MEAN,STD or k means and then k STDs")
+    half = len(numbers) // 2
+    if half == 1:
+        return numbers[0], numbers[1]
+    return tuple(numbers[:half]), tuple(numbers[half:])
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is an array or a tensor of any library."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def is_array_or_numbers(value: Any) -> bool:
+    """Arrays, tensors and nested lists of plain numbers; a list of arrays is a list of batches."""
+    if is_array(value):
+        return True
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return all(isinstance(v, int | float | np.generic) or _nested_numbers(v) for v in value)
+
+
+def _nested_numbers(value: Any) -> bool:
+    return isinstance(value, list) and is_array_or_numbers(value) and not is_array(value)
+
+
+def to_array(value: Any) -> np.ndarray:
+    """Turn an array, a torch tensor (any device, half types too) or nested lists into numpy."""
+    if hasattr(value, "detach") and hasattr(value, "cpu"):
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # numpy has no such type
+            value = value.float()
+        return cast("np.ndarray", value.numpy())
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"data: the rows are not of one length ({error})") from error
+
+
+def gathered(batches: Iterable[Any], name: str) -> Data:
+    """Concatenate batches, each x or (x, y, ...), into one `Data`."""
+    xs: list[np.ndarray] = []
+    ys: list[np.ndarray] = []
+    for batch in batches:
+        parts = batch if isinstance(batch, list | tuple) else (batch,)
+        if not parts or not all(is_array_or_numbers(part) for part in parts[:2]):
+            raise ValueError(
+                f"data: got a batch of type {type(batch).__name__}, wanted x or (x, y) of arrays"
+            )
+        xs.append(to_array(parts[0]))
+        if len(parts) > 1:
+            ys.append(to_array(parts[1]))
+    if not xs:
+        raise ValueError("data: there is no sample")
+    if len({x.shape[1:] for x in xs}) > 1:
+        raise ValueError(f"data: batches of different shapes {sorted({x.shape[1:] for x in xs})}")
+    if ys and len(ys) != len(xs):
+        raise ValueError(f"data: {len(ys)} of {len(xs)} batches have labels")
+    return checked(np.concatenate(xs), np.concatenate(ys) if ys else None, name)
+
+
+def checked(x: np.ndarray, y: np.ndarray | None, name: str, limit: int | None = None) -> Data:
+    """Return the first `limit` samples, in float32 or float64 (integers and halves in float32)."""
+    if x.dtype.kind not in "fiub":
+        raise ValueError(f"data: {name!r} has samples of dtype {x.dtype}, wanted real numbers")
+    if x.ndim < 2:
+        raise ValueError(f"data: {name!r} has shape {x.shape}, wanted (samples, features, ...)")
+    if x.size == 0:
+        raise ValueError(f"data: {name!r} is empty: shape {x.shape}")
+    if y is not None:
+        if y.dtype.kind not in "fiub":
+            raise ValueError(f"data: {name!r} has labels of dtype {y.dtype}, wanted numbers")
+        if y.ndim == 0 or len(y) != len(x):
+            got = len(y) if y.ndim else "a single number"
+            raise ValueError(f"data: {name!r} has {len(x)} samples but labels for {got}")
+        y = y[:limit]
+        if not np.isfinite(y).all():
+            raise ValueError(f"data: {name!r} has NaN or infinite labels")
+    x = x[:limit]
+    dtype = np.float64 if x.dtype.kind == "f" and x.dtype.itemsize >= 8 else np.float32
+    x = x.astype(dtype, copy=False)  # in the native byte order too
+    if not np.isfinite(x).all():
+        raise ValueError(f"data: {name!r} has NaN or infinite samples")
+    return Data(x, y, name)
+
+
+def normalised(data: Data, mean: Any, std: Any) -> Data:
+    """Return (x - mean) / std, by channel (axis 1) where there are several."""
+    x = data.x
+    shift, scale = (np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in (mean, std))
+    if shift.shape != scale.shape or shift.ndim != 1 or len(shift) not in (1, x.shape[1]):
+        raise ValueError(
+            f"normalise: got {shift.size} means and {scale.size} STDs, wanted one of each, or "
+            f"{x.shape[1]} (one a channel, axis 1 of shape {x.shape})"
+        )
+    if not (np.isfinite(shift).all() and np.isfinite(scale).all() and (scale > 0).all()):
+        raise ValueError(f"normalise: got {mean}, {std}, wanted finite means and positive STDs")
+    by_channel = (1, -1) + (1,) * (x.ndim - 2)
+    shift, scale = (v.reshape(by_channel).astype(x.dtype) for v in (shift, scale))
+    if not scale.all():
+        raise ValueError(f"normalise: the STD {std} is zero in {x.dtype}")
+    return replace(data, x=(x - shift) / scale)

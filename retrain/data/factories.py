@@ -1,0 +1,88 @@
+"""What `package.module:factory` names: imported, called, its errors told in one line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from retrain.files import first_line
+
+
+def import_factory(spec: str, argument: str) -> Callable[[], Any]:
+    """Import the callable that ``package.module:factory`` names; the working directory counts too.
+
+    Raises
+    ------
+    ValueError
+        If there is no such module, or nothing callable of that name in it.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"{argument}: got {spec!r}, wanted package.module:factory")
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        with ToldInOneLine(argument, f"{spec!r}: importing {module_name}"):
+            target: Any = importlib.import_module(module_name)
+    finally:
+        if added:
+            sys.path.remove(here)
+    for part in attribute.split("."):
+        if not hasattr(target, part):
+            raise ValueError(f"{argument}: module {module_name!r} has no {attribute!r}")
+        target = getattr(target, part)
+    if not callable(target):
+        raise ValueError(f"{argument}: {spec!r} is a {type(target).__name__}, wanted a callable")
+    return cast("Callable[[], Any]", target)
+
+
+def call_factory(spec: str, argument: str) -> Any:
+    """Call what ``package.module:factory`` names, without arguments.
+
+    Raises
+    ------
+    ValueError
+        As `import_factory`; or if the call fails, whatever it raised, with its place.
+    """
+    factory = import_factory(spec, argument)
+    with ToldInOneLine(argument, f"calling {spec}()"):
+        return factory()
+
+
+class ToldInOneLine:
+    """Tell whatever a user's own module or factory raises, SystemExit too, in one line.
+
+    Ctrl-C passes, and so do errors of our own.
+    """
+
+    def __init__(self, argument: str, what: str) -> None:
+        self.argument, self.what = argument, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
+        if not isinstance(error, Exception | SystemExit):
+            return
+        own = isinstance(error, ValueError | FileNotFoundError)
+        if own and str(error).startswith(f"{self.argument}: "):
+            return
+        where = ""
+        for frame, line in traceback.walk_tb(trace):
+            file = Path(frame.f_code.co_filename)
+            others = (Path(__file__).parents[1], Path(importlib.__file__).parents[1])
+            installed = "site-packages" in file.parts or any(map(file.is_relative_to, others))
+            if file.suffix == ".py" and not installed:  # a line of the user's own
+                where = f", {file.name} line {line}"
+        text = " ".join(first_line(error).split())
+        raise ValueError(
+            f"{self.argument}: {self.what} failed: {type(error).__name__}: {text}{where}"
+        ) from error

@@ -1,0 +1,1 @@
+"""A run: its directory, identity, stages, searches and outcome."""

@@ -1,0 +1,59 @@
+"""Accuracies of a stream's two networks, where the data has a class for each sample."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from retrain.data.arrays import Data
+from retrain.data.labels import Labels, class_labels, class_numbers
+from retrain.stream.stream import LayerStream, layer
+from solvers.arrays import to_numpy
+
+if TYPE_CHECKING:
+    pass
+
+
+def labels_for(stream: LayerStream, y: np.ndarray | None) -> Labels:
+    """Read class numbers for a stream's network, whose first outputs tell how many there are."""
+    if y is None:
+        return class_numbers(y)
+    outputs = next(iter(stream.outputs(dense=True)))
+    return class_labels(y, tuple(int(size) for size in outputs.shape[1:]))
+
+
+_log = logging.getLogger(__name__)
+
+
+def copy_weights(source: LayerStream, target: LayerStream, names: Sequence[str]) -> None:
+    for name in names:
+        for group in range(layer(source, name).groups):
+            target.commit(name, source.weight(name, group), group)
+
+
+def accuracies(stream: LayerStream, data: Data) -> dict[str, Any]:
+    """Accuracy before and after; None with the `reason`, and `labels` where they were converted."""
+    labels = labels_for(stream, data.y)
+    said = {"labels": labels.note, "reason": labels.reason}
+    return {
+        "before": _accuracy(stream, labels.classes, dense=True),
+        "after": _accuracy(stream, labels.classes, dense=False),
+        **{name: text for name, text in said.items() if text},
+    }
+
+
+def _accuracy(stream: LayerStream, classes: np.ndarray | None, *, dense: bool) -> float | None:
+    """Share of samples whose largest output is their class's; None without classes."""
+    if classes is None:
+        return None
+    which = "dense" if dense else "retrained"
+    hits, start = 0, 0
+    for outputs in stream.outputs(dense=dense):
+        values = to_numpy(outputs)
+        hits += int((values.argmax(axis=1) == classes[start : start + len(values)]).sum())
+        start += len(values)
+        _log.debug("accuracy: the %s network, %d of %d samples", which, start, len(classes))
+    return hits / start
