@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import retrain.api.net_trim
 import retrain.demo
+import retrain.runs.drive
 import retrain.runs.training
 import retrain.verify.runner
 from retrain.cli import build_parser, main
@@ -86,7 +86,7 @@ def case(tmp_path, monkeypatch):
         raise SolvedError
 
     for place, name in (
-        (retrain.api.net_trim, "_retrain"),
+        (retrain.runs.drive, "_retrain"),
         (retrain.runs.training._Run, "fit"),
         (retrain.verify.runner, "_run"),
         (retrain.demo, "trained_network"),

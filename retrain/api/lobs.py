@@ -7,35 +7,21 @@ a run of its own on the network that the stage before it left, in ``DIR/layers/s
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from retrain.data.sources import as_data
 from retrain.methods.amounts import Amount
-from retrain.methods.lobs import method
 from retrain.methods.lobs.options import LobsOptions
-from retrain.runs.directory import LAYERS, check_out, open_run
-from retrain.runs.identity import run_identity
+from retrain.runs.drive import drive
 from retrain.runs.outcome import OnLayer, Run
-from retrain.runs.prepare import prepare
+from retrain.runs.request import request_of
 from retrain.runs.stages import (
-    _counting,
-    _is_finished,
-    _oversized,
-    _read_back,
-    _record,
-    _stage,
-    _with_module,
-    layers_of,
+    lobs_method,
     plan_stages,
+    run_stages,
 )
-from retrain.runs.subject import apart_from_caller, subject_of
-from retrain.stream.layer_report import LayerReport
+from retrain.runs.subject import apart_from_caller
 
 
 @apart_from_caller()
@@ -106,70 +92,18 @@ def lobs(
     OSError
         If the run directory cannot be written. Finished layers are kept, and the call resumes.
     """
-    check_out(out)
     plan = plan_stages(options, sparsity, tolerance, stages, settings)
-    calibration = as_data(data)
-    held_out = None if evaluate is None else as_data(evaluate)
-
-    def stage(network: Any, number: int, directory: Path | None, notify: OnLayer | None) -> Run:
-        return _stage(
-            network,
-            calibration,
-            plan[number],
-            held_out=held_out,
-            layers=layers,
-            skip=skip,
-            fine_tune=fine_tune,
-            device=device,
-            out=directory,
-            on_layer=notify,
-        )
-
-    target = None if out is None else Path(out)
+    request = request_of(
+        model,
+        data,
+        evaluate=evaluate,
+        layers=layers,
+        skip=skip,
+        fine_tune=fine_tune,
+        device=device,
+        out=out,
+        on_layer=on_layer,
+    )
     if len(plan) == 1:
-        return stage(model, 0, target, on_layer)
-    started = time.perf_counter()
-    with ExitStack() as stack:
-        for entry in plan:  # a later stage's options are as early to refuse as the first one's
-            chosen = layers_of(entry) if layers is None else layers
-            prepared = prepare(
-                subject_of(model, device),
-                calibration,
-                held_out,
-                layers=chosen,
-                skip=skip,
-                oversized=partial(_oversized, entry),
-                fine_tune=fine_tune,
-                out=target,
-            )
-            list(method.lobs_plan(prepared.stream, entry, prepared.names))
-        if target is not None:
-            subject = subject_of(model, device)
-            identity = {
-                "method": "lobs",
-                "stages": [asdict(entry) for entry in plan],
-                "fine_tune": fine_tune,
-                "select": [layers, skip],
-                "held_out": None if held_out is None else held_out.fingerprint,
-                **run_identity(subject.stream(calibration)),
-                **subject.identity(training=fine_tune > 0),
-            }
-            directory = stack.enter_context(open_run(target, identity, ()))
-        runs: list[Run] = []
-        network = model
-        for number in range(len(plan)):
-            place = None if target is None else target / LAYERS / f"stage-{number + 1}"
-            notify = None if on_layer is None else _counting(on_layer, len(plan))
-            stream = subject_of(network, device).stream(calibration)
-            if place is not None and _is_finished(place, stream, plan[number]):
-                runs.append(_read_back(place, network, notify))
-            else:
-                runs.append(stage(network, number, place, notify))
-            network = _with_module(model, runs[-1].model)
-        record = _record(runs, time.perf_counter() - started)
-        if target is not None:
-            record["identity"] = identity
-            subject_of(network, device).save(runs[-1].model, target)
-            directory.write_record(record)
-    reports = tuple(LayerReport.from_json(entry) for entry in record["layers"])
-    return Run(runs[-1].model, reports, runs[-1].bounds, record, target)
+        return drive(lobs_method(plan[0]), request)
+    return run_stages(plan, model, request)

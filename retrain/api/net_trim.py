@@ -1,30 +1,24 @@
-"""`retrain.net_trim` and `retrain.load`: a network in, a run out."""
+"""`retrain.net_trim`: a network and data in, a run out."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from retrain.bounds.outputs import cascade_bound
-from retrain.data.sources import as_data
 from retrain.methods.amounts import layers_named
-from retrain.methods.net_trim import method as net_trim_method
+from retrain.methods.net_trim import method
 from retrain.methods.net_trim.options import NetTrimOptions
-from retrain.runs.directory import check_out
-from retrain.runs.drive import drive
+from retrain.runs.drive import LayerMethod, drive
+from retrain.runs.epsilon_search import Goal, OnTrial, check_classes, goal_of, search_epsilon
 from retrain.runs.outcome import OnLayer, Run
-from retrain.runs.prepare import prepare
-from retrain.runs.subject import apart_from_caller, subject_of
+from retrain.runs.prepare import Prepared, prepare
+from retrain.runs.request import Request, request_of
+from retrain.runs.subject import apart_from_caller
 from retrain.stream.stream import LayerStream, layer
 from solvers.arrays import to_numpy
-
-if TYPE_CHECKING:
-    from retrain.runs.epsilon_search import OnTrial
-
-_log = logging.getLogger(__name__)
 
 
 @apart_from_caller()
@@ -94,74 +88,59 @@ def net_trim(
     OSError
         If the run directory cannot be written. Finished layers are kept, and the call resumes.
     """
-    from retrain.runs.epsilon_search import goal_of, search_epsilon
-
-    check_out(out)
     options = _options(options, settings)
     goal = goal_of(options, sparsity_of, max_drop, max_trials)
-    subject, calibration = subject_of(model, device), as_data(data)
-    held_out = None if evaluate is None else as_data(evaluate)
-
-    def run(given: NetTrimOptions, place: str | Path | None, notify: OnLayer | None) -> Run:
-        return drive(
-            "net-trim",
-            lambda stream, names, finished: net_trim_method.net_trim(
-                stream, given, layers=names, finished=finished
-            ),
-            subject,
-            calibration,
-            held_out=held_out,
-            settings=_settings(given),
-            layers=layers_named(given.sparsity) if layers is None else layers,
-            skip=skip,
-            oversized=lambda stream, spec: net_trim_method.oversized(stream, spec, given),
-            fine_tune=fine_tune,
-            out=place,
-            on_layer=notify,
-            direct=cascade_bound,
-        )
-
-    def check(stream: LayerStream) -> None:
-        prepared = prepare(
-            subject,
-            calibration,
-            held_out,
-            layers=layers,
-            skip=skip,
-            oversized=lambda stream, spec: net_trim_method.oversized(stream, spec, options),
-            fine_tune=fine_tune,
-            out=out,
-        )
-        if goal is not None and goal.sparsity is not None and options.zeros == "stay":
-            _check_sparsity(stream, prepared.names, goal.sparsity)
-        if goal is not None and goal.max_drop is not None and held_out is not None:
-            outputs = next(prepared.held_out.outputs(dense=True))
-            if outputs.ndim != 2 or outputs.shape[1] < 2:
-                raise ValueError(
-                    "max_drop: wants a network with an output for each class, to have an accuracy; "
-                    f"this one's outputs are of shape {tuple(outputs.shape[1:])}"
-                )
-
-    if goal is None:
-        return run(options, out, on_layer)
-    return search_epsilon(
-        goal,
-        lambda epsilon, place, notify: run(
-            replace(options, sparsity=None, relative_epsilon=epsilon), place, notify
-        ),
-        subject,
-        calibration,
-        held_out=held_out,
-        settings={
-            "options": _settings(options),
-            "select": [layers, skip],
-            "fine_tune": fine_tune,
-        },
-        check=check,
+    request = request_of(
+        model,
+        data,
+        evaluate=evaluate,
+        layers=layers,
+        skip=skip,
+        fine_tune=fine_tune,
+        device=device,
         out=out,
         on_layer=on_layer,
-        on_trial=on_trial,
     )
+    if goal is None:
+        return drive(net_trim_method(options), request)
+
+    def run_at(epsilon: float, asked: Request) -> Run:
+        given = replace(options, sparsity=None, relative_epsilon=epsilon)
+        return drive(net_trim_method(given), asked)
+
+    if goal.max_drop is not None:
+        check_classes(request.subject, request.held_out)
+    chosen = net_trim_method(options)
+    prepared = prepare(request, chosen.oversized)
+    _check_goal(goal, prepared, zeros_stay=options.zeros == "stay")
+    return search_epsilon(goal, run_at, request, prepared.stream, chosen.settings, on_trial)
+
+
+def net_trim_method(options: NetTrimOptions) -> LayerMethod:
+    """Net-Trim with its options, as `drive` takes a method."""
+    return LayerMethod(
+        name="net-trim",
+        settings=_settings(options),
+        layers=layers_named(options.sparsity),
+        steps=lambda stream, names, finished: method.net_trim(
+            stream, options, layers=names, finished=finished
+        ),
+        oversized=lambda stream, spec: method.oversized(stream, spec, options),
+        direct=cascade_bound,
+    )
+
+
+def _check_goal(goal: Goal, prepared: Prepared, *, zeros_stay: bool) -> None:
+    """Refuse, before the first trial, a goal that no trial can meet."""
+    if goal.sparsity is not None and zeros_stay:
+        _check_sparsity(prepared.stream, prepared.names, goal.sparsity)
+    if goal.max_drop is not None and prepared.held_out is not None:
+        outputs = next(prepared.held_out.outputs(dense=True))
+        if outputs.ndim != 2 or outputs.shape[1] < 2:
+            raise ValueError(
+                "max_drop: wants a network with an output for each class, to have an accuracy; "
+                f"this one's outputs are of shape {tuple(outputs.shape[1:])}"
+            )
 
 
 def _check_sparsity(stream: LayerStream, names: Sequence[str], sparsity: float) -> None:

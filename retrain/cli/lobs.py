@@ -15,6 +15,7 @@ from retrain.cli.shared import (
     interrupts_kept_from_workers,
     load,
     read_data,
+    what_is_asked,
 )
 
 
@@ -123,13 +124,7 @@ def _run(options: argparse.Namespace) -> int:
             run = lobs(
                 loaded,
                 data,
-                out=options.out,
-                evaluate=held_out,
-                layers=options.layers,
-                skip=options.skip,
-                fine_tune=options.fine_tune,
-                device=options.device,
-                on_layer=progress.done,
+                **what_is_asked(options, held_out, progress),
                 **amounts,
                 **settings,
             )
@@ -140,12 +135,12 @@ def _dry_run_lobs(options: argparse.Namespace, loaded: Any, data: Any, plan: Any
     """Say what would be pruned, how, in how much memory."""
     from retrain.methods.lobs.method import lobs_plan, oversized
     from retrain.runs.prepare import select
-    from retrain.runs.stages import layers_of
+    from retrain.runs.stages import lobs_method
     from retrain.runs.subject import subject_of
 
     stream = subject_of(loaded, options.device).stream(data)
     for number, stage in enumerate(plan, start=1):
-        chosen = options.layers if options.layers is not None else layers_of(stage)
+        chosen = options.layers if options.layers is not None else lobs_method(stage).layers
         names = select(stream.layers, chosen, options.skip)
         for spec, removed, size in lobs_plan(stream, stage, names):
             reason = oversized(spec, stage)

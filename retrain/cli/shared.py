@@ -168,6 +168,19 @@ def read_data(options: argparse.Namespace) -> tuple[Any, Any]:
     return data, load_data(options.evaluate, normalise=options.normalise)
 
 
+def what_is_asked(options: argparse.Namespace, held_out: Any, progress: Progress) -> dict[str, Any]:
+    """Return the arguments that `retrain.net_trim` and `retrain.lobs` share, by name."""
+    return {
+        "out": options.out,
+        "evaluate": held_out,
+        "layers": options.layers,
+        "skip": options.skip,
+        "fine_tune": options.fine_tune,
+        "device": options.device,
+        "on_layer": progress.done,
+    }
+
+
 def by_layer(argument: str, text: str) -> float | dict[str, float]:
     """Parse a number, or NAME=NUMBER,...: layer names or shell patterns."""
     try:

@@ -15,6 +15,7 @@ from retrain.cli.shared import (
     interrupts_kept_from_workers,
     load,
     read_data,
+    what_is_asked,
 )
 
 
@@ -177,16 +178,10 @@ def _run(options: argparse.Namespace) -> int:
             run = net_trim(
                 loaded,
                 data,
-                out=options.out,
-                evaluate=held_out,
-                layers=options.layers,
-                skip=options.skip,
-                fine_tune=options.fine_tune,
-                device=options.device,
                 sparsity_of=options.sparsity_of,
                 max_drop=options.max_drop,
                 max_trials=options.max_trials,
-                on_layer=progress.done,
+                **what_is_asked(options, held_out, progress),
                 on_trial=progress.tried,
                 options=settings,
             )

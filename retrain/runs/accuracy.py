@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def copy_weights(source: LayerStream, target: LayerStream, names: Sequence[str]) -> None:
+    """Commit one stream's weights of the named layers to another stream of the same network."""
     for name in names:
         for group in range(layer(source, name).groups):
             target.commit(name, source.weight(name, group), group)

@@ -264,6 +264,20 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return record
 
 
+def read_if_finished(path: Path | None) -> dict[str, Any] | None:
+    """Read run.json of a finished run; None where there is no directory or the run is not done.
+
+    Raises
+    ------
+    ValueError
+        As `read_record`.
+    """
+    if path is None or not (path / RUN_FILE).is_file():
+        return None
+    record = read_record(path)
+    return record if record.get("state") == "finished" else None
+
+
 class _Head(msgspec.Struct, frozen=True):
     """What the record of every run says, finished or not."""
 

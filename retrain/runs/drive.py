@@ -6,144 +6,148 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import joblib
 from threadpoolctl import threadpool_limits
 
-from retrain.bounds.outputs import Direct, output_bound
-from retrain.data.arrays import Data
+from retrain.bounds.outputs import NO_DIRECT, Direct, OutputBound, output_bound
 from retrain.runs.accuracy import accuracies, copy_weights
 from retrain.runs.directory import RunDirectory, open_run
 from retrain.runs.identity import run_identity
 from retrain.runs.outcome import OnLayer, Run, totals
-from retrain.runs.prepare import Oversized, prepare
-from retrain.runs.subject import Subject
+from retrain.runs.prepare import Oversized, Prepared, prepare
+from retrain.runs.request import Request
 from retrain.stream.layer_report import LayerReport, LayerResult
 from retrain.stream.stream import LayerStream, Passage
-
-if TYPE_CHECKING:
-    pass
 
 _log = logging.getLogger(__name__)
 
 
-_MOST_EPOCHS = 10**6  # more would end in no one's lifetime
+@dataclass(frozen=True, eq=False)
+class LayerMethod:
+    """A method over layers, bound to its options.
+
+    Attributes
+    ----------
+    name : str
+        As the record has it: ``"net-trim"``, ``"lobs"``.
+    settings : dict
+        The options as JSON values, for the record and the identity.
+    layers : sequence of str or None
+        Layers that the options name, where the request names none.
+    steps : callable
+        (stream, names, finished weights by layer) -> iterator of LayerResult.
+    oversized : callable
+        Says why a layer cannot be solved in the memory allowed, or None.
+    direct : callable
+        (stream, reports) -> the method's own bound on the calibration rows.
+    theorems : callable or None
+        (stream, passage) -> what the method's paper proves, in numbers, as JSON values.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    layers: Sequence[str] | None
+    steps: Callable[
+        [LayerStream, Sequence[str], Mapping[str, Sequence[Any]]], Iterator[LayerResult]
+    ]
+    oversized: Oversized
+    direct: Callable[[LayerStream, Sequence[LayerReport]], Direct] = lambda stream, reports: (
+        NO_DIRECT
+    )
+    theorems: Callable[[LayerStream, Passage], dict[str, Any]] | None = None
 
 
-Steps = Callable[[LayerStream, Sequence[str], Mapping[str, Sequence[Any]]], Iterator[LayerResult]]
-
-
-def drive(
-    method: str,
-    steps: Steps,
-    subject: Subject,
-    data: Data,
-    *,
-    held_out: Data | None,
-    settings: dict[str, Any],
-    layers: str | Sequence[str] | None,
-    skip: str | Sequence[str] | None,
-    oversized: Oversized,
-    fine_tune: int,
-    out: str | Path | None,
-    on_layer: OnLayer | None,
-    direct: Callable[[LayerStream, Sequence[LayerReport]], Direct],
-    theorems: Callable[[LayerStream, Passage], dict[str, Any]] | None = None,
-) -> Run:
+def drive(method: LayerMethod, request: Request) -> Run:
     """Run a layer method over a network: resume, retrain, save, bound, evaluate, report.
 
-    `steps` is the method bound to its options; `direct` gives its own bound on the calibration
-    rows, if it has one; `theorems` what its paper proves, in numbers, on each data set.
+    Parameters
+    ----------
+    method : LayerMethod
+        What is done to each layer.
+    request : Request
+        To which network, on which data, and where it is written.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    ValueError
+        If the network, the data or the run directory is invalid; the message names it.
+    OSError
+        If the run directory cannot be written.
     """
     started = time.perf_counter()
-    if fine_tune > _MOST_EPOCHS:
-        raise ValueError(f"fine_tune: want at most {_MOST_EPOCHS} epochs, got {fine_tune}")
+    request = request.choosing(method.layers)
+    subject, data, held_out = request.subject, request.data, request.held_out
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(joblib.cpu_count()))
-        prepared = prepare(
-            subject,
-            data,
-            held_out,
-            layers=layers,
-            skip=skip,
-            oversized=oversized,
-            fine_tune=fine_tune,
-            out=out,
-        )
+        prepared = prepare(request, method.oversized)
         stream, other, names = prepared.stream, prepared.held_out, prepared.names
         identity = {
-            "method": method,
+            "method": method.name,
             "layers": names,
-            "options": settings,
-            "fine_tune": fine_tune,
+            "options": method.settings,
+            "fine_tune": request.fine_tune,
             **run_identity(stream),
-            **subject.identity(training=fine_tune > 0),
+            **subject.identity(training=request.fine_tune > 0),
         }
         directory = None
-        if out is not None:
+        if request.out is not None:
             every = tuple(spec.name for spec in stream.layers)
-            directory = stack.enter_context(open_run(out, identity, every))
-        reports = _retrain(stream, steps, names, directory, on_layer)
+            directory = stack.enter_context(open_run(request.out, identity, every))
+        reports = _retrain(stream, method, names, directory, request.on_layer)
         _log.info("bounds: calibration data")
-        passage = stream.passage()
-        proof = direct(stream, reports)
-        bounds = {"calibration": output_bound(stream, passage=passage, direct=proof)}
+        bounds, proven = {}, {}
+        bound, theorems = _prove(method, stream, method.direct(stream, reports))
+        bounds["calibration"], proven["calibration"] = bound, theorems
         accuracy = {"calibration": accuracies(stream, data)}
-        proven = {} if theorems is None else {"calibration": theorems(stream, passage)}
         if held_out is not None and other is not None:
             _log.info("bounds: held-out data")
             copy_weights(stream, other, names)
-            passage = other.passage()
-            bounds["held_out"] = output_bound(other, passage=passage)
+            bounds["held_out"], proven["held_out"] = _prove(method, other, NO_DIRECT)
             accuracy["held_out"] = accuracies(other, held_out)
-            if theorems is not None:
-                proven["held_out"] = theorems(other, passage)
-        tuned = None
-        if fine_tune:
-            _log.info("fine-tuning: %d epochs", fine_tune)
-            tuned = subject.fine_tune(stream, data, fine_tune, held_out, settings.get("seed", 0))
+        model = subject.model(stream)
+        if request.fine_tune:
+            _log.info("fine-tuning: %d epochs", request.fine_tune)
+            seed = method.settings.get("seed", 0)
+            tuned = subject.fine_tune(stream, data, request.fine_tune, held_out, seed)
+            model = tuned.model
             for name, value in tuned.accuracies.items():
                 accuracy[name]["fine_tuned"] = value
-        model = subject.model(stream) if tuned is None else tuned.model
         record: dict[str, Any] = {
             "state": "finished",
             "identity": identity,
-            "method": method,
+            "method": method.name,
             "model": subject.describe(stream),
             "data": {"name": data.name, "samples": len(data)},
             "held_out": None
             if held_out is None
             else {"name": held_out.name, "samples": len(held_out)},
-            "options": settings,
+            "options": method.settings,
             "layers": [report.to_json() for report in reports],
-            "left": [
-                {
-                    "name": spec.name,
-                    "kind": spec.kind,
-                    "reason": prepared.left.get(spec.name) or spec.reason or "not selected",
-                }
-                for spec in stream.layers
-                if spec.name not in names
-            ],
+            "left": _left(prepared),
             "totals": totals(reports),
             "accuracy": accuracy,
             "bounds": {name: bound.to_json() for name, bound in bounds.items()},
-            "theorems": proven,
-            "fine_tune": fine_tune,
+            "theorems": {name: said for name, said in proven.items() if said is not None},
+            "fine_tune": request.fine_tune,
             "seconds": time.perf_counter() - started,
         }
         if directory is not None:
             _log.info("saving: %s", directory.path)
             subject.save(model, directory.path)
             directory.write_record(record)
-    return Run(model, tuple(reports), bounds, record, None if out is None else Path(out))
+    return Run(model, tuple(reports), bounds, record, request.out)
 
 
 def _retrain(
     stream: LayerStream,
-    steps: Steps,
+    method: LayerMethod,
     names: list[str],
     directory: RunDirectory | None,
     on_layer: OnLayer | None,
@@ -156,10 +160,32 @@ def _retrain(
         if on_layer is not None:
             on_layer(report, len(names))
     weights = {name: result.weights for name, result in finished.items()}
-    for result in steps(stream, names, weights):
+    for result in method.steps(stream, names, weights):
         if directory is not None:
             directory.write_layer(result)
         reports[result.report.name] = result.report
         if on_layer is not None:
             on_layer(result.report, len(names))
     return [reports[name] for name in names]
+
+
+def _prove(
+    method: LayerMethod, stream: LayerStream, direct: Direct
+) -> tuple[OutputBound, dict[str, Any] | None]:
+    """Send the data through both networks once: the run's bound, and the paper's own numbers."""
+    passage = stream.passage()
+    bound = output_bound(stream, passage=passage, direct=direct)
+    return bound, None if method.theorems is None else method.theorems(stream, passage)
+
+
+def _left(prepared: Prepared) -> list[dict[str, str]]:
+    """Layers that were not retrained, each with the reason."""
+    return [
+        {
+            "name": spec.name,
+            "kind": spec.kind,
+            "reason": prepared.left.get(spec.name) or spec.reason or "not selected",
+        }
+        for spec in prepared.stream.layers
+        if spec.name not in prepared.names
+    ]

@@ -20,10 +20,11 @@ from typing import Any
 from retrain.data.arrays import Data
 from retrain.methods.net_trim.options import NetTrimOptions
 from retrain.runs.accuracy import labels_for
-from retrain.runs.directory import LAYERS, RUN_FILE, open_run, read_record
+from retrain.runs.directory import LAYERS, RUN_FILE, open_run, read_if_finished
 from retrain.runs.identity import run_identity
-from retrain.runs.outcome import OnLayer, Run
+from retrain.runs.outcome import Run, counting
 from retrain.runs.record import check_finished
+from retrain.runs.request import Request
 from retrain.runs.subject import Subject
 from retrain.stream.stream import LayerStream
 from solvers.path.root import next_place
@@ -152,8 +153,8 @@ def goal_of(
 
 
 OnTrial = Callable[[Trial, Goal], None]
-RunAt = Callable[[float, Path | None, OnLayer | None], Run]
-"""Retrains the network at a relative epsilon, in a directory."""
+RunAt = Callable[[float, Request], Run]
+"""Retrains the network at a relative epsilon, as a request asks."""
 
 
 def next_epsilon(goal: Goal, trials: Sequence[Trial]) -> float | None:
@@ -206,14 +207,9 @@ def choose(goal: Goal, trials: Sequence[Trial]) -> int:
 def search_epsilon(
     goal: Goal,
     run_at: RunAt,
-    subject: Subject,
-    data: Data,
-    *,
-    held_out: Data | None,
+    request: Request,
+    stream: LayerStream,
     settings: Mapping[str, Any],
-    check: Callable[[LayerStream], None],
-    out: str | Path | None,
-    on_layer: OnLayer | None,
     on_trial: OnTrial | None,
 ) -> Run:
     """Retrain a network at one relative epsilon after another, and return the run that is chosen.
@@ -224,16 +220,14 @@ def search_epsilon(
         What to look for.
     run_at : callable
         Retrains the network at a relative epsilon.
-    subject, data, held_out
-        What is retrained, on what, and judged on what.
+    request : Request
+        What is retrained, on what, judged on what, and where it is written.
+    stream : LayerStream
+        The dense network on the calibration data.
     settings : mapping
-        All else that could change a weight, for the directory's identity.
-    check : callable
-        Refuses, before the first trial, what the stream cannot be asked for.
-    out : path or None
-        The directory.
-    on_layer, on_trial : callable or None
-        Called with each layer and each trial as it is done.
+        The method's options as JSON values, for the directory's identity.
+    on_trial : callable or None
+        Called with each trial as it is done, and the goal.
 
     Returns
     -------
@@ -244,37 +238,35 @@ def search_epsilon(
     Raises
     ------
     ValueError
-        If a drop is asked for without labelled held-out data, or the directory is unfit.
+        If the directory is invalid.
     """
-    if goal.max_drop is not None:
-        _check_classes(subject, held_out)
     started = time.perf_counter()
-    target = None if out is None else Path(out)
-    stream = subject.stream(data)
-    check(stream)
+    target = request.out
     identity = {
         "method": "net-trim",
         "search": asdict(goal),
-        "held_out": None if held_out is None else held_out.fingerprint,
-        **settings,
+        "held_out": None if request.held_out is None else request.held_out.fingerprint,
+        "options": settings,
+        "select": [request.layers, request.skip],
+        "fine_tune": request.fine_tune,
         **run_identity(stream),
-        **subject.identity(training=settings["fine_tune"] > 0),
+        **request.subject.identity(training=request.fine_tune > 0),
     }
     with ExitStack() as stack:
         directory = None
         if target is not None:
             directory = stack.enter_context(open_run(target, identity, ()))
         trials: list[Trial] = []
-        kept: tuple[int, Run] | None = None  # the chosen one so far: networks may be large
+        kept: tuple[int, Run] | None = None  # only the chosen one so far: networks may be large
         epsilon: float | None = min(max(goal.first, SMALLEST), LARGEST)
         while epsilon is not None:
             number = len(trials)
             record = _finished(_place(target, number), epsilon)
             if record is None:
                 _log.info("search: trial %d, relative epsilon %.4g", number + 1, epsilon)
-                run = run_at(epsilon, _place(target, number), _counting(on_layer, number + 1))
-                record = run.record
-                trials.append(Trial.of(record))
+                notify = counting(request.on_layer, number + 1)
+                run = run_at(epsilon, request.at(_place(target, number), notify))
+                trials.append(Trial.of(run.record))
                 if choose(goal, trials) == number:
                     kept = number, run
             else:
@@ -284,7 +276,8 @@ def search_epsilon(
             epsilon = next_epsilon(goal, trials)
         number = choose(goal, trials)
         if kept is None or kept[0] != number:
-            chosen = run_at(trials[number].relative_epsilon, _place(target, number), None)
+            again = request.at(_place(target, number), None)
+            chosen = run_at(trials[number].relative_epsilon, again)
         else:
             chosen = kept[1]
         outcome = {
@@ -294,13 +287,18 @@ def search_epsilon(
             "seconds": time.perf_counter() - started,
         }
         if target is not None and directory is not None:
-            subject.save(chosen.model, target)
+            request.subject.save(chosen.model, target)
             directory.write_record(outcome)
     return Run(chosen.model, chosen.layers, chosen.bounds, outcome, target)
 
 
-def _check_classes(subject: Subject, held_out: Data | None) -> None:
-    """Refuse held-out data on which no accuracy can drop."""
+def check_classes(subject: Subject, held_out: Data | None) -> None:
+    """Refuse held-out data on which no accuracy can drop.
+
+    Raises
+    ------
+    ValueError
+    """
     wanted = "max_drop: wants held-out data (evaluate) with a class for each sample"
     if held_out is None:
         raise ValueError(wanted)
@@ -325,20 +323,11 @@ def _place(target: Path | None, number: int) -> Path | None:
 
 def _finished(place: Path | None, epsilon: float) -> dict[str, Any] | None:
     """Record of a trial that is done; what else it depends on is in the directory's identity."""
-    if place is None or not (place / RUN_FILE).is_file():
-        return None
-    record = read_record(place)
-    if record.get("state") != "finished":
+    record = read_if_finished(place)
+    if record is None or place is None:
         return None
     options = check_finished(record, f"run: {place / RUN_FILE}").record.options
     return record if options.get("relative_epsilon") == epsilon else None
-
-
-def _counting(on_layer: OnLayer | None, trials: int) -> OnLayer | None:
-    """Tell how many layers there are in all trials so far."""
-    if on_layer is None:
-        return None
-    return lambda report, total: on_layer(report, total * trials)
 
 
 def _account(goal: Goal, trials: Sequence[Trial], number: int) -> dict[str, Any]:

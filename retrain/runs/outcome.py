@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 OnLayer = Callable[[LayerReport, int], None]
 
 
+def counting(on_layer: OnLayer | None, runs: int) -> OnLayer | None:
+    """Tell how many layers there are in all of so many runs."""
+    if on_layer is None:
+        return None
+    return lambda report, total: on_layer(report, total * runs)
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """A retraining run.

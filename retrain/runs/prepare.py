@@ -19,6 +19,7 @@ from typing import Any
 from array_api_compat import array_namespace
 
 from retrain.data.arrays import Data
+from retrain.runs.request import Request
 from retrain.runs.subject import Subject
 from retrain.stream.stream import LayerSpec, LayerStream, layer
 
@@ -53,53 +54,37 @@ class Prepared:
     left: dict[str, str]
 
 
-def prepare(
-    subject: Subject,
-    data: Data,
-    held_out: Data | None,
-    *,
-    layers: str | Sequence[str] | None,
-    skip: str | Sequence[str] | None,
-    oversized: Oversized,
-    fine_tune: int,
-    out: str | Path | None,
-) -> Prepared:
+def prepare(request: Request, oversized: Oversized) -> Prepared:
     """Open a network on its data, and refuse what would end the run later.
 
     Parameters
     ----------
-    subject, data, held_out
-        What is retrained, on what, and judged on what.
-    layers, skip
-        As `select` takes them.
+    request : Request
+        What is retrained, on what, judged on what, and where; the directory need not exist.
     oversized : callable
         Says why the method cannot solve a layer in the memory allowed, or None.
-    fine_tune : int
-        Epochs of training after pruning.
-    out : path or None
-        The run directory, which need not exist.
 
     Raises
     ------
     ValueError
-        If something is unfit; the message names the argument.
+        If something is invalid; the message names the argument.
     OSError
         If the disk has too little room.
     """
-    if fine_tune < 0:
-        raise ValueError(f"fine_tune: want a number of epochs >= 0, got {fine_tune}")
+    data, held_out = request.data, request.held_out
     _log.info("reading: the network on %s (%d samples)", data.name, len(data))
-    stream = subject.stream(data)
-    names, left = _fitting(stream, select(stream.layers, layers, skip), layers, oversized)
+    stream = request.subject.stream(data)
+    chosen = select(stream.layers, request.layers, request.skip)
+    names, left = _fitting(stream, chosen, request.layers, oversized)
     other = None
     if held_out is not None:
         _log.info("reading: the network on %s (%d samples)", held_out.name, len(held_out))
-        other = _on_held_out(subject, held_out, stream, names)
-    if fine_tune:
-        subject.check_fine_tune(stream, data)
-    subject.check_save(stream)
-    if out is not None:
-        _check_room(Path(out), stream, names)
+        other = _on_held_out(request.subject, held_out, stream, names)
+    if request.fine_tune:
+        request.subject.check_fine_tune(stream, data)
+    request.subject.check_save(stream)
+    if request.out is not None:
+        _check_room(request.out, stream, names)
     _check_outputs(stream, data, "data")
     if other is not None and held_out is not None:
         _check_outputs(other, held_out, "evaluate")

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from retrain.bounds.l_obs import second_order_bounds
-from retrain.bounds.outputs import NO_DIRECT
-from retrain.data.arrays import Data
 from retrain.methods.amounts import Amount, layers_named
 from retrain.methods.lobs import method
 from retrain.methods.lobs.options import LobsOptions, check_stages, stage_amounts
-from retrain.runs.directory import RUN_FILE, read_record
-from retrain.runs.drive import drive
-from retrain.runs.outcome import OnLayer, Run, read_run, totals
+from retrain.runs.directory import LAYERS, RUN_FILE, open_run, read_if_finished
+from retrain.runs.drive import LayerMethod, drive
+from retrain.runs.identity import run_identity
+from retrain.runs.outcome import Run, counting, read_run, totals
+from retrain.runs.prepare import prepare
 from retrain.runs.record import check_finished
-from retrain.runs.subject import subject_of
+from retrain.runs.request import Request
 from retrain.stream.chain import Chain
-from retrain.stream.layer_report import LayerReport, LayerResult
-from retrain.stream.stream import LayerSpec, LayerStream
+from retrain.stream.layer_report import LayerReport
+from retrain.stream.stream import LayerStream
 
 
 def plan_stages(
@@ -71,80 +71,106 @@ def _plain(amount: Amount) -> Amount:
     return dict(amount) if isinstance(amount, Mapping) else amount
 
 
-def layers_of(options: LobsOptions) -> list[str] | None:
-    """Layers that the options name, as shell patterns; None when they name none."""
-    return layers_named(options.sparsity if options.tolerance is None else options.tolerance)
-
-
-def _stage(
-    network: Any,
-    data: Data,
-    options: LobsOptions,
-    *,
-    held_out: Data | None,
-    layers: str | Sequence[str] | None,
-    skip: str | Sequence[str] | None,
-    fine_tune: int,
-    device: str | None,
-    out: Path | None,
-    on_layer: OnLayer | None,
-) -> Run:
-    """Run one stage."""
-
-    def steps(
-        stream: LayerStream, names: Sequence[str], finished: Mapping[str, Sequence[Any]]
-    ) -> Iterator[LayerResult]:
-        return method.lobs(stream, options, layers=names, finished=finished)
-
-    return drive(
-        "lobs",
-        steps,
-        subject_of(network, device),
-        data,
-        held_out=held_out,
+def lobs_method(options: LobsOptions) -> LayerMethod:
+    """L-OBS with its options, as `drive` takes a method."""
+    return LayerMethod(
+        name="lobs",
         settings=_settings(options),
-        layers=layers_of(options) if layers is None else layers,
-        skip=skip,
-        oversized=partial(_oversized, options),
-        fine_tune=fine_tune,
-        out=out,
-        on_layer=on_layer,
-        direct=lambda stream, reports: NO_DIRECT,
+        layers=layers_named(options.sparsity if options.tolerance is None else options.tolerance),
+        steps=lambda stream, names, finished: method.lobs(
+            stream, options, layers=names, finished=finished
+        ),
+        oversized=lambda _, spec: method.oversized(spec, options),
         theorems=lambda stream, passage: second_order_bounds(stream, passage).to_json(),
     )
 
 
-def _oversized(options: LobsOptions, _: LayerStream, spec: LayerSpec) -> str | None:
-    return method.oversized(spec, options)
+def run_stages(plan: Sequence[LobsOptions], model: Any, request: Request) -> Run:
+    """Run several stages, each on the network that the one before it left.
+
+    Parameters
+    ----------
+    plan : sequence of LobsOptions
+        The options of each stage.
+    model : torch.nn.Module, Chain or LoadedModel
+        The dense network.
+    request : Request
+        What the caller asks of the whole.
+
+    Returns
+    -------
+    Run
+        Layers and accuracies from the dense network to the last stage's; bounds of the last stage.
+    """
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        stream = _check(plan, request)
+        directory = None
+        if request.out is not None:
+            identity = {
+                "method": "lobs",
+                "stages": [asdict(entry) for entry in plan],
+                "fine_tune": request.fine_tune,
+                "select": [request.layers, request.skip],
+                "held_out": None if request.held_out is None else request.held_out.fingerprint,
+                **run_identity(stream),
+                **request.subject.identity(training=request.fine_tune > 0),
+            }
+            directory = stack.enter_context(open_run(request.out, identity, ()))
+        runs: list[Run] = []
+        network = model
+        for number, options in enumerate(plan):
+            place = None
+            if request.out is not None:
+                place = request.out / LAYERS / f"stage-{number + 1}"
+            asked = request.of(network, place, counting(request.on_layer, len(plan)))
+            run = _finished(asked, network, options)
+            runs.append(drive(lobs_method(options), asked) if run is None else run)
+            network = _with_module(model, runs[-1].model)
+        record = _record(runs, time.perf_counter() - started)
+        if directory is not None:
+            record["identity"] = identity
+            request.of(network, None, None).subject.save(runs[-1].model, directory.path)
+            directory.write_record(record)
+    reports = tuple(LayerReport.from_json(entry) for entry in record["layers"])
+    return Run(runs[-1].model, reports, runs[-1].bounds, record, request.out)
+
+
+def _check(plan: Sequence[LobsOptions], request: Request) -> LayerStream:
+    """Refuse any stage's options before the first stage; return the dense network's stream."""
+    for options in plan:
+        chosen = lobs_method(options)
+        prepared = prepare(request.choosing(chosen.layers), chosen.oversized)
+        list(method.lobs_plan(prepared.stream, options, prepared.names))
+    stream: LayerStream = prepared.stream
+    return stream
 
 
 def _settings(options: LobsOptions) -> dict[str, Any]:
     return {**asdict(options), "threads": options.threads_per_job}
 
 
-def _is_finished(directory: Path, stream: LayerStream, options: LobsOptions) -> bool:
-    """Whether a stage's directory holds this very stage, to its end.
+def _finished(asked: Request, network: Any, options: LobsOptions) -> Run | None:
+    """Read a stage that is done back, announcing its layers; None where it is not done.
 
-    What else the stage depends on, the directory above has in its identity.
+    Whether the directory holds this very stage is asked of the network, the data and the options;
+    what else the stage depends on, the directory above has in its identity.
     """
-    if not (directory / RUN_FILE).is_file():
-        return False
-    record = read_record(directory)
-    if record.get("state") != "finished":
-        return False
-    identity = check_finished(record, f"run: {directory / RUN_FILE}").record.identity
-    return identity.get("network and data") == stream.fingerprint and identity.get(
-        "options"
-    ) == json.loads(json.dumps(_settings(options)))
-
-
-def _read_back(directory: Path, network: Any, on_layer: OnLayer | None) -> Run:
-    """Read a finished stage, announcing its layers."""
-    model = network.module if _is_loaded(network) else network
-    run = read_run(directory, read_record(directory), model)
+    record = read_if_finished(asked.out)
+    if record is None or asked.out is None:
+        return None
+    identity = check_finished(record, f"run: {asked.out / RUN_FILE}").record.identity
+    settings = json.loads(json.dumps(_settings(options)))
+    stream = asked.subject.stream(asked.data)
+    if (
+        identity.get("network and data") != stream.fingerprint
+        or identity.get("options") != settings
+    ):
+        return None
+    run = read_run(asked.out, record, network.module if _is_loaded(network) else network)
     for report in run.layers:
-        if on_layer is not None:
-            on_layer(report, len(run.layers))
+        if asked.on_layer is not None:
+            asked.on_layer(report, len(run.layers))
     return run
 
 
@@ -160,10 +186,6 @@ def _is_loaded(model: Any) -> bool:
 def _with_module(given: Any, network: Any) -> Any:
     """Put a stage's network in the place of the one given, under the same file's names."""
     return replace(given, module=network) if _is_loaded(given) else network
-
-
-def _counting(on_layer: OnLayer, stages: int) -> OnLayer:
-    return lambda report, total: on_layer(report, total * stages)
 
 
 def _record(runs: Sequence[Run], seconds: float) -> dict[str, Any]:

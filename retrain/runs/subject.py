@@ -229,7 +229,7 @@ class _ChainSubject:
 
 
 BATCH = 64
-"""Samples of a step of fine-tuning, as `retrain.trainers.loop.masked.fine_tune` has it by default."""
+"""Samples per step of fine-tuning, the default of `retrain.trainers.loop.masked.fine_tune`."""
 
 
 def _pair(model: Any, stream: Any, source: Data) -> tuple[Any, Any]:
