@@ -155,7 +155,9 @@ def main(arguments: list[str]) -> int:
 
 def preload() -> None:
     """Import what a command needs, so that those forked off this process need not."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # a process that is forked should have no threads
+    # A process that is forked should have no threads; and MKL, which otherwise takes its number from
+    # whatever was computed before, has the same number in a forked process and in a fresh one.
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
     import retrain.api.lobs
     import retrain.api.net_trim
     import retrain.demo
