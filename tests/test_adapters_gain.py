@@ -316,7 +316,7 @@ def test_no_factor(case, monkeypatch):
 
 def test_padding_that_repeats_pixels_has_none():
     gain, _ = gain_of(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), IMAGE)
-    assert gain.value is None and gain.reason == "tail pads with 'reflect'"
+    assert gain.value is None and gain.reason == "tail pads with 'reflect', not with zeros"
 
 
 def test_an_output_that_overflows_has_none():

@@ -458,7 +458,7 @@ def test_the_campaign_finds_what_is_broken(monkeypatch):
         patch.setattr(bounds, "widened", lambda bound, _: bound)
         assert campaign.case(12)["violations"]
     with monkeypatch.context() as patch:
-        patch.setitem(gain_rules.CONSTANT, "relu", 0.1)
+        patch.setitem(gain_rules.RULES, "relu", 0.1)
         assert any(campaign.case(seed)["violations"] for seed in range(40, 60))
     with pytest.raises(SystemExit):
         campaign.main(["--help"])

@@ -155,8 +155,8 @@ def main(arguments: list[str]) -> int:
 
 def preload() -> None:
     """Import what a command needs, so that those forked off this process need not."""
-    # A process that is forked should have no threads; and MKL, which otherwise takes its number from
-    # whatever was computed before, has the same number in a forked process and in a fresh one.
+    # A process that is forked should have no threads. MKL, which otherwise takes its number from
+    # whatever was computed before, has the same in a forked process and in a fresh one.
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
     import retrain.api.lobs
     import retrain.api.net_trim

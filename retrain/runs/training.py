@@ -1,10 +1,11 @@
 """Train by a recipe: start or resume, an epoch at a time, and save a plain network.
 
     DIR/
-      lock, run.json        as of every run (`retrain.runs.directory`): identity first, results in
-      the end history.jsonl         a line an epoch checkpoint.pt         all of the training after
-      the last epoch model.safetensors     the finished network's tensors; run.json has its
-      architecture model.pt2             the same as an exported program, when asked for
+      lock, run.json        as of every run (`retrain.runs.directory`): identity first, results last
+      history.jsonl         one line per epoch
+      checkpoint.pt         all of the training after the last epoch
+      model.safetensors     the finished network's tensors; run.json has its architecture
+      model.pt2             the same as an exported program, when asked for
 
 A killed run loses at most the epoch in hand, and the same command goes on to the same result.
 """

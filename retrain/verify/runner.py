@@ -274,11 +274,15 @@ def _fingerprint(level: Level, seed: int) -> str:
     """Hash of what a row depends on: level, seed, versions, this code and what it checks."""
     root = Path(__file__).parents[2]
     digest = hashlib.sha256(repr((level, seed, _versions())).encode())
-    for folder in ("solvers", "retrain/verify", "retrain/methods"):
+    for folder in (
+        "solvers",
+        "retrain/verify",
+        "retrain/methods",
+        "retrain/bounds",
+        "retrain/stream",
+    ):
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(path.read_bytes())
-    for name in ("bounds.py", "chain.py", "stream.py"):
-        digest.update((root / "retrain" / name).read_bytes())
     return digest.hexdigest()
 
 

@@ -42,7 +42,7 @@ def _is_chain(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> bool:
         kind = operation(node, modules)
         if node.op == "output":
             return node.args[0] is not None and open_layer
-        if kind == "linear" and not open_layer:
+        if isinstance(modules.get(str(node.target)), nn.Linear) and not open_layer:
             layers, open_layer = layers + 1, True
         elif kind == "relu" and open_layer:
             open_layer = False

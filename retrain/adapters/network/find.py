@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from retrain.adapters.network.gain import describe
+from retrain.adapters.network.kinds import kind_of
 from retrain.adapters.network.operations import operation
 from retrain.adapters.network.tensors import FLOATS
 from retrain.adapters.network.wrappers import check_plain_weights, unwrapped
@@ -23,7 +24,7 @@ from retrain.stream.stream import Follows, LayerSpec
 
 # A ReLU commutes with whatever only moves entries about or picks the largest of some: since it is
 # monotone, relu(max(z)) = max(relu(z)). So a layer is followed by a ReLU across these, too.
-_COMMUTE = ("identity", "move", "max_pool")
+_COMMUTE = ("identity", "move", "max_pool1d", "max_pool2d")
 
 _TRACE_ERRORS = (
     fx.proxy.TraceError,
@@ -113,7 +114,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         raise ValueError(f"model: got a {type(model).__name__}, wanted a torch module")
     model = unwrapped(model)
     check_plain_weights(model)
-    if type(model) in (nn.Linear, nn.Conv2d):
+    if kind_of(model) is not None:
         raise ValueError("model: got a single layer; wrap it in torch.nn.Sequential")
     try:
         return copy.deepcopy(model).eval()
@@ -245,25 +246,18 @@ def _describe_layer(name: str, module: nn.Module) -> FoundLayer:
     parameters = list(module.parameters())
     known = [p for p in parameters if not isinstance(p, nn.UninitializedParameter)]
     count = sum(p.numel() for p in known)
-    detail = ""
-    kind, groups = label, 1
-    if type(module) is nn.Linear:
-        kind, shape = "linear", (module.in_features, module.out_features)
-    elif type(module) is nn.Conv2d:
-        kind, groups = "conv2d", module.groups
-        size = module.kernel_size[0] * module.kernel_size[1]
-        shape = (module.in_channels // groups * size, module.out_channels // groups)
-        detail = (
-            f"{module.in_channels}→{module.out_channels} channels, "
-            f"kernel {module.kernel_size[0]}x{module.kernel_size[1]}, stride {module.stride}, "
-            f"padding {module.padding}, dilation {module.dilation}, groups {groups}"
-        )
+    kind = kind_of(module)
+    if kind is not None:
+        shape, detail, groups = kind.shape(module), kind.detail(module), kind.groups(module)
     else:
+        detail, groups = "", 1
         largest = max(known, key=lambda p: p.numel(), default=None)
         rows = largest.shape[0] if largest is not None and largest.ndim > 1 else 1
         shape = (largest.numel() // max(rows, 1), rows) if largest is not None else (0, 0)
     bias = getattr(module, "bias", None) is not None
-    spec = LayerSpec(name or "(root)", kind, shape, bias, "linear", groups)
+    spec = LayerSpec(
+        name or "(root)", label if kind is None else kind.name, shape, bias, "linear", groups
+    )
     return FoundLayer(spec, label, count, "", detail)
 
 
@@ -277,7 +271,8 @@ def _weights_reason(name: str, module: nn.Module, tied: Mapping[str, str]) -> st
             "torch.nn.utils.parametrize.remove_parametrizations"
             f"(model.get_submodule({name!r}), {next(iter(parametrised))!r})"
         )
-    if type(module) not in (nn.Linear, nn.Conv2d):
+    kind = kind_of(module)
+    if kind is None:
         return f"{label} layers are not retrained"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks (weight norm, a pruning mask, ...); remove them first"
@@ -288,9 +283,7 @@ def _weights_reason(name: str, module: nn.Module, tied: Mapping[str, str]) -> st
         return f"its weight is of type {weight.dtype} on {weight.device}"
     if name in tied:
         return f"its weight or bias is shared with {tied[name] or '(root)'}"
-    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-        return f"it pads with {module.padding_mode!r}, not with zeros"
-    return None
+    return kind.unfit(module)
 
 
 def _use_reason(

@@ -15,32 +15,16 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
+from retrain.adapters.network.kinds import known_kind
 from retrain.adapters.network.operations import operation, setting
 from retrain.adapters.network.patches import cover
 from retrain.stream.stream import Gain, compound
-
-CONSTANT = {
-    "relu": 1.0,
-    "identity": 1.0,
-    "negate": 1.0,
-    "move": 1.0,
-    "shape": 0.0,  # a size does not depend on the values
-    "tanh": 1.0,
-    "sigmoid": 0.25,
-    "gelu": 1.13,  # largest slope 1.1290, and below 1.13 in the tanh form
-    "silu": 1.1,  # 1.0998
-    "softplus": 1.0,
-    "softsign": 1.0,
-    "relu6": 1.0,
-    "hardtanh": 1.0,
-    "logsigmoid": 1.0,
-    "softmax": 1.0,  # its Jacobian diag(p) − p pᵀ has norm at most 1/2
-}
 
 Norms = Callable[[str, torch.Tensor | None], float]
 
@@ -62,7 +46,7 @@ def gains(
     modules : mapping
         Its modules by name, with the weights to bound.
     norms : callable
-        ``norms(name, scale)``: a bound on the norm of a Linear or Conv2d as a map, each output
+        ``norms(name, scale)``: a bound on the norm of a layer as a map, each output
         channel multiplied by its entry of `scale`, where there is one.
     shapes : mapping
         For a batch of two samples, the shape of every tensor, and other values as they are.
@@ -88,11 +72,6 @@ def _as_gain(found: float | str) -> Gain:
     return Gain(found)
 
 
-# What may stand between the last layer and the output for a bound on its response to be one on
-# the output: reshaping, and activations with slopes of at most 1.
-_KEEP = ("identity", "move", *(kind for kind in CONSTANT if 0 < CONSTANT[kind] <= 1))
-
-
 def output_source(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[fx.Node | None, str]:
     """Find the one node whose value, through its activation and reshaping only, is the output.
 
@@ -112,7 +91,7 @@ def output_source(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[fx
         if len(values) != 1:
             return None, f"the output passes through {describe(node, modules)}"
         node = values[0]
-    if operation(node, modules) in ("linear", "conv2d"):
+    if operation(node, modules) == "layer":
         return node, ""
     return None, f"the output passes through {describe(node, modules)}"
 
@@ -163,11 +142,56 @@ def _only_scaled(
     node: fx.Node, modules: Mapping[str, nn.Module], shapes: Mapping[fx.Node, Any]
 ) -> fx.Node | None:
     """Find the batch norm in evaluation mode that is all a layer's response meets, if it is."""
-    if operation(node, modules) not in ("linear", "conv2d") or len(node.users) != 1:
+    if operation(node, modules) != "layer" or len(node.users) != 1:
         return None
     user = next(iter(node.users))
-    channels_last = operation(node, modules) == "linear" and len(shapes[node]) != 2
-    return user if operation(user, modules) == "batch_norm" and not channels_last else None
+    # Batch norm scales axis 1, which has to be that of the layer's output channels.
+    axis = known_kind(modules[str(node.target)]).channel_axis(len(shapes[node]))
+    return user if operation(user, modules) == "batch_norm" and axis == 1 else None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One node of the graph, and which of its inputs is asked about.
+
+    Attributes
+    ----------
+    node, source : fx.Node
+        The node, and the input.
+    modules : mapping
+        The network's modules by name.
+    norms : Norms
+        As `gains` takes it.
+    shapes : mapping
+        As `gains` takes it.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    modules: Mapping[str, nn.Module]
+    norms: Norms
+    shapes: Mapping[fx.Node, Any]
+
+    def setting(self, position: int, name: str, default: Any) -> Any:
+        """A setting of the operation; where it is computed from a shape, its value."""
+        found = setting(self.node, self.modules, position, name, default)
+        return fx.map_arg(found, self.shapes.__getitem__)
+
+    def sizes(self, dims: int, position: int, name: str, default: Any) -> tuple[int, ...]:
+        """A setting that has one number per dimension, or one for all."""
+        value = self.setting(position, name, default)
+        entries = tuple(value) if isinstance(value, tuple | list) else (value,)
+        return entries * dims if len(entries) == 1 else entries
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that the node calls."""
+        return self.modules[str(self.node.target)]
+
+    @property
+    def label(self) -> str:
+        """The node's name for a person."""
+        return describe(self.node, self.modules)
 
 
 def factor(
@@ -178,60 +202,11 @@ def factor(
     shapes: Mapping[fx.Node, Any],
 ) -> float | str:
     """Lipschitz factor of one node for one of its inputs, or text that says why there is none."""
-
-    def known(position: int, name: str, default: Any) -> Any:
-        """A setting; where it is computed from the samples' shape, its value."""
-        return fx.map_arg(setting(node, modules, position, name, default), shapes.__getitem__)
-
-    kind = operation(node, modules)
-    if kind is None:
-        return f"{describe(node, modules)} has no known factor"
-    if kind in CONSTANT:
-        return CONSTANT[kind]
-    if kind == "linear":
-        return norms(str(node.target), None)
-    if kind == "conv2d":
-        layer = cast("nn.Conv2d", modules[str(node.target)])
-        if layer.padding_mode != "zeros":
-            return f"{node.target} pads with {layer.padding_mode!r}"
-        return norms(str(node.target), None)
-    if kind == "prelu":
-        # Slope 1 above 0 and the channel's a below; |a x - a y| <= |a| |x - y|.
-        return _prelu(node, modules)
-    if kind == "leaky_relu":
-        return max(1.0, abs(known(1, "negative_slope", 0.01)))
-    if kind == "elu":
-        return max(1.0, abs(known(1, "alpha", 1.0)))
-    if kind == "batch_norm":
-        return _batch_norm(modules[str(node.target)], str(node.target))
-    if kind == "log_softmax":
-        # The Jacobian I − 1 pᵀ is a projection, so its norm is ||1|| ||p|| <= sqrt(classes).
-        axis = known(1, "dim", None)
-        return "log_softmax without a dim" if axis is None else math.sqrt(shapes[node][axis])
-    if kind in ("max_pool", "avg_pool"):
-        return _pool(kind, int(describe(node, modules).split(" ")[0][-2]), known)
-    if kind == "adaptive_avg_pool":
-        ratio = [i / o for i, o in zip(shapes[source], shapes[node], strict=True)]
-        if any(r != int(r) for r in ratio):
-            return f"{describe(node, modules)} has windows of unequal size"
-        return 1 / math.sqrt(math.prod(ratio))
-    if kind == "mean":
-        return _mean(known(1, "dim", None), shapes[source])
-    if kind == "select":
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        plain = all(entry is None or isinstance(entry, int | slice) for entry in index)
-        return 1.0 if plain else "a selection that may repeat entries"
-    if kind == "pad":
-        mode = known(2, "mode", "constant")
-        return 1.0 if mode == "constant" else f"it pads with {mode!r}"
-    if kind == "add":
-        return _add(node, source, shapes)
-    if kind == "cat":
-        parts = setting(node, modules, 0, "tensors", ())
-        return float(list(cast("list[fx.Node]", parts)).count(source))
-    if kind == "scale":
-        return _scale(node, source)
-    return f"{describe(node, modules)} is random"
+    call = Call(node, source, modules, norms, shapes)
+    rule = RULES.get(operation(node, modules) or "")
+    if rule is None:
+        return f"{call.label} has no known factor"
+    return rule(call) if callable(rule) else rule
 
 
 def overwrites(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -253,16 +228,58 @@ def describe(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _prelu(node: fx.Node, modules: Mapping[str, nn.Module]) -> float | str:
-    """max(1, |a|) over all channels."""
-    if node.op != "call_module":
-        return f"{describe(node, modules)} takes its slopes from outside a module"
-    slopes = cast("torch.Tensor", modules[str(node.target)].weight)
+def _layer(call: Call) -> float | str:
+    """The layer's norm as a map; no bound is known where its kind cannot read it (padding)."""
+    unfit = known_kind(call.module).unfit(call.module)
+    if unfit is not None:
+        return f"{call.node.target} {unfit.removeprefix('it ')}"
+    return call.norms(str(call.node.target), None)
+
+
+def _prelu(call: Call) -> float | str:
+    """max(1, |a|) over all channels: the slope is 1 above 0 and the channel's a below."""
+    if call.node.op != "call_module":
+        return f"{call.label} takes its slopes from outside a module"
+    slopes = cast("torch.Tensor", call.module.weight)
     return max(1.0, float(slopes.detach().to(torch.float64).abs().max()))
 
 
-def _batch_norm(layer: nn.Module, name: str) -> float | str:
+def _log_softmax(call: Call) -> float | str:
+    """sqrt(classes): the Jacobian I - 1 p^T is a projection of norm at most |1| |p|."""
+    axis = call.setting(1, "dim", None)
+    return "log_softmax without a dim" if axis is None else math.sqrt(call.shapes[call.node][axis])
+
+
+def _adaptive_avg_pool(call: Call) -> float | str:
+    """1 / sqrt(K) for means over windows of K entries that do not overlap."""
+    shapes = call.shapes[call.source], call.shapes[call.node]
+    ratio = [i / o for i, o in zip(*shapes, strict=True)]
+    if any(r != int(r) for r in ratio):
+        return f"{call.label} has windows of unequal size"
+    return 1 / math.sqrt(math.prod(ratio))
+
+
+def _select(call: Call) -> float | str:
+    entries = call.node.args[1]
+    index = entries if isinstance(entries, tuple) else (entries,)
+    plain = all(entry is None or isinstance(entry, int | slice) for entry in index)
+    return 1.0 if plain else "a selection that may repeat entries"
+
+
+def _pad(call: Call) -> float | str:
+    mode = call.setting(2, "mode", "constant")
+    return 1.0 if mode == "constant" else f"it pads with {mode!r}"
+
+
+def _cat(call: Call) -> float:
+    """1 for each part that the source is."""
+    parts = setting(call.node, call.modules, 0, "tensors", ())
+    return float(list(cast("list[fx.Node]", parts)).count(call.source))
+
+
+def _batch_norm(call: Call) -> float | str:
     """Largest |γ| / sqrt(running variance + ε)."""
+    layer, name = call.module, str(call.node.target)
     if not isinstance(layer.running_var, torch.Tensor) or not isinstance(layer.eps, float):
         return f"{name} normalises by the batch's own statistics"
     return float(batch_norm_scale(layer).abs().max())
@@ -277,56 +294,64 @@ def batch_norm_scale(layer: nn.Module) -> torch.Tensor:
     return scale
 
 
-def _pool(kind: str, dims: int, known: Callable[[int, str, Any], Any]) -> float:
-    """Factor of max and average pooling over one or two axes.
+def _max_pool(call: Call, dims: int) -> float:
+    """sqrt(c), c the most windows that cover one entry.
 
-    With c the most windows that cover one entry: for the maximum, each output changes by no more
-    than the largest change in its window, so the squares sum to at most c times the input's. For
-    the average over K entries, the matrix has row sums 1 and column sums at most c/K, so its norm
-    is at most sqrt(c/K) (Schur's test), which is exact when windows do not overlap. Where windows
-    are cut at the border and divided by what is left, column sums are only known to be at most c.
+    Each output changes by no more than the largest change in its window, so the squares sum to at
+    most c times the input's.
     """
+    kernel, strides = _windows(call, dims)
+    return math.sqrt(math.prod(map(cover, kernel, strides, call.sizes(dims, 4, "dilation", 1))))
 
-    def sizes(position: int, name: str, default: Any) -> tuple[int, ...]:
-        value = known(position, name, default)
-        entries = tuple(value) if isinstance(value, tuple | list) else (value,)
-        return entries * dims if len(entries) == 1 else entries
 
-    kernel = sizes(1, "kernel_size", None)
-    stride = known(2, "stride", None)
-    strides = sizes(2, "stride", None) if stride not in (None, [], ()) else kernel
-    if kind == "max_pool":
-        return math.sqrt(math.prod(map(cover, kernel, strides, sizes(4, "dilation", 1))))
+def _avg_pool(call: Call, dims: int) -> float:
+    """sqrt(c / K) for averages over K entries, c the most windows that cover one entry.
+
+    The matrix has row sums 1 and column sums at most c / K, so its norm is at most sqrt(c / K)
+    (Schur's test), which is exact when windows do not overlap. Where windows are cut at the border
+    and divided by what is left, column sums are only known to be at most c.
+    """
+    kernel, strides = _windows(call, dims)
     covers = math.prod(map(cover, kernel, strides, (1,) * dims))
-    divisor = known(6, "divisor_override", None) if dims == 2 else None
+    divisor = call.setting(6, "divisor_override", None) if dims == 2 else None
     entries = math.prod(kernel)
     if divisor:
         return math.sqrt(entries * covers) / abs(divisor)
-    cut = known(4, "ceil_mode", False) or (
-        any(sizes(3, "padding", 0)) and not known(5, "count_include_pad", True)
+    cut = call.setting(4, "ceil_mode", False) or (
+        any(call.sizes(dims, 3, "padding", 0)) and not call.setting(5, "count_include_pad", True)
     )
     return math.sqrt(covers) if cut else math.sqrt(covers / entries)
 
 
-def _mean(axes: Any, shape: torch.Size) -> float | str:
+def _windows(call: Call, dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Kernel and stride of a pooling; without a stride it is the kernel."""
+    kernel = call.sizes(dims, 1, "kernel_size", None)
+    given = call.setting(2, "stride", None) not in (None, [], ())
+    return kernel, call.sizes(dims, 2, "stride", None) if given else kernel
+
+
+def _mean(call: Call) -> float | str:
     """1 / sqrt(K) for a mean over K entries of a sample."""
+    axes, shape = call.setting(1, "dim", None), call.shapes[call.source]
     axes = [axes] if isinstance(axes, int) else axes
     if axes is None or any(axis % len(shape) == 0 for axis in axes):
         return "mean over the samples"
     return 1 / math.sqrt(math.prod(shape[axis] for axis in axes))
 
 
-def _add(node: fx.Node, source: fx.Node, shapes: Mapping[fx.Node, Any]) -> float | str:
+def _add(call: Call) -> float | str:
     """1 for each operand that the source is."""
+    node, source = call.node, call.source
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         return "a sum with a factor"
-    if shapes[source] != shapes[node]:
+    if call.shapes[source] != call.shapes[node]:
         return "a sum that repeats its operand"
     return float(list(node.args).count(source))
 
 
-def _scale(node: fx.Node, source: fx.Node) -> float | str:
+def _scale(call: Call) -> float | str:
     """Factor of a product with, or a quotient by, a plain number."""
+    node, source = call.node, call.source
     if len(node.args) != 2 or node.kwargs:
         return "a product that is not by a number"
     first, second = node.args
@@ -336,3 +361,51 @@ def _scale(node: fx.Node, source: fx.Node) -> float | str:
     if second is source and isinstance(first, int | float) and not divides:
         return float(abs(first))
     return "a product of two activations" if not divides else "a quotient by an activation"
+
+
+RULES: dict[str, float | Callable[[Call], float | str]] = {
+    "layer": _layer,
+    "relu": 1.0,
+    "identity": 1.0,
+    "negate": 1.0,
+    "move": 1.0,
+    "shape": 0.0,  # a size does not depend on the values
+    "tanh": 1.0,
+    "sigmoid": 0.25,
+    "gelu": 1.13,  # largest slope 1.1290, and below 1.13 in the tanh form
+    "silu": 1.1,  # 1.0998
+    "softplus": 1.0,
+    "softsign": 1.0,
+    "relu6": 1.0,
+    "hardtanh": 1.0,
+    "logsigmoid": 1.0,
+    "softmax": 1.0,  # its Jacobian diag(p) − p pᵀ has norm at most 1/2
+    "log_softmax": _log_softmax,
+    "prelu": _prelu,
+    "leaky_relu": lambda call: max(1.0, abs(call.setting(1, "negative_slope", 0.01))),
+    "elu": lambda call: max(1.0, abs(call.setting(1, "alpha", 1.0))),
+    "batch_norm": _batch_norm,
+    "max_pool1d": lambda call: _max_pool(call, 1),
+    "max_pool2d": lambda call: _max_pool(call, 2),
+    "avg_pool1d": lambda call: _avg_pool(call, 1),
+    "avg_pool2d": lambda call: _avg_pool(call, 2),
+    "adaptive_avg_pool": _adaptive_avg_pool,
+    "mean": _mean,
+    "select": _select,
+    "pad": _pad,
+    "add": _add,
+    "cat": _cat,
+    "scale": _scale,
+    "random": lambda call: f"{call.label} is random",
+}
+"""Lipschitz factor of each operation of `retrain.adapters.network.operations`: a number, or a rule
+that gives one (or, as text, why there is none). An operation without an entry has no known factor.
+"""
+
+# What may stand between the last layer and the output for a bound on its response to be one on
+# the output: reshaping, and activations with slopes of at most 1.
+_KEEP = (
+    "identity",
+    "move",
+    *(kind for kind, rule in RULES.items() if isinstance(rule, float) and 0 < rule <= 1),
+)

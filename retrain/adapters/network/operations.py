@@ -14,9 +14,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from retrain.adapters.network.kinds import kind_of
+
 MODULES: dict[type[nn.Module], str] = {
-    nn.Linear: "linear",
-    nn.Conv2d: "conv2d",
     nn.ReLU: "relu",
     nn.Identity: "identity",
     nn.Dropout: "identity",
@@ -25,10 +25,10 @@ MODULES: dict[type[nn.Module], str] = {
     nn.AlphaDropout: "identity",
     nn.Flatten: "move",
     nn.Unflatten: "move",
-    nn.MaxPool1d: "max_pool",
-    nn.MaxPool2d: "max_pool",
-    nn.AvgPool1d: "avg_pool",
-    nn.AvgPool2d: "avg_pool",
+    nn.MaxPool1d: "max_pool1d",
+    nn.MaxPool2d: "max_pool2d",
+    nn.AvgPool1d: "avg_pool1d",
+    nn.AvgPool2d: "avg_pool2d",
     nn.AdaptiveAvgPool1d: "adaptive_avg_pool",
     nn.AdaptiveAvgPool2d: "adaptive_avg_pool",
     nn.BatchNorm1d: "batch_norm",
@@ -67,10 +67,10 @@ FUNCTIONS: dict[Any, str] = {
     torch.squeeze: "move",
     torch.unsqueeze: "move",
     torch.clone: "identity",
-    functional.max_pool1d: "max_pool",
-    functional.max_pool2d: "max_pool",
-    functional.avg_pool1d: "avg_pool",
-    functional.avg_pool2d: "avg_pool",
+    functional.max_pool1d: "max_pool1d",
+    functional.max_pool2d: "max_pool2d",
+    functional.avg_pool1d: "avg_pool1d",
+    functional.avg_pool2d: "avg_pool2d",
     functional.adaptive_avg_pool1d: "adaptive_avg_pool",
     functional.adaptive_avg_pool2d: "adaptive_avg_pool",
     torch.mean: "mean",
@@ -146,11 +146,14 @@ METHODS: dict[str, str] = {
 def operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
     """Name what a node computes, or None where this vocabulary has no word for it.
 
+    Every layer of `retrain.adapters.network.kinds` is a ``"layer"``.
+
     The network is in evaluation mode: dropout modules are the identity, and a functional dropout is
     too unless it was told to train, which makes it ``"random"``.
     """
     if node.op == "call_module":
-        return MODULES.get(type(modules[str(node.target)]))
+        module = modules[str(node.target)]
+        return MODULES.get(type(module)) if kind_of(module) is None else "layer"
     if node.op == "call_method":
         return METHODS.get(str(node.target))
     if node.op != "call_function":

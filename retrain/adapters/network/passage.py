@@ -35,15 +35,26 @@ import torch
 from torch import Tensor, fx, nn
 
 from retrain.adapters.network.gain import batch_norm_scale, describe, factor, overwrites
+from retrain.adapters.network.kinds import known_kind
 from retrain.adapters.network.operations import operation, setting
-from retrain.adapters.network.patches import operator_norm, padding
 from retrain.stream.stream import Follows, Gain, Passage
 from solvers.arrays import norm
 
 _log = logging.getLogger(__name__)
 
 # These only move values about, pick some, or change their sign: they round nothing.
-_EXACT = ("relu", "identity", "negate", "move", "shape", "max_pool", "select", "pad", "cat")
+_EXACT = (
+    "relu",
+    "identity",
+    "negate",
+    "move",
+    "shape",
+    "max_pool1d",
+    "max_pool2d",
+    "select",
+    "pad",
+    "cat",
+)
 _ROUNDOFF = 2.0**-53  # unit roundoff of float64
 _UNDERFLOW = 2.0**-1074  # float64's smallest number: the error of a product that underflows
 # Roundings of one term of an elementwise operation: exp, a division and a product stay below.
@@ -332,12 +343,12 @@ class _Walk:
         modules = self._modules[which]
         kind = operation(node, modules)
         terms, constants = _TERMS, 0.0
-        if kind in ("linear", "conv2d"):
+        if kind == "layer":
             module = modules[str(node.target)]
-            size = _magnitude(module) * sum(sizes.values())
+            size = known_kind(module).magnitude(module) * sum(sizes.values())
             terms += cast("Tensor", module.weight)[0].numel()
             if isinstance(module.bias, Tensor):
-                rows = value.numel() / value.shape[1 if kind == "conv2d" else -1]
+                rows = value.numel() / value.shape[known_kind(module).channel_axis(value.ndim)]
                 constants = math.sqrt(rows) * norm(module.bias.detach())
         else:
             size = sum(self._factor(node, parent, which) * sizes[parent] for parent in sizes)
@@ -416,21 +427,11 @@ def _wide(value: Any) -> Any:
     return value
 
 
-def _magnitude(layer: nn.Module) -> float:
-    """Bound the factor of |X|_F in sum |x_i| |w_i|, over all entries of a layer's response."""
-    if not isinstance(layer, nn.Conv2d):
-        return norm(cast("Tensor", layer.weight).detach())
-    # Padding by other values than zeros repeats each entry at most 2 p + 1 times.
-    left, right, top, bottom = padding(layer)
-    repeats = 1 if layer.padding_mode == "zeros" else (1 + left + right) * (1 + top + bottom)
-    return operator_norm(layer, "frobenius") * math.sqrt(repeats)
-
-
 def _fan_in(kind: str | None, source: Sequence[int]) -> int:
     """How many entries of a sample are summed into one, at most."""
     if kind in ("softmax", "log_softmax"):
         return max(source)
-    if kind in ("avg_pool", "adaptive_avg_pool", "mean"):
+    if kind in ("avg_pool1d", "avg_pool2d", "adaptive_avg_pool", "mean"):
         return math.prod(source[1:])
     return 0
 

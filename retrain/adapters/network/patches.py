@@ -68,12 +68,6 @@ def responses(layer: nn.Conv2d, outputs: Tensor, group: int) -> Tensor:
     return channels.flatten(2).transpose(1, 2).reshape(-1, width)
 
 
-def kernel_matrix(layer: nn.Conv2d, group: int) -> Tensor:
-    """View one group's kernel as its weight matrix, (c_in/groups · kh · kw, c_out/groups)."""
-    width = layer.out_channels // layer.groups
-    return layer.weight[group * width : (group + 1) * width].flatten(1).T
-
-
 def cover(kernel: int, stride: int, dilation: int) -> int:
     """Largest number of windows, along one dimension, that cover the same input entry.
 

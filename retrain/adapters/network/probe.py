@@ -121,17 +121,17 @@ class Probe:
         value = self._alike[0][0][name]
         return value[: len(value) // 2]
 
-    def separate(self, name: str, *, image: bool = False) -> bool:
+    def separate(self, name: str, *, axes: int | None = None) -> bool:
         """Whether what a layer received (or, "", the output) is one sample after the other.
 
         Parameters
         ----------
         name : str
             The layer.
-        image : bool
-            Whether the layer takes an image a sample, which must then be a row.
+        axes : int or None
+            How many axes its input must have, the first of which must then be the samples.
         """
-        if not all(_fits(got[name], owners, image) for got, owners in self._runs()):
+        if not all(_fits(got[name], owners, axes) for got, owners in self._runs()):
             return False
         alone = {owners[0]: _rows(got[name], owners)[0] for got, owners in reversed(self._alike)}
         if len({row.shape for row in alone.values()}) > 1:
@@ -167,9 +167,9 @@ def _first_finite(sets: list[Tensor], run: Run) -> tuple[dict[str, Tensor], Tens
     return run(sets[-1], len(sets[-1])), sets[-1]
 
 
-def _fits(value: Tensor, owners: list[int], image: bool) -> bool:
+def _fits(value: Tensor, owners: list[int], axes: int | None) -> bool:
     """Whether a tensor can be as many samples, one after the other."""
-    if image and (value.ndim != 4 or len(value) != len(owners)):
+    if axes is not None and (value.ndim != axes or len(value) != len(owners)):
         return False
     return value.ndim >= 2 and len(value) % len(owners) == 0
 

@@ -18,20 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from retrain.adapters.files.plain import is_plain
-from retrain.adapters.network import patches
 from retrain.adapters.network.find import Network, evaluation_copy, find_layers
 from retrain.adapters.network.gain import gains, output_source
+from retrain.adapters.network.kinds import Kind, bias_of, kind_of, known_kind, matrix, write
 from retrain.adapters.network.passage import Networks, measure, measure_outputs
 from retrain.adapters.network.probe import Probe, variants
-from retrain.adapters.network.rows import (
-    bias_of,
-    by_sample,
-    input_rows,
-    matrix,
-    pieces,
-    response_rows,
-    write,
-)
+from retrain.adapters.network.rows import by_sample, input_rows, pieces, response_rows
 from retrain.adapters.network.structure import structure, weights_hash
 from retrain.adapters.network.tensors import HALF, check_finite, computing
 from retrain.data.arrays import Data
@@ -322,7 +314,7 @@ class TorchStream:
         key = (name, norm, dense, scale is not None)
         if key not in self._norms:
             module = (self._dense if dense else self._current).get_submodule(name)
-            self._norms[key] = patches.operator_norm(module, norm, scale)
+            self._norms[key] = known_kind(module).norm(module, norm, scale)
         return self._norms[key]
 
     def output_layer(self) -> tuple[str | None, str]:
@@ -380,15 +372,15 @@ class TorchStream:
         probe = self._ask(self._dense, open_specs, self._dtype)
         wide: list[Probe] = []
 
-        def separate(name: str, *, image: bool = False) -> bool:
+        def separate(name: str, *, axes: int | None = None) -> bool:
             """Ask; and again in float64, where rounding cannot be taken for mixing."""
-            if probe.separate(name, image=image):
+            if probe.separate(name, axes=axes):
                 return True
             if not wide and self._dtype != torch.float64:
                 with suppress(ValueError):  # a network that computes in one type only
                     network = copy.deepcopy(self._dense).double()
                     wide.append(self._ask(network, open_specs, torch.float64))
-            return any(again.reached(name) and again.separate(name, image=image) for again in wide)
+            return any(again.reached(name) and again.separate(name, axes=axes) for again in wide)
 
         positions: dict[str, int] = {}
         for i, spec in enumerate(specs):
@@ -396,7 +388,7 @@ class TorchStream:
                 continue
             if not probe.reached(spec.name):
                 specs[i] = replace(spec, reason="the forward pass does not reach it on this data")
-            elif not separate(spec.name, image=spec.kind == "conv2d"):
+            elif not separate(spec.name, axes=self._kind(spec).input_axes):
                 specs[i] = replace(spec, reason="its input is not one sample after the other")
             else:
                 module = self._dense.get_submodule(spec.name)
@@ -408,6 +400,9 @@ class TorchStream:
             )
         mixes = None if separate("") else "an output depends on the other samples of its batch"
         return tuple(specs), positions, mixes
+
+    def _kind(self, spec: LayerSpec) -> Kind:
+        return known_kind(self._dense.get_submodule(spec.name))
 
     def _ask(self, network: nn.Module, specs: list[LayerSpec], dtype: torch.dtype) -> Probe:
         """Probe a network with a few samples of the data."""
@@ -465,16 +460,10 @@ class TorchStream:
         shape = tuple(self._data.x.shape[1:])
         if entered:
             name, module, got = entered[-1]
-            if isinstance(module, nn.Linear) and got[-1] != module.in_features:
-                return (
-                    f"data: layer {name!r} wants {module.in_features} inputs and got {got[-1]}; "
-                    f"samples have shape {shape}"
-                )
-            if isinstance(module, nn.Conv2d) and (len(got) != 4 or got[1] != module.in_channels):
-                return (
-                    f"data: layer {name!r} wants images of {module.in_channels} channels and got "
-                    f"shape {tuple(got[1:])}; samples have shape {shape}"
-                )
+            kind = kind_of(module)
+            misfit = None if kind is None else kind.misfit(module, got)
+            if misfit is not None:
+                return f"data: layer {name!r} wants {misfit}; samples have shape {shape}"
         text = str(error).strip().split("\n")[0]
         return f"data: the network cannot take samples of shape {shape}: {text}"
 

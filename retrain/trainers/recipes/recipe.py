@@ -34,7 +34,7 @@ from typing import Any, Literal
 from retrain.data.factories import import_factory
 from retrain.trainers.recipes.options import check_arguments, check_names, make_options
 
-RECIPES = Path(__file__).with_name("recipes")
+RECIPES = Path(__file__).parent
 
 # A name, and where what it stands for lives; imported when a recipe asks for it.
 ARCHITECTURES: dict[str, str] = {
