@@ -1,6 +1,6 @@
 """Write a solver, run it beside ours, and have its answers certified by the program.
 
-The solver below is thirty lines: the method of multipliers for the ceilings, with accelerated
+The solver below is one short function: the method of multipliers for the ceilings, with accelerated
 proximal gradient steps inside. It solves the regularised form
 
     minimise  penalty(u) + fit_weight |(Xu - y)_Omega|^2   subject to  Xu <= v off Omega
@@ -10,6 +10,9 @@ With the multiplier nu >= 0 off Omega, both terms have one curvature, 2 fit_weig
     penalty(u) + fit_weight |(Xu - y)_Omega|^2 + fit_weight |(Xu - v + nu / (2 fit_weight))_+|^2
 
 It need not prove anything: `program.certificate` judges the pair that it returns.
+
+The problems are the bench's, which is not installed with the package. So run this from the root of
+the repository, ``python -m examples.a_solver_of_your_own``.
 """
 
 import time

@@ -28,13 +28,14 @@ WANTED = (
     "retrain/report",
     "retrain/cli",
     "bench",
+    "examples",
     "tests",
 )
 
 
 def rooms():
     """Every folder of the packages that has a README."""
-    tops = (ROOT / top for top in ("solvers", "retrain", "bench", "tests"))
+    tops = (ROOT / top for top in ("solvers", "retrain", "bench", "examples", "tests"))
     return sorted(path.parent for top in tops for path in top.rglob("README.md"))
 
 
