@@ -4,13 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench-smoke format clean
+.PHONY: demo test gpu lint bench-smoke format clean
 
 demo: $(READY)
 	$(BIN)/retrain demo --out runs/demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# The tests marked gpu. Without a CUDA device it says so and fails: nothing was tested.
+gpu: $(READY)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "gpu: torch " + torch.__version__ + " sees no CUDA device; nothing was tested")'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -461,7 +461,7 @@ def test_gradients_stay_on_for_who_reads_outputs():
         assert torch.is_grad_enabled() and not batch.inputs.requires_grad
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_on_a_gpu():
     x = samples(9, 6)
     here, there = TorchStream(relu_net(), x), TorchStream(relu_net(), x, device="cuda")

@@ -87,7 +87,7 @@ def test_refusals():
         computation("float16", CPU)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_mixed_precision_on_a_gpu(precision):
     device = torch.device("cuda")

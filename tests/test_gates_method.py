@@ -432,7 +432,7 @@ def _step(training, data):
     return Step(training.model, training.optimizer, 0, 0, *data)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.gpu
 def test_gates_train_on_a_gpu_as_on_the_cpu():
     x, y = samples()
     chosen = replace(setting(), device=torch.device("cuda"))

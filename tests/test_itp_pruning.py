@@ -299,7 +299,7 @@ def test_wrong_models_and_optimisers_are_told():
         SoftPruning(network(), NAMES, float("nan"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("descent", ["weighted", "multi-gradient"])
 def test_trains_on_a_gpu(descent):
     method = Itp(None if descent == "multi-gradient" else 1e-3, threshold=0.02, descent=descent)

@@ -273,7 +273,7 @@ def test_wrong_options_are_told(make, message):
         make(network().parameters())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("pair", PAIRS)
 def test_steps_on_a_gpu_as_on_the_cpu(pair):
     models = [network().double(), network().double().cuda()]

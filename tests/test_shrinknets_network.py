@@ -248,7 +248,7 @@ def test_dtype_and_device_follow_the_model():
     assert outputs(switched, torch.ones(2, 6, dtype=torch.float64)).dtype == torch.float64
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_cutting_and_folding_on_a_gpu():
     model, x = build("convolutional_norm")
     switched = scatter(with_switches(model.cuda()))

@@ -458,7 +458,7 @@ def test_epochs_are_logged_not_printed(caplog, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 def test_trains_on_a_gpu():
     model = network(6, 16, 3, dropout=0.2)
     state = torch.cuda.get_rng_state()
