@@ -50,7 +50,7 @@ _PAIRS = 5
 def environment(kind: str) -> Row:
     """What, besides the plan, makes a row: hash of the code that is measured, and versions."""
     ours = kind in ("newton", "admm")
-    files = sorted((ROOT / "solvers").glob("*.py")) if ours else [ROOT / "bench/peers.py"]
+    files = sorted((ROOT / "solvers").rglob("*.py")) if ours else [ROOT / "bench/peers.py"]
     files += [ROOT / "bench" / name for name in ("answers.py", "problems.py", "forms.py")]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
     packages = ["numpy", "scipy"]

@@ -4,7 +4,7 @@ A penalty is a value, a proximal operator and, for the certificate, its conjugat
 their duals come as matrices (n_in, n_out) of the penalised rows only. In the dual of a layer
 program a multiplier may be scaled by any s >= 0, which moves the bound along
 
-    D(s) = s * linear - s^2 * quadratic - conjugate(s * c),        c = X^T nu,
+    D(s) = s * linear - s^2 * quadratic - conjugate(s * c),        c = -X^T nu,
 
 so each penalty also knows the best s, `Penalty.scale_dual`. Any s gives a valid bound; the best one
 gives the tightest.

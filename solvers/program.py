@@ -12,8 +12,8 @@ to fit on Omega (y) and the ceiling off it (v), find weights U (N, M):
 **Dual bound.** Take a multiplier nu (P, M) for z = XU, nu >= 0 off Omega, and c = X^T nu. The
 Lagrangian penalty(U) + g(z) + <nu, XU - z>, minimised over U and z, bounds the optimum below by
 
-    constrained:  D = -<nu, y>_Omega - <nu, v>_off - epsilon |nu_Omega|_F - conjugate(c)
-    regularised:  D = -<nu, y>_Omega - <nu, v>_off - |nu_Omega|^2 / (4 fit_weight) - conjugate(c)
+    constrained:  D = -<nu, y>_Omega - <nu, v>_off - epsilon |nu_Omega|_F - conjugate(-c)
+    regularised:  D = -<nu, y>_Omega - <nu, v>_off - |nu_Omega|^2 / (4 fit_weight) - conjugate(-c)
 
 No primal feasibility is needed. nu may be scaled by any s >= 0, and `Penalty.scale_dual` takes the
 best. Two kinds of weights change c. An entry held at zero (`support` False) is no variable: its c
@@ -168,7 +168,7 @@ class LayerProgram:
         return {
             "linear": xp.concat(linear),
             "square": xp.concat(square),
-            "dual": xp.take(c, like(self.penalised, self.inputs), axis=0),
+            "dual": -xp.take(c, like(self.penalised, self.inputs), axis=0),  # minimised over u
         }
 
     def _admissible(self, multiplier: Array, block: slice) -> Array:

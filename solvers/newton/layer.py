@@ -134,7 +134,12 @@ def solve_newton(
     Newton augmented Lagrangian method for solving lasso problems (2018).
     """
     violation_tolerance = tolerance if violation_tolerance is None else violation_tolerance
-    if not isinstance(program.penalty, L1 | ElasticNet):
+    if program.penalty.separable and not isinstance(program.penalty, L1 | ElasticNet):
+        raise ValueError(
+            f"penalty: Newton's method is written for l1 and elastic net, not for the "
+            f"{program.penalty.name} penalty; use solve_admm"
+        )
+    if not program.penalty.separable:
         raise ValueError(
             f"penalty: the {program.penalty.name} penalty couples the units, which Newton's method "
             "solves one by one; use solve_admm"

@@ -10,7 +10,7 @@ import joblib
 
 from retrain.methods.amounts import Amount, amount_for, check_amount, check_parallel
 from retrain.stream.stream import LayerSpec
-from solvers import L1, Penalty
+from solvers import L1, ElasticNet, Penalty
 
 Scheme = Literal["parallel", "cascade"]
 Form = Literal["constrained", "regularised"]
@@ -158,6 +158,8 @@ class NetTrimOptions:
             return self.solver, "asked for"
         if not self.penalty.separable:
             return "admm", f"auto: the {self.penalty.name} penalty couples the units"
+        if not isinstance(self.penalty, L1 | ElasticNet):
+            return "admm", f"auto: Newton's method does not know the {self.penalty.name} penalty"
         if device != "cpu":
             return "admm", f"auto: the layer's arrays are on {device}"
         return "newton", "auto: the penalty is separable and the layer's arrays are on the CPU"
