@@ -333,13 +333,14 @@ class _ModuleSubject:
 
     def describe(self, stream: Any) -> dict[str, Any]:
         from retrain.adapters.files.description import described
+        from retrain.adapters.files.plain import is_plain
 
         return {
             "kind": "module",
             "path": self.path,
             "note": self.note,
             "names": dict(self.names),
-            "plain": stream.plain,
+            "plain": is_plain(stream.network, stream.dense_model),
             "description": described(self.module)[0],
             "dense_layers": [
                 {**asdict(layer), "dtype": str(layer.dtype)}

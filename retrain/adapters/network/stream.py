@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from retrain.adapters.files.plain import is_plain
 from retrain.adapters.network.find import Network, evaluation_copy, find_layers
 from retrain.adapters.network.gain import gains, output_source
 from retrain.adapters.network.kinds import Kind, bias_of, kind_of, known_kind, matrix, write
@@ -128,9 +127,9 @@ class TorchStream:
         return self._network
 
     @property
-    def plain(self) -> bool:
-        """Whether the saved tensors alone give the network back (`load_model` without --arch)."""
-        return is_plain(self._network, self._dense)
+    def dense_model(self) -> nn.Module:
+        """The dense network in evaluation mode, half types in float32; not to be changed."""
+        return self._dense
 
     @property
     def fingerprint(self) -> str:
