@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from bench.problems import Problem, problem
 from bench.solvers import environment
+from retrain.cli.shared import FormerName
 from solvers import ConstrainedProgram, PathPoint, solve_newton, solve_path
 
 Row = dict[str, Any]
@@ -35,7 +36,8 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), metavar="NAME-ball")
     parser.add_argument("--radii", type=float, nargs="+", default=list(RADII), metavar="REL")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="gap and violation (1e-3)")
+    parser.add_argument("--gap", type=float, default=1e-3, help="gap and violation (1e-3)")
+    parser.add_argument("--tolerance", type=float, action=FormerName, now="--gap", dest="gap")
     parser.add_argument("--data", type=Path, help="directory with models/ and mnist/, for lenet")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/curve.jsonl"))
     options = parser.parse_args(arguments)
@@ -52,12 +54,12 @@ def main(arguments: list[str]) -> int:
         plan = {
             "problem": each.name,
             "radii": options.radii,
-            "tolerance": options.tolerance,
+            "tolerance": options.gap,
             **environment("newton"),
         }
         rows = [row for row in done if all(row.get(key) == plan[key] for key in plan)]
         if len(rows) < len(options.radii):
-            rows = follow(each, options.radii, options.tolerance, plan)
+            rows = follow(each, options.radii, options.gap, plan)
             with options.out.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         show(rows)

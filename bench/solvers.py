@@ -39,6 +39,7 @@ from bench.answers import can_state, solver
 from bench.peers import Limits
 from bench.problems import SETS, Instance, Problem, problem
 from bench.solver_tables import OURS, Row, report
+from retrain.cli.shared import FormerName
 from solvers import RegularisedProgram
 from solvers.program import Program
 
@@ -161,12 +162,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=1, help="interleaved rounds (1)")
     parser.add_argument("--units", type=int, default=3, help="units for the peers (3)")
     parser.add_argument(
-        "--tolerance",
+        "--gap",
         type=_limits,
         nargs="+",
         default=[(1e-4, 1e-4)],
         metavar="GAP[,VIOLATION]",
         help="what certificates must meet; the violation the same as the gap by default (1e-4)",
+    )
+    parser.add_argument(
+        "--tolerance", type=_limits, nargs="+", action=FormerName, now="--gap", dest="gap"
     )
     parser.add_argument("--threads", type=int, default=1, help="BLAS threads (1)")
     parser.add_argument("--data", type=Path, help="directory with models/ and mnist/, for lenet")
@@ -209,7 +213,7 @@ def _chosen(options: argparse.Namespace) -> list[str]:
 
 def _plans(options: argparse.Namespace, names: list[str]) -> Iterator[Row]:
     """What to measure of a problem, rounds interleaved."""
-    for gap, violation in options.tolerance:
+    for gap, violation in options.gap:
         for number in range(options.rounds):
             for name in names:
                 yield {

@@ -154,7 +154,7 @@ def test_typical_units_are_of_all_sizes():
 def test_rows_are_kept_and_not_run_again(tmp_path, capsys, monkeypatch):
     out = tmp_path / "rows.jsonl"
     arguments = ["--problems", "iid-10x40x4", "known-8x40x4", "--solvers", "newton", "clarabel"]
-    arguments += ["osqp:gram", "--tolerance", "1e-3", "1e-4", "--units", "2", "--out", str(out)]
+    arguments += ["osqp:gram", "--gap", "1e-3", "1e-4", "--units", "2", "--out", str(out)]
     assert solvers.main(arguments) == 0
     first = capsys.readouterr().out
     assert "losses" in first

@@ -1,5 +1,7 @@
 """The command line as a stranger meets it: bad input, exit codes, what goes to which stream."""
 
+import contextlib
+import io
 import json
 import os
 import pty
@@ -14,7 +16,9 @@ import torch
 from command import command
 from safetensors.torch import load_file, save_file
 from small_case import WIDTHS, network, samples, save_case
+from torch import nn
 
+from retrain.cli import main
 from retrain.runs.directory import read_record
 
 MARK = "ran"
@@ -102,9 +106,8 @@ BAD = {
     "group": ({}, ("--penalty", "group", "--form", "regularised"), "couples the units"),
     "penalty": ({}, ("--penalty", "l2"), "want l1, elastic:RIDGE or group[:WEIGHT], got 'l2'"),
     "ridge": ({}, ("--penalty", "elastic:-1"), "ridge: want a positive"),
-    "tolerance text": ({}, ("--tolerance", "tight"), "want GAP or GAP,VIOLATION"),
-    "tolerance": ({}, ("--tolerance", "0"), "tolerance: want a positive finite number"),
-    "three": ({}, ("--tolerance", "1,1,1"), "want GAP or GAP,VIOLATION"),
+    "gap": ({}, ("--gap", "0"), "tolerance: want a positive finite number"),
+    "violation": ({}, ("--violation", "nan"), "violation_tolerance: want a positive finite number"),
     "layers": ({}, ("--layers", "fc*"), "no layer matches 'fc*'; there are 0, 2, 4"),
     "skip": ({}, ("--skip", "9"), "skip: no layer matches '9'"),
     "skip all": ({}, ("--skip", "*"), "nothing is left to retrain"),
@@ -357,3 +360,37 @@ def test_demo_compares_both_schemes(tmp_path):
         assert word in answer.out
     for scheme in ("cascade", "parallel"):
         assert read_record(tmp_path / "demo" / scheme)["state"] == "finished"
+
+
+def test_a_former_name_is_read_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    torch.save(net.state_dict(), "net.pt")
+    np.save("x.npy", np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32))
+    for now, former, said in (
+        (
+            ("trim", "--gap", "1e-4", "--violation", "1e-5"),
+            ("trim", "--tolerance", "1e-4,1e-5"),
+            "retrain trim: warning: --tolerance is now called --gap and --violation",
+        ),
+        (
+            ("lobs", "--layer-error", "0.1"),
+            ("lobs", "--tolerance", "0.1"),
+            "retrain lobs: warning: --tolerance is now called --layer-error",
+        ),
+    ):
+        bytes_ = []
+        for arguments in (now, former):
+            verb, *options = arguments
+            err = io.StringIO()
+            with contextlib.redirect_stderr(err):
+                main([verb, "net.pt", "--data", "x.npy", *options, "--out", verb + options[0]])
+            assert (said in err.getvalue()) == (arguments is former)
+            bytes_.append((tmp_path / (verb + options[0]) / "model.safetensors").read_bytes())
+        assert bytes_[0] == bytes_[1]
+    for text in ("tight", "1,1,1"):
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            assert main(["trim", "net.pt", "--data", "x.npy", "--tolerance", text]) == 2
+        assert "--tolerance: want GAP or GAP,VIOLATION" in err.getvalue()

@@ -101,7 +101,7 @@ def test_sparsity_zero_gives_the_bytes_back(case):
         (("--pattern", "2:4"), ["swaps, 2:4", "50.00 %"]),
         (("--pattern", "inputs", "--sparsity", 0.5), ["inputs, inputs", "50.00 %"]),
         (("--pattern", "unit", "--sparsity", 0.5, "--method", "one-shot"), ["one-shot, unit"]),
-        (("--tolerance", 0.3), ["greedy"]),
+        (("--layer-error", 0.3), ["greedy"]),
         (("--sparsity", 0.5, "--calibration", "corrected", "--damping", 1e-3), ["swaps"]),
         (("--sparsity", 0.5, "--keep-bias", "--jobs", 2), ["swaps"]),
     ],
@@ -153,10 +153,10 @@ def test_a_dry_run_writes_nothing(case):
 
 BAD = {
     "nothing": ((), "sparsity, tolerance: want exactly one of the two"),
-    "both": (("--sparsity", 0.5, "--tolerance", 1), "not allowed with argument"),
+    "both": (("--sparsity", 0.5, "--layer-error", 1), "not allowed with argument"),
     "a word": (("--sparsity", "much"), "--sparsity: want a number, or NAME=NUMBER"),
     "half a pair": (("--sparsity", "0=0.5,0.3"), "--sparsity: a name is missing"),
-    "twice": (("--tolerance", "0=0.5,0=0.3"), "--tolerance: a name is missing or given twice"),
+    "twice": (("--layer-error", "0=0.5,0=0.3"), "--layer-error: a name is missing or given twice"),
     "too much": (("--sparsity", 1.5), "sparsity: want a number in [0, 1], got 1.5"),
     "no such layer": (("--sparsity", "fc1=0.5"), "no layer matches 'fc1'; there are 0, 2, 4"),
     "one is missing": (

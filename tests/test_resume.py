@@ -29,7 +29,17 @@ def case(tmp_path_factory):
 
 
 def arguments(jobs, out):
-    common = ("--tolerance", "1e-3,1e-3", "--max-iterations", "20000", "--quiet", "--out", out)
+    common = (
+        "--gap",
+        "1e-3",
+        "--violation",
+        "1e-3",
+        "--max-iterations",
+        "20000",
+        "--quiet",
+        "--out",
+        out,
+    )
     return ("trim", "net.pth", "--data", "data.npz", *SCHEMES[jobs], *common)
 
 

@@ -21,7 +21,16 @@ from solvers.workers import workers
 SECONDS = 10
 WIDTHS = (100, 80, 80, 80, 80, 80, 10)
 COMMON = ("net.pth", "--data", "data.npz", "--jobs", "2", "--quiet", "--out")
-HARD = ("--scheme", "parallel", "--tolerance", "1e-6,1e-6", "--max-iterations", "200000")
+HARD = (
+    "--scheme",
+    "parallel",
+    "--gap",
+    "1e-6",
+    "--violation",
+    "1e-6",
+    "--max-iterations",
+    "200000",
+)
 COMMANDS = {
     "trim": ("trim", *COMMON, "out", *HARD),
     "lobs": ("lobs", *COMMON, "out", "--sparsity", "0.5", "--method", "best"),

@@ -224,7 +224,7 @@ def command_of(row: Row, value: str) -> tuple[str, ...]:
     elif row.option in base:
         where = base.index(row.option)
         del base[where : where + 2]
-    if "--tolerance" in parts and row.command == "lobs":
+    if {"--layer-error", "--tolerance"} & set(parts) and row.command == "lobs":
         where = base.index("--sparsity")
         del base[where : where + 2]
     if row.option == "--arch" or "chain:relu_net" in row.common:

@@ -41,7 +41,18 @@ from bench.campaigns._kill import VARIABLE, Plan, install
 
 ROOT = Path(__file__).parents[2]
 WIDTHS = (16, 12, 8, 6)
-TRIM = ("trim", "net.pth", "--data", "data.npz", "--tolerance", "1e-2,1e-3", "--out", "out")
+TRIM = (
+    "trim",
+    "net.pth",
+    "--data",
+    "data.npz",
+    "--gap",
+    "1e-2",
+    "--violation",
+    "1e-3",
+    "--out",
+    "out",
+)
 LOBS = ("lobs", "net.pth", "--data", "data.npz", "--out", "out")
 PARALLEL = ("--scheme", "parallel", "--jobs", "2")
 TUNED = ("--evaluate", "test.npz", "--fine-tune", "1")

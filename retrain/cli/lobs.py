@@ -7,6 +7,7 @@ from typing import Any
 
 from retrain.cli.shared import (
     DONE,
+    FormerName,
     Progress,
     add_model,
     add_run,
@@ -54,10 +55,13 @@ def add_command(commands: Any) -> None:
         "more than once: one for each stage",
     )
     amount.add_argument(
-        "--tolerance",
-        metavar="T",
-        help="remove while the root mean squared error of a layer's response is at most T; or by "
-        "layer, fc1=0.5,fc2=0.1",
+        "--layer-error",
+        metavar="E",
+        help="remove while the root mean squared error of a layer's response is at most E, in its "
+        "own units; or by layer, fc1=0.5,fc2=0.1",
+    )
+    amount.add_argument(
+        "--tolerance", action=FormerName, now="--layer-error", dest="layer_error", metavar="E"
     )
     lobs.add_argument(
         "--stages",
@@ -95,8 +99,8 @@ def _run(options: argparse.Namespace) -> int:
 
     sparsity = [by_layer("--sparsity", text) for text in options.sparsity or []]
     tolerance = None
-    if options.tolerance is not None:
-        tolerance = by_layer("--tolerance", options.tolerance)
+    if options.layer_error is not None:
+        tolerance = by_layer("--layer-error", options.layer_error)
     amounts: dict[str, Any] = {
         "sparsity": sparsity[0] if len(sparsity) == 1 else sparsity or None,
         "tolerance": tolerance,

@@ -24,6 +24,31 @@ if TYPE_CHECKING:
 DONE, NOT_CERTIFIED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
+class FormerName(argparse.Action):
+    """An option under the name that it had before: still read, with a warning that names the new.
+
+    Parameters
+    ----------
+    now : str
+        The option as it is called now.
+    """
+
+    def __init__(self, *arguments: Any, now: str, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "help": argparse.SUPPRESS})
+        self.now = now
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        """Keep the value and warn."""
+        print(f"{parser.prog}: warning: {option} is now called {self.now}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that name a saved network."""
     parser.add_argument(

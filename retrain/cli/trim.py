@@ -7,6 +7,7 @@ from typing import Any
 
 from retrain.cli.shared import (
     DONE,
+    FormerName,
     Progress,
     add_model,
     add_run,
@@ -118,10 +119,24 @@ def add_command(commands: Any) -> None:
         "arrays are on another device than the processor",
     )
     trim.add_argument(
+        "--gap",
+        type=float,
+        default=1e-2,
+        metavar="G",
+        help="relative duality gap that a certificate must meet; default 1e-2",
+    )
+    trim.add_argument(
+        "--violation",
+        type=float,
+        default=1e-3,
+        metavar="V",
+        help="relative violation of the constraints that a certificate may have; default 1e-3",
+    )
+    trim.add_argument(
         "--tolerance",
-        default="1e-2,1e-3",
+        action=FormerName,
+        now="--gap and --violation",
         metavar="GAP[,VIOLATION]",
-        help="what a certificate must meet; default 1e-2,1e-3",
     )
     trim.add_argument(
         "--max-iterations", type=int, default=5000, metavar="N", help="a layer; default 5000"
@@ -139,7 +154,9 @@ def _run(options: argparse.Namespace) -> int:
     from retrain.methods.amounts import layers_named
     from retrain.methods.net_trim.options import NetTrimOptions
 
-    gap, violation = _tolerances(options.tolerance)
+    gap, violation = options.gap, options.violation
+    if options.tolerance is not None:
+        gap, violation = _tolerances(options.tolerance)
     relative = options.relative_epsilon
     settings = NetTrimOptions(
         scheme=options.scheme,
@@ -189,7 +206,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _tolerances(text: str) -> tuple[float, float]:
-    """Parse GAP[,VIOLATION]."""
+    """Parse GAP[,VIOLATION], as --tolerance had it."""
     parts = text.split(",")
     try:
         values = [float(part) for part in parts]

@@ -16,9 +16,9 @@ from retrain.stream.layer_report import LayerReport
 from solvers.result import Status
 
 _REMEDIES = {
-    Status.INEXACT.value: "ask for less (--tolerance), or save the network in float64",
+    Status.INEXACT.value: "ask for less (--gap, --violation), or save the network in float64",
     Status.ITERATION_LIMIT.value: (
-        "raise --max-iterations, ask for less (--tolerance), or use --solver newton"
+        "raise --max-iterations, ask for less (--gap, --violation), or use --solver newton"
     ),
     Status.UNREACHABLE.value: (
         "no weights of use keep the responses so close: raise --relative-epsilon or --epsilon, or "
