@@ -392,5 +392,7 @@ def test_a_former_name_is_read_with_a_warning(tmp_path, monkeypatch):
     for text in ("tight", "1,1,1"):
         err = io.StringIO()
         with contextlib.redirect_stderr(err):
-            assert main(["trim", "net.pt", "--data", "x.npy", "--tolerance", text]) == 2
+            assert (
+                main(["trim", "net.pt", "--data", "x.npy", "--tolerance", text, "--out", "x"]) == 2
+            )
         assert "--tolerance: want GAP or GAP,VIOLATION" in err.getvalue()
