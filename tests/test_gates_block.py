@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Adam
 
 from retrain.adapters.files.description import build_module, describe_module
-from retrain.trainers.gates.absorb import forget, remove_block
+from retrain.compact.cut import forget
+from retrain.trainers.gates.absorb import remove_block
 from retrain.trainers.gates.architectures import (
     BASIC_BLOCKS,
     deep_lenet,

@@ -22,6 +22,7 @@ WANTED = (
     "retrain/bounds",
     "retrain/adapters/network",
     "retrain/adapters/files",
+    "retrain/compact",
     "retrain/data",
     "retrain/trainers",
     "retrain/verify",

@@ -23,10 +23,11 @@ from torch.optim import (
     Rprop,
 )
 
+from retrain.compact.cut import spread
 from retrain.trainers.loop.callbacks import Callbacks, Step
 from retrain.trainers.loop.states import seeded
 from retrain.trainers.loop.supervised import fit
-from retrain.trainers.shrinknets.cutting import cut_neurons, spread
+from retrain.trainers.shrinknets.cutting import cut_neurons
 from retrain.trainers.shrinknets.network import neurons_of, with_switches
 from retrain.trainers.shrinknets.removal import (
     SignVariance,

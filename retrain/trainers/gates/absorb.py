@@ -9,30 +9,11 @@ after the last block the output layer, W^L <- W^L W3. An identity skip leaves no
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
+from retrain.compact.cut import Removal, fit_sizes, take_out
 from retrain.trainers.gates.block import Gated
-
-
-@dataclass
-class Removal:
-    """What became of a model's parameters.
-
-    Attributes
-    ----------
-    gone, added : list of nn.Parameter
-        No longer in the model; new in it.
-    changed : list of nn.Parameter
-        With another value, perhaps another shape: what an optimiser remembers of them is void.
-    """
-
-    gone: list[nn.Parameter] = field(default_factory=list)
-    changed: list[nn.Parameter] = field(default_factory=list)
-    added: list[nn.Parameter] = field(default_factory=list)
 
 
 def remove_block(model: nn.Module, name: str) -> Removal:
@@ -67,21 +48,10 @@ def remove_block(model: nn.Module, name: str) -> Removal:
     preceding = [module for _, module in chain[:place]]
     spare = isinstance(gate.after, nn.ReLU) and not left and _is_nonnegative(preceding)
     left += [] if spare or isinstance(gate.after, nn.Identity) else [gate.after]
-    _replace(model, name, left)
+    take_out(model, name, left)
     remaining = set(model.parameters())
     removal.gone = [parameter for parameter in before if parameter not in remaining]
     return removal
-
-
-def forget(optimizer: Optimizer, removal: Removal) -> None:
-    """Take removed parameters out of an optimiser, with its memory of them and of changed ones."""
-    gone = set(removal.gone)
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
-    for parameter in [*removal.gone, *removal.changed]:
-        optimizer.state.pop(parameter, None)
-        parameter.grad = None
-    optimizer.param_groups[0]["params"].extend(removal.added)
 
 
 def _chain(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
@@ -112,18 +82,6 @@ def _is_nonnegative(preceding: list[nn.Module]) -> bool:
         if not isinstance(last, keeps_sign) or isinstance(module, Gated):
             return isinstance(last, nn.ReLU)
     return False
-
-
-def _replace(model: nn.Module, name: str, left: list[nn.Module]) -> None:
-    """Put what is left of a block in its place; in a Sequential, nothing where nothing is."""
-    parent, _, key = name.rpartition(".")
-    holder = model.get_submodule(parent)
-    if not left and type(holder) is nn.Sequential:
-        del holder._modules[key]  # `del holder[i]` would rename those after it
-        return
-    new = left[0] if len(left) == 1 else nn.Sequential(*left)
-    new.train(holder.training)
-    holder._modules[key] = new
 
 
 # Absorption ---------------------------------------------------------------------------------------
@@ -171,13 +129,11 @@ def _compose(outer: nn.Module, inner: nn.Module, removal: Removal) -> None:
         if isinstance(outer, nn.Linear) and isinstance(inner, nn.Linear):
             weight = outer.weight.double()
             _set(outer, weight @ inner.weight.double(), removal)
-            outer.in_features = inner.in_features
         elif isinstance(outer, nn.Conv2d) and isinstance(inner, nn.Conv2d):
             weight = outer.weight.double()
             composed = torch.einsum("omhw,mi->oihw", weight, inner.weight[:, :, 0, 0].double())
             weight = weight.sum((2, 3))  # what the bias meets: there is no padding with one
             _set(outer, composed, removal)
-            outer.in_channels = inner.in_channels
             # (W3 z)[i] = W3 z[s i]: W1's steps between pixels grow by s.
             for name in ("stride", "padding", "dilation"):
                 steps = getattr(outer, name)
@@ -196,4 +152,5 @@ def _compose(outer: nn.Module, inner: nn.Module, removal: Removal) -> None:
 
 def _set(layer: nn.Linear | nn.Conv2d, weight: torch.Tensor, removal: Removal) -> None:
     layer.weight.data = weight.to(layer.weight.dtype)
+    fit_sizes(layer)
     removal.changed.append(layer.get_parameter("weight"))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from retrain.trainers.gates.absorb import forget, remove_block
+from retrain.compact.cut import forget
+from retrain.trainers.gates.absorb import remove_block
 from retrain.trainers.gates.block import Gated
 from retrain.trainers.gates.gradients import clear_gates, project, set_gates
 from retrain.trainers.gates.network import gates_of

@@ -8,7 +8,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from retrain.trainers.shrinknets.network import NORMS, Layer, Neurons, neurons_of
+from retrain.compact.cut import NORMS
+from retrain.trainers.shrinknets.network import Layer, Neurons, neurons_of
 from retrain.trainers.shrinknets.switches import InputSwitch, Switch
 
 

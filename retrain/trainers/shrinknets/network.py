@@ -17,13 +17,14 @@ from typing import Literal, get_args
 from torch import nn
 from torch.nn.utils import parametrize
 
+from retrain.compact.cut import NORMS
 from retrain.trainers.loop.states import device_of
 from retrain.trainers.shrinknets.switches import InputSwitch, Switch
 
 Side = Literal["inputs", "outputs"]
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 _POOLS = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),

@@ -1,0 +1,1 @@
+"""Networks made really smaller: what structural removal needs, whoever decides what goes."""
