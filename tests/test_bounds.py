@@ -22,8 +22,9 @@ from retrain.bounds.outputs import (
     theorem_1,
     theorem_2,
 )
-from retrain.methods.net_trim.method import net_trim, rows_within
+from retrain.methods.net_trim.method import net_trim
 from retrain.methods.net_trim.options import NetTrimOptions
+from retrain.methods.net_trim.task import rows_within
 from retrain.stream.chain import Chain, ChainStream, forward, link_normalise
 
 TIGHT = {"tolerance": 1e-4, "violation_tolerance": 1e-6, "max_iterations": 20_000}

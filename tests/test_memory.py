@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import solvers.program
-from retrain.methods.net_trim.method import rows_within
+from retrain.methods.net_trim.task import rows_within
 from retrain.stream.stream import LayerSpec
 from solvers import Status, solve_admm, solve_newton, trim_program
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from retrain.adapters.network.stream import TorchStream
 from retrain.bounds.outputs import discrepancy
-from retrain.methods.net_trim.method import net_trim, rows_within
+from retrain.methods.net_trim.method import net_trim
 from retrain.methods.net_trim.options import NetTrimOptions
+from retrain.methods.net_trim.task import rows_within
 from retrain.stream.chain import Chain, ChainStream, activate, forward
 from retrain.stream.stream import collect
 from solvers import L1, ElasticNet, Group, solve_cvxpy, trim_program

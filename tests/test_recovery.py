@@ -7,22 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers import trim_program
-from solvers.recovery import (
-    certificate_margin,
+from retrain.verify.recovery_statistics import (
     clopper_pearson,
     columns_probability,
-    dual_certificate,
-    is_unique,
     monte_carlo,
-    recover,
-    recovers,
     sample_size,
     samples_needed,
     sparse_weights,
     statistical_dimension,
     success_probability,
 )
+from solvers import trim_program
+from solvers.recovery import certificate_margin, dual_certificate, is_unique, recover, recovers
 
 
 def gaussian(seed, n_in, sparsity, samples):

@@ -11,6 +11,7 @@ from retrain.bounds.outputs import cascade_bound
 from retrain.methods.amounts import layers_named
 from retrain.methods.net_trim import method
 from retrain.methods.net_trim.options import NetTrimOptions
+from retrain.methods.net_trim.task import oversized
 from retrain.runs.drive import LayerMethod, drive
 from retrain.runs.epsilon_search import Goal, OnTrial, check_classes, goal_of, search_epsilon
 from retrain.runs.outcome import OnLayer, Run
@@ -125,7 +126,7 @@ def net_trim_method(options: NetTrimOptions) -> LayerMethod:
         steps=lambda stream, names, finished: method.net_trim(
             stream, options, layers=names, finished=finished
         ),
-        oversized=lambda stream, spec: method.oversized(stream, spec, options),
+        oversized=lambda stream, spec: oversized(stream, spec, options),
         direct=cascade_bound,
     )
 

@@ -238,7 +238,7 @@ def _dry_run(stream: Any, names: list[str], settings: Any) -> int:
     """Say what would be retrained, on how many rows."""
     from array_api_compat import device
 
-    from retrain.methods.net_trim.method import rows_within
+    from retrain.methods.net_trim.task import rows_within
     from retrain.stream.stream import layer
 
     for name in names:

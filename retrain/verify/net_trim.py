@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from retrain.bounds.outputs import theorem_1, theorem_2
-from retrain.methods.net_trim.method import NetTrimOptions, net_trim
+from retrain.methods.net_trim.method import net_trim
+from retrain.methods.net_trim.options import NetTrimOptions
 from retrain.stream.chain import Chain, ChainStream, forward, link_normalise, response
 from retrain.verify import pictures
 from retrain.verify.statement import Case, Level, Numbers, Row, Statement

@@ -16,19 +16,18 @@ import numpy as np
 
 from retrain.verify import pictures
 from retrain.verify.net_trim import PAPER
-from retrain.verify.statement import Case, Level, Numbers, Row, Statement
-from solvers.recovery import (
+from retrain.verify.recovery_statistics import (
     RecoveryRate,
     columns_probability,
-    dual_certificate,
     monte_carlo,
-    recover,
     sample_size,
     samples_needed,
     sparse_weights,
     statistical_dimension,
     success_probability,
 )
+from retrain.verify.statement import Case, Level, Numbers, Row, Statement
+from solvers.recovery import dual_certificate, recover
 
 _BOOTSTRAP = 2000
 _SPARSE = 0.1  # the fraction s/N up to which the theorem's form, linear in s, is near the truth

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from retrain.verify.recovery_statistics import statistical_dimension
 from retrain.verify.statement import Row
-from solvers.recovery import statistical_dimension
 
 _BLUE, _RED, _GREY, _GREEN = "#1f5a96", "#c0392b", "#7f7f7f", "#2e8b57"
 _STYLE: Any = {

@@ -28,26 +28,23 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import joblib
 import numpy as np
-from array_api_compat import array_namespace
 from threadpoolctl import threadpool_limits
 
 from retrain.methods.layers import chosen, commit
-from retrain.methods.lobs.moments import RowErrors, row_errors
 from retrain.methods.lobs.options import TO_TOLERANCE, LobsOptions, bytes_needed
+from retrain.methods.lobs.outcome import finish
 from retrain.methods.lobs.problem import Group, Task, patterns_of, state_layer
-from retrain.stream.layer_report import LayerReport, LayerResult
+from retrain.stream.layer_report import LayerResult
 from retrain.stream.stream import Array, LayerSpec, LayerStream
-from solvers.arrays import like, to_numpy
+from solvers.arrays import to_numpy
 from solvers.obs import (
     LayerProblem,
     Pattern,
     Pruned,
-    dead_inputs,
     improve,
     layer_count,
     pattern_support,
@@ -59,13 +56,9 @@ from solvers.obs import (
     prune_sweep,
     removal_path,
 )
-from solvers.result import Status
 from solvers.workers import workers
 
 _log = logging.getLogger(__name__)
-
-_AGREEMENT = 1e-9
-_STORED = 1e-5  # what rounding a weight to float32 may add to a squared error at its tolerance
 
 
 def lobs(
@@ -117,7 +110,7 @@ def lobs(
             commit(stream, name, weights)
         tasks = (state_layer(stream, spec, options) for spec in specs if spec.name not in done)
         for task, results in _solve_all(tasks, options):
-            yield _finish(stream, task, results, options)
+            yield finish(stream, task, results, options)
         return
     for spec in specs:
         if spec.name in done:
@@ -125,7 +118,7 @@ def lobs(
             continue
         with threadpool_limits(options.threads_per_job):
             task = state_layer(stream, spec, options)
-            result = _finish(stream, *_solve(task, options), options)
+            result = finish(stream, *_solve(task, options), options)
         yield result  # what is done with it has the caller's threads
 
 
@@ -245,117 +238,3 @@ def _solve_all(
 
 
 # --- what came of it --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """A group's numbers, of the weights as saved."""
-
-    rows: RowErrors
-    quadratic: float
-    agrees: bool
-    exact: bool
-    removed: int
-
-
-def _finish(
-    stream: LayerStream, task: Task, results: Sequence[Pruned | None], options: LobsOptions
-) -> LayerResult:
-    """Commit a layer's weights, check them as they were saved, report."""
-    started = time.perf_counter()
-    _log.info("checking: layer %s, row by row", task.spec.name)
-    spec = task.spec
-    for number, (group, result) in enumerate(zip(task.groups, results, strict=True)):
-        if result is not None:
-            new = to_numpy(group.old).copy()
-            new[: result.weight.shape[0]] = to_numpy(result.weight)
-            stream.commit(spec.name, like(new, group.old), number)
-    checks = [
-        _check_group(stream, spec, number, group, result, options)
-        for number, (group, result) in enumerate(zip(task.groups, results, strict=True))
-    ]
-    task = replace(task, seconds=task.seconds + time.perf_counter() - started)
-    weights = [stream.weight(spec.name, group) for group in range(spec.groups)]
-    return LayerResult(weights, _report(task, results, weights, checks, options))
-
-
-def _check_group(
-    stream: LayerStream,
-    spec: LayerSpec,
-    number: int,
-    group: Group,
-    result: Pruned | None,
-    options: LobsOptions,
-) -> _Checked:
-    """Recompute a group's error from rows and count its zeros, from the weights as saved."""
-    saved = stream.weight(spec.name, number)
-    xp = array_namespace(saved)
-    change = xp.astype(saved, xp.float64) - xp.astype(group.old, xp.float64)
-    quadratic = group.moments.error(change)
-    measured = row_errors(stream, spec, number, options.calibration, group.old, saved)
-    apart = abs(quadratic - measured.error)
-    agrees = apart <= _AGREEMENT * measured.error + group.moments.rounding(change)
-    values = to_numpy(saved)[: spec.shape[0]]
-    if result is None:
-        return _Checked(measured, quadratic, agrees, True, group.wanted)
-    gone = ~to_numpy(result.kept)[: spec.shape[0]]
-    removed = int(gone.sum())
-    exact = removed == (removed if group.pattern is None else group.wanted)
-    return _Checked(measured, quadratic, agrees, exact and not np.any(values[gone]), removed)
-
-
-def _report(
-    task: Task,
-    results: Sequence[Pruned | None],
-    weights: Sequence[Array],
-    checks: Sequence[_Checked],
-    options: LobsOptions,
-) -> LayerReport:
-    """Sum up a layer; groups add their squared errors, and certify together."""
-    spec = task.spec
-    error = sum(check.rows.error for check in checks)
-    energy = sum(check.rows.energy for check in checks)
-    activated = math.hypot(*(check.rows.activated for check in checks))
-    target = math.hypot(*(check.rows.target for check in checks))
-    tolerance = options.tolerance_for(spec.name)
-    within = tolerance is None or error <= tolerance**2 * (1 + _STORED)
-    certified = within and all(check.agrees and check.exact for check in checks)
-    solved = [result for result in results if result is not None]
-    said = dict.fromkeys(result.status for result in solved)
-    details: dict[str, Any] = {
-        "method": options.method_for(spec),
-        "pattern": options.pattern,
-        "calibration": options.calibration,
-        "bias": ("updated" if options.bias == "update" else "kept") if spec.bias else "none",
-        "damping": solved[0].damping if solved else options.damping,
-        "sparsity": options.sparsity_for(spec.name),
-        "tolerance": tolerance,
-        "removed": sum(check.removed for check in checks),
-        "dead_inputs": [int(dead_inputs(to_numpy(g.problem.hessian)).sum()) for g in task.groups],
-        "layer_error": error,
-        "layer_error_from_hessian": sum(check.quadratic for check in checks),
-        "rms_error": math.sqrt(error),
-        "energy": energy,
-        "relative_layer_error": error / energy if energy > 0 else None,
-        "method_status": "; ".join(said) or "nothing to remove",
-        "sensitivities": [group.sensitivities for group in task.groups],
-    }
-    return LayerReport(
-        name=spec.name,
-        kind=spec.kind,
-        shape=spec.shape,
-        follows=spec.follows,
-        method="lobs",
-        weights=spec.size,
-        zeros_before=sum(int((to_numpy(g.old)[: spec.shape[0]] == 0).sum()) for g in task.groups),
-        zeros=sum(int((to_numpy(weight)[: spec.shape[0]] == 0).sum()) for weight in weights),
-        rows=checks[0].rows.rows,
-        total_rows=checks[0].rows.rows,
-        status=(Status.SOLVED if certified else Status.INEXACT).value,
-        certified=certified,
-        dense_units=0,
-        error=activated,
-        relative_error=activated / target if target > 0 else 0.0,
-        seconds=task.seconds,
-        details=details,
-    )
