@@ -303,3 +303,14 @@ def test_l_obs_bound_is_theorem_3_2(seed):
     assert measured <= l_obs_bound(errors, spectral) <= l_obs_bound(errors, frobenius)
     with pytest.raises(ValueError, match="norms: want 3"):
         l_obs_bound(errors, frobenius[1:])
+
+
+def test_a_bias_is_not_counted_in_the_premise_of_theorem_1():
+    heavy = Chain((np.array([[0.8], [0.4], [0.3], [7.0]]),), biases=(True,))
+    assert check_link_normalised(heavy) == ["layer 0: |W|_1 = 1.5"]
+
+
+def test_the_relative_deviation_of_small_outputs():
+    stream = ChainStream(Chain((np.full((2, 1), 1e-3),)), np.ones((3, 2)))
+    stream.commit("0", np.full((2, 1), 0.5e-3))
+    assert output_bound(stream).relative == pytest.approx(0.5)

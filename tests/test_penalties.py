@@ -216,3 +216,10 @@ def test_weights_of_penalties_are_positive(value):
         ElasticNet(value)
     with pytest.raises(ValueError, match=f"weight: want a positive finite number, got {value}"):
         Group(value)
+
+
+def test_the_best_scale_of_flat_bounds():
+    """D(s) = 1e-20 s - 0.5e-20 s^2 has its maximum at 1, though all its slopes are tiny."""
+    tiny = np.array([1e-20])
+    found = ElasticNet(1.0).scale_dual(np.zeros((3, 1)), tiny, tiny / 2)
+    np.testing.assert_allclose(found, 1.0, rtol=1e-9)

@@ -336,3 +336,16 @@ def test_a_directory_that_cannot_be_written_is_an_os_error(tmp_path, monkeypatch
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
     with pytest.raises(PermissionError), opened(tmp_path / "run"):
         pass
+
+
+def test_the_folders_above_a_run_are_made(tmp_path):
+    with opened(tmp_path / "some" / "where" / "run"):
+        pass
+    assert read_record(tmp_path / "some" / "where" / "run")["state"] == "running"
+
+
+def test_the_first_unknown_entry_of_a_report_is_named(run):
+    report = {**repeat(run).layers[0].to_json(), "aa": 1, "bb": 2}
+    rewrite(run, report=json.dumps(report))
+    with pytest.raises(ValueError, match="unknown entry 'aa'"):
+        repeat(run)
