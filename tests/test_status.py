@@ -72,13 +72,13 @@ def case(tmp_path_factory):
 
 
 def slow():
-    """Each pass for the bounds takes five seconds, as a large network's does."""
+    """Each pass for the bounds takes longer than a silence may last, as a large network's does."""
     import retrain.adapters.network.stream as stream
 
     measured = stream.TorchStream.passage
 
     def passage(self):
-        time.sleep(5)
+        time.sleep(SILENCE + 1)
         return measured(self)
 
     stream.TorchStream.passage = passage
@@ -100,8 +100,9 @@ def watch(running):
 def test_the_bounds_of_a_slow_network_are_not_silent(case, verb, tmp_path):
     common = ("net.pth", "--data", "data.npz", "--evaluate", "test.npz", "--out", tmp_path / "out")
     running = start(case, verb[0], *common, *verb[1:], prepare=slow)
-    watch(running)
+    spoken = watch(running)
     answer = running.wait()
+    assert len(spoken) > 3  # it spoke while it was running
     assert answer.code == 0
     assert "bounds: calibration data" in answer.err
     assert "bounds: held-out data" in answer.err

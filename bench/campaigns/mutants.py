@@ -27,6 +27,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,7 @@ def _drawn(name: str, number: int, seed: int) -> Iterator[Mutant]:
         number -= 1
 
 
+@cache
 def places(source: str) -> dict[tuple[Any, str], list[tuple[str, int]]]:
     """List what can be mutated: by position and kind of operator, the operators and occurrences."""
     from cosmic_ray.ast import ast_nodes, get_ast
