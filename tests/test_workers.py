@@ -112,9 +112,9 @@ def test_the_check_can_fail(case, tmp_path):
 
 
 def watch_nothing():
-    import retrain.methods.net_trim.method as method
+    import retrain.methods.pool as pool
 
-    method.workers = lambda jobs, **options: joblib.Parallel(n_jobs=jobs, **options)
+    pool.workers = lambda jobs, **options: joblib.Parallel(n_jobs=jobs, **options)
 
 
 LOADER = """

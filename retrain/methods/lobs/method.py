@@ -27,10 +27,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import joblib
 import numpy as np
 from threadpoolctl import threadpool_limits
 
@@ -38,6 +37,7 @@ from retrain.methods.layers import chosen, commit
 from retrain.methods.lobs.options import TO_TOLERANCE, LobsOptions, bytes_needed
 from retrain.methods.lobs.outcome import finish
 from retrain.methods.lobs.problem import Group, Task, patterns_of, state_layer
+from retrain.methods.pool import solve_layers
 from retrain.stream.layer_report import LayerResult
 from retrain.stream.stream import Array, LayerSpec, LayerStream
 from solvers.arrays import to_numpy
@@ -56,7 +56,6 @@ from solvers.obs import (
     prune_sweep,
     removal_path,
 )
-from solvers.workers import workers
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +108,9 @@ def lobs(
         for name, weights in done.items():
             commit(stream, name, weights)
         tasks = (state_layer(stream, spec, options) for spec in specs if spec.name not in done)
-        for task, results in _solve_all(tasks, options):
+        for task, results in solve_layers(
+            _solve, tasks, options, jobs=options.jobs, threads=options.threads_per_job
+        ):
             yield finish(stream, task, results, options)
         return
     for spec in specs:
@@ -221,20 +222,3 @@ def _prune_damped(
         return replace(found, damping=damping)
     threaded = {"greedy": prune_greedy, "large": prune_large, "inputs": prune_inputs}
     return threaded[method](problem, pattern, damping=damping, threads=threads)
-
-
-def _worker(task: Task, options: LobsOptions) -> tuple[Task, tuple[Pruned | None, ...]]:
-    """Solve in a joblib worker, which gets its share of the threads."""
-    with threadpool_limits(options.threads_per_job):
-        return _solve(task, options)
-
-
-def _solve_all(
-    tasks: Iterable[Task], options: LobsOptions
-) -> Iterator[tuple[Task, tuple[Pruned | None, ...]]]:
-    """Solve independent layers with joblib, yielding each as it is done; `jobs` are held."""
-    pool = workers(options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered")
-    yield from pool(joblib.delayed(_worker)(task, options) for task in tasks)
-
-
-# --- what came of it --------------------------------------------------------------------------

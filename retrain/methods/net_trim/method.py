@@ -27,11 +27,10 @@ zeros wanted (`solvers.solve_count`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-import joblib
 import numpy as np
 from threadpoolctl import threadpool_limits
 
@@ -39,12 +38,12 @@ from retrain.methods.layers import chosen, commit
 from retrain.methods.net_trim.options import NetTrimOptions
 from retrain.methods.net_trim.outcome import Answer, finish
 from retrain.methods.net_trim.task import Task, chosen_solver, link_scales, task_of
+from retrain.methods.pool import solve_layers
 from retrain.stream.layer_report import LayerResult
 from retrain.stream.stream import Array, LayerStream, changed
 from solvers import SolveResult, solve_admm, solve_count, solve_newton
 from solvers.path.count import held_zeros
 from solvers.program import ConstrainedProgram
-from solvers.workers import workers
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +94,9 @@ def net_trim(
         for name, weights in done.items():
             commit(stream, name, weights)
         tasks = (task_of(stream, spec, options, scales, upstream=False) for spec in open_specs)
-        for answer in _solve_all(tasks, options):
+        for answer in solve_layers(
+            _solve, tasks, options, jobs=options.jobs, threads=options.threads_per_job
+        ):
             yield finish(stream, answer, options)
         return
     upstream = False
@@ -139,19 +140,3 @@ def _solve(task: Task, options: NetTrimOptions) -> Answer:
         replace(task, programs=programs, epsilons=epsilons),
         tuple(point.result for point in points),
     )
-
-
-def _worker(task: Task, options: NetTrimOptions) -> Answer:
-    """Solve in a joblib worker, which gets its share of the threads."""
-    with threadpool_limits(options.threads_per_job):
-        return _solve(task, options)
-
-
-def _solve_all(tasks: Iterable[Task], options: NetTrimOptions) -> Iterator[Answer]:
-    """Solve independent layers with joblib, yielding each as it is done.
-
-    Tasks are stated one by one as workers take them, so that no more than `jobs` layers'
-    activations are held. The backend is whatever ``joblib.parallel_config`` says.
-    """
-    pool = workers(options.jobs, pre_dispatch=options.jobs, return_as="generator_unordered")
-    yield from pool(joblib.delayed(_worker)(task, options) for task in tasks)
