@@ -1,5 +1,6 @@
 """Bounds of torch networks, held against the deviation recomputed in long double."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -462,3 +463,52 @@ def test_the_campaign_finds_what_is_broken(monkeypatch):
         assert any(campaign.case(seed)["violations"] for seed in range(40, 60))
     with pytest.raises(SystemExit):
         campaign.main(["--help"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"epsilon": 0.0}, {"relative_epsilon": 0.05}])
+def test_half_types_are_measured_and_bounded_as_they_compute(dtype, options):
+    """In half types a network's own rounding is larger than what an exact fit leaves."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).to(dtype)
+    x = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    run = retrain.net_trim(model, x, **options)
+    samples = torch.tensor(x, dtype=dtype)
+    with torch.no_grad():
+        moved = (run.model(samples).double() - model(samples).double()).norm().item()
+    assert run.measured == pytest.approx(moved, rel=1e-6)
+    assert run.bound >= moved
+    wide = [copy.deepcopy(net).double()(torch.tensor(x).double()) for net in (run.model, model)]
+    assert run.bound >= (wide[0] - wide[1]).norm().item()
+
+
+def test_adding_a_constant_keeps_the_bound():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 6), nn.Linear(6, 4)
+            self.shift = nn.Parameter(100 * torch.ones(6))
+
+        def forward(self, x):
+            return self.last(self.first(x).relu() + self.shift)
+
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    run = retrain.net_trim(Net(), x, relative_epsilon=0.1)
+    assert run.bound is not None and run.bound >= run.measured
+
+
+def test_weights_beyond_the_type_on_the_way_end_in_a_status():
+    """Hidden values of 1e-24 beside a bias: a step may lead beyond float32's largest number."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    with torch.no_grad():
+        model[0].weight *= 1e-24
+        model[0].bias *= 1e-24
+        model[2].weight *= 1e24
+    x = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    run = retrain.net_trim(model, x, relative_epsilon=0.1)
+    assert run.bound >= run.measured
+    assert run.layers[0].certified
+    for weight in run.model.parameters():
+        assert torch.isfinite(weight).all()

@@ -340,13 +340,16 @@ def _mean(call: Call) -> float | str:
 
 
 def _add(call: Call) -> float | str:
-    """1 for each operand that the source is."""
+    """1 for each operand that the source is; sqrt(K) where each entry is repeated K times."""
     node, source = call.node, call.source
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         return "a sum with a factor"
-    if call.shapes[source] != call.shapes[node]:
-        return "a sum that repeats its operand"
-    return float(list(node.args).count(source))
+    given, summed = call.shapes[source], call.shapes[node]
+    if not (isinstance(given, torch.Size) and isinstance(summed, torch.Size)):
+        return "a sum of plain numbers"
+    if len(given) != len(summed) or given[:1] != summed[:1]:
+        return "a sum that repeats its operand over the samples"
+    return list(node.args).count(source) * math.sqrt(math.prod(summed) / math.prod(given))
 
 
 def _scale(call: Call) -> float | str:

@@ -66,13 +66,24 @@ _SAME = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """The given network and the retrained one, in evaluation mode, with their graph.
+    """The dense network and the retrained one, in evaluation mode, with their graph.
 
-    `shapes` is what `retrain.adapters.network.gain.gains` takes.
+    Attributes
+    ----------
+    dense, current : nn.Module
+        As the layers are solved: half types in float32.
+    own : tuple of callable, or None
+        The same two in the types that they are saved in, each a function of a batch; None where
+        those are the types that they are solved in.
+    graph : fx.Graph
+        Their forward pass.
+    shapes : mapping
+        As `retrain.adapters.network.gain.gains` takes it.
     """
 
     dense: nn.Module
     current: nn.Module
+    own: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None
     graph: fx.Graph
     shapes: Mapping[fx.Node, Any]
 
@@ -82,13 +93,15 @@ Gains = tuple[Mapping[fx.Node, Gain], Mapping[fx.Node, Gain]]
 
 
 def measure_outputs(
-    dense: nn.Module, current: nn.Module, samples: Iterable[Tensor], reason: str | None
+    networks: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    samples: Iterable[Tensor],
+    reason: str | None,
 ) -> Passage:
     """Measure the outputs alone: of networks that did not change, or have no graph (`reason`)."""
     moved, size, rows = 0.0, 0.0, 0
     for batch in samples:
         with torch.no_grad():
-            before, after = dense(batch.clone()), current(batch.clone())
+            before, after = (network(batch.clone()) for network in networks)
         moved = math.hypot(moved, norm(after.double() - before.double()))
         size = math.hypot(size, norm(before))
         rows += len(batch)
@@ -102,7 +115,7 @@ def measure(
     last: str | None,
     samples: Iterable[Tensor],
 ) -> Passage:
-    """Send samples through both networks, in their own type and in float64.
+    """Send samples through both networks, in their own types and in float64.
 
     Parameters
     ----------
@@ -128,8 +141,12 @@ def measure(
         _log.info("bounds: both networks on %d samples, after %d", len(batch), rows)
         with torch.no_grad(), _received(networks.current, last) as seen:
             ends = [net(batch.clone()) for net in (networks.dense, networks.current)]
-        moved = math.hypot(moved, norm(ends[1].double() - ends[0].double()))
-        size = math.hypot(size, norm(ends[0]))
+        saved = ends
+        if networks.own is not None:
+            with torch.no_grad():
+                saved = [net(batch.clone()) for net in networks.own]
+        moved = math.hypot(moved, norm(saved[1].double() - saved[0].double()))
+        size = math.hypot(size, norm(saved[0]))
         if rows == 0 and not _same_graph(networks, batch, ends[0]):
             reason = reason or "the traced graph gives other outputs than the network"
         rows += len(batch)
@@ -139,7 +156,10 @@ def measure(
         except (RuntimeError, TypeError) as error:
             text = str(error).partition("\n")[0]
             return _rest(networks, samples, (rows, moved, size), f"not in float64: {text}")
+        # What half types lose beyond float32 comes on top, by the triangle inequality.
+        halves = [norm(a.double() - b.double()) for a, b in zip(saved, ends, strict=True)]
         apart = [norm(end.double() - exact) for end, exact in zip(ends, wide, strict=True)]
+        apart = [a + b for a, b in zip(apart, halves, strict=True)]
         lost = [walk.response_loss(str(last), *pair) for pair in seen]
         own = [math.hypot(*pair) for pair in zip(own, [*apart, *(lost or [0.0])], strict=True)]
     total = sum(own) + walk.total()
@@ -153,7 +173,7 @@ def _rest(
     networks: Networks, samples: Iterable[Tensor], done: tuple[int, float, float], reason: str
 ) -> Passage:
     """Measure the outputs of the batches that are left, where float64 has failed."""
-    rest = measure_outputs(networks.dense, networks.current, samples, reason)
+    rest = measure_outputs(networks.own or (networks.dense, networks.current), samples, reason)
     rows, moved, size = done
     return Passage(
         rows + rest.rows,
@@ -277,13 +297,13 @@ class _Walk:
         in_place = len(self._below) < len(self._graph.nodes) and _works_in_place(node, modules)
         args = fx.map_arg(node.args, value_of)
         kwargs = fx.map_arg(node.kwargs, value_of)
-        sizes: dict[fx.Node, float] = {}
         watched = node in self._losses[which]
+        received: dict[fx.Node, tuple[float, int]] = {}
         if watched:
             for parent in node.all_input_nodes:
                 value = self._value(parent, values, which)
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    sizes[parent] = norm(value)
+                    received[parent] = norm(value), value.numel()
         name = str(node.target)
         if which == 0 and node.op == "call_module" and name in self._changed:
             inputs = args[0] if args else next(iter(kwargs.values()))
@@ -294,6 +314,10 @@ class _Walk:
         if new is not None:
             self._compare(name, new, found)
         if watched:
+            sizes = {parent: size for parent, (size, _) in received.items()}
+            if operation(node, modules) == "add":  # a smaller operand is repeated
+                for parent, (size, count) in received.items():
+                    sizes[parent] = size * math.sqrt(max(found.numel() / max(count, 1), 1.0))
             lost = self._allowance(node, sizes, found, which)
             if not (math.isfinite(lost) and self._fits(found)):
                 self.overflow = self.overflow or describe(node, modules)
@@ -350,6 +374,8 @@ class _Walk:
             if isinstance(module.bias, Tensor):
                 rows = value.numel() / value.shape[known_kind(module).channel_axis(value.ndim)]
                 constants = math.sqrt(rows) * norm(module.bias.detach())
+        elif kind == "add":
+            size = sum(list(node.args).count(parent) * sizes[parent] for parent in sizes)
         else:
             size = sum(self._factor(node, parent, which) * sizes[parent] for parent in sizes)
             fan_in = (_fan_in(kind, self._shapes[parent]) for parent in sizes)

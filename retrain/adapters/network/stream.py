@@ -8,7 +8,8 @@ is never touched.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, cast
@@ -39,6 +40,8 @@ from retrain.stream.stream import (
     layer,
 )
 
+_log = logging.getLogger(__name__)
+
 
 class _Reached(BaseException):
     """Ends a forward pass. Not an Exception, so that no network's own handler swallows it."""
@@ -54,7 +57,7 @@ class TorchStream:
     Parameters
     ----------
     model : nn.Module
-        The network; two (of half types three) copies of it are held, itself it is left alone.
+        The network; two copies of it are held (four where it has half types). It is not changed.
     data : Data or whatever `retrain.data.sources.as_data` takes
         The samples. Images go flat into a network that begins with a dense layer of that width.
     batch_size : int, optional
@@ -92,6 +95,7 @@ class TorchStream:
         # For networks without half types the current network computes with its own weights.
         half = any(tensor.dtype in HALF for tensor in given.state_dict().values())
         self._current = computing(copy.deepcopy(given)) if half else given
+        self._given = copy.deepcopy(given) if half else None
         self._network: Network = find_layers(self._dense)
         # Before it runs, which may leave traces in it.
         computation = structure(given, self._network.graph, self._dense)
@@ -343,11 +347,27 @@ class TorchStream:
         graph = self._network.graph
         if graph is None or self._mixes is not None or not changed_layers:
             reason = (self._mixes or "the network could not be traced") if changed_layers else None
-            return measure_outputs(self._dense, self._current, samples, reason)
+            pair = self._own() or (self._dense, self._current)
+            return measure_outputs(pair, samples, reason)
         given, gains = (self._gains(graph, "spectral", dense=dense) for dense in (True, False))
         assert self._shapes is not None
-        networks = Networks(self._dense, self._current, graph, self._shapes)
+        networks = Networks(self._dense, self._current, self._own(), graph, self._shapes)
         return measure(networks, changed_layers, (given, gains), self.output_layer()[0], samples)
+
+    def _own(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
+        """The dense and the current network in half types, where those are theirs and run here."""
+        if self._given is None:
+            return None
+        dtype = next(p.dtype for p in self._given.parameters() if p.is_floating_point())
+        dense, current = self._given, self._model
+        try:
+            with torch.no_grad():
+                dense(self._inputs(0, 1).to(dtype))
+        except (RuntimeError, TypeError) as error:
+            text = str(error).partition("\n")[0]
+            _log.warning("bounds: measured in float32; %s does not run here: %s", dtype, text)
+            return None
+        return lambda batch: dense(batch.to(dtype)), lambda batch: current(batch.to(dtype))
 
     # --- checks at the start --------------------------------------------------------------------
 
