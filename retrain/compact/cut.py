@@ -42,7 +42,7 @@ class Piece:
     kept: Tensor
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Removal:
     """What became of a model's parameters.
 

@@ -50,7 +50,7 @@ def remove_block(model: nn.Module, name: str) -> Removal:
     left += [] if spare or isinstance(gate.after, nn.Identity) else [gate.after]
     take_out(model, name, left)
     remaining = set(model.parameters())
-    removal.gone = [parameter for parameter in before if parameter not in remaining]
+    removal.gone.extend(parameter for parameter in before if parameter not in remaining)
     return removal
 
 
