@@ -11,6 +11,7 @@ import solvers
 
 WORKING = {
     "solvers.admm.bfloat16",
+    "solvers.newton.block",
     "solvers.newton.layer",
     "solvers.newton.unit",
     "solvers.newton.work",

@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
 
-from solvers.newton.work import Points, Shared, Units, Work, precision_for
+from solvers.newton.work import Points, Shared, Turn, Units, Work, precision_for
 
 _GROWTH = 5.0  # of sigma and tau after an outer step
 _STIFFEST = 1e11  # largest tau relative to where it started
@@ -70,77 +71,186 @@ def solve_block(
         For a call with another slack.
     """
     accuracy = max(_INNER * min(tolerance, violation), _FINEST)
-    rough = 2 * max(accuracy, _INNER * _COARSE)
+    block = _begin(shared, units, points, slack, accuracy, left)
+    now = block.now
+    open_ = np.flatnonzero(now.steps < max_steps)
+    while len(open_):
+        _newton_steps(block, open_, max_steps)
+        for b in _settled(block, open_, max_steps):
+            _judge(block, b, tolerance, violation)
+            _advance(block, b)
+        lost = ~np.isfinite(block.z).all(axis=1)
+        done = block.within | (now.steps >= max_steps) | (block.stalled >= _STALLED) | lost
+        open_ = open_[~done[open_]]
+    within = np.flatnonzero(block.within)
+    _clean(shared, units, now, within, block.c, slack, tolerance, violation)
+    return now, block.works
+
+
+@dataclass(eq=False)
+class _Block:
+    """A block under way; a row of each array is a unit.
+
+    Attributes
+    ----------
+    shared, units, slack, accuracy
+        The problem, and the accuracy of the optimality conditions in u.
+    now : Points
+        Where the units are.
+    works : list of Work
+        Their working sets.
+    z, c : array
+        Responses XU and duals X^T nu at `now`.
+    centre_u, centre_nu : array
+        Centres of the proximal terms.
+    stiffest, loosest : array
+        Largest tau and sigma.
+    fine : bool array
+        Whose products are in float64.
+    zigzag : bool array
+        Whose last round was cut off after `_PATIENCE` steps.
+    within : bool array
+        Whose gap and violation are within tolerance.
+    stalled : int array
+        Rounds without progress.
+    last_steps : int array
+        Newton steps at the last judgement.
+    """
+
+    shared: Shared
+    units: Units
+    slack: float
+    accuracy: float
+    now: Points
+    works: list[Work]
+    z: np.ndarray
+    c: np.ndarray
+    centre_u: np.ndarray
+    centre_nu: np.ndarray
+    stiffest: np.ndarray
+    loosest: np.ndarray
+    fine: np.ndarray
+    zigzag: np.ndarray
+    within: np.ndarray
+    stalled: np.ndarray
+    last_steps: np.ndarray
+
+
+def _begin(
+    shared: Shared,
+    units: Units,
+    points: Points,
+    slack: float,
+    accuracy: float,
+    left: list[Work | None] | None,
+) -> _Block:
+    """Make the products at the given points, and the working sets."""
     now = points.take(slice(None))
     now.u[~units.allowed] = 0.0
-    stiffest, loosest = now.tau * _STIFFEST, now.sigma * _LOOSEST
-    centre_u, centre_nu = now.u.copy(), now.nu.copy()
+    count = len(now.u)
     precision = precision_for(shared, slack, accuracy)
-    fine = np.full(len(now.u), precision is np.float64)
+    fine = np.full(count, precision is np.float64)
     z = _responses(shared, now.u, fine)
+    rough = 2 * max(accuracy, _INNER * _COARSE)
     if not fine.all() and _noise(shared, units, 0, now.u[0], z[0], slack) > rough:
         fine[:] = True
         z = _responses(shared, now.u, fine)
     c = _duals(shared, now.nu, fine)
     works = []
-    for b, work in enumerate(left or [None] * len(z)):
+    for b, work in enumerate(left or [None] * count):
         if work is None:
             work = Work.build(shared, units, b, now.u[b], c[b], precision)
         elif precision is np.float64:
             work.refine(shared, units, b)
         works.append(work)
-    last_steps, stalled = now.steps.copy(), np.zeros(len(z), dtype=int)
-    within, zigzag = np.zeros((2, len(z)), dtype=bool)
-    open_ = np.flatnonzero(now.steps < max_steps)
-    while len(open_):
-        nu = _multipliers(z, centre_nu, units, now.tau, slack, open_)
-        fitted = _duals(shared, np.where(units.active[open_], nu, 0.0), fine[open_])
-        for b, gradient in zip(open_.tolist(), fitted, strict=True):
-            before = now.steps[b]
-            works[b].run(
-                shared, units, now, b, z[b], gradient, centre_u[b], centre_nu[b], slack, accuracy,
-                min(max_steps, before + _PATIENCE),
-            )  # fmt: skip
-            zigzag[b] = now.steps[b] == before + _PATIENCE < max_steps
-        z[open_] = _responses(shared, now.u[open_], fine[open_])
-        for b in open_.tolist():
-            z[b, works[b].seen] = works[b].responses
-        now.nu[open_] = _multipliers(z, centre_nu, units, now.tau, slack, open_)
-        c[open_] = _duals(shared, now.nu[open_], fine[open_])
-        settled = [
-            b
-            for b in open_.tolist()
-            if not works[b].enlarge(shared, units, b, now.nu[b], c[b], accuracy)
-            or now.steps[b] >= max_steps
-        ]
-        for b in settled:
-            before = now.gap[b], now.violation[b]
-            _measure(shared, units, now, b, z[b], c[b], slack)
-            gap, missed = now.gap[b], now.violation[b]
-            within[b] = gap <= tolerance and missed <= violation
-            # Rounding is all that is left when the parameters are at their limits and nothing
-            # moves.
-            at_limit = now.tau[b] >= stiffest[b] or now.steps[b] == last_steps[b]
-            better = gap < 0.9 * before[0] or missed < 0.9 * before[1]
-            stalled[b] = 0 if better or not at_limit else stalled[b] + 1
-            vain = zigzag[b] or not better or max(gap, missed) <= _COARSE
-            if not within[b] and not fine[b] and vain:
-                fine[b], stalled[b] = True, 0
-                z[b] = shared.inputs @ now.u[b]  # what steps have moved it by began in float32
-            elif not within[b] and not better and works[b].refine(shared, units, b):
-                stalled[b] = 0
-            last_steps[b] = now.steps[b]
-            if zigzag[b]:
-                now.tau[b] /= _GROWTH**2
-            elif not within[b]:
-                centre_u[b], centre_nu[b] = now.u[b], now.nu[b]
-                now.sigma[b] = min(now.sigma[b] * _GROWTH, loosest[b])
-                now.tau[b] = min(now.tau[b] * _GROWTH, stiffest[b])
-        lost = ~np.isfinite(z).all(axis=1)
-        done = within | (now.steps >= max_steps) | (stalled >= _STALLED) | lost
-        open_ = open_[~done[open_]]
-    _clean(shared, units, now, np.flatnonzero(within), c, slack, tolerance, violation)
-    return now, works
+    return _Block(
+        shared=shared,
+        units=units,
+        slack=slack,
+        accuracy=accuracy,
+        now=now,
+        works=works,
+        z=z,
+        c=c,
+        centre_u=now.u.copy(),
+        centre_nu=now.nu.copy(),
+        stiffest=now.tau * _STIFFEST,
+        loosest=now.sigma * _LOOSEST,
+        fine=fine,
+        zigzag=np.zeros(count, dtype=bool),
+        within=np.zeros(count, dtype=bool),
+        stalled=np.zeros(count, dtype=int),
+        last_steps=now.steps.copy(),
+    )
+
+
+def _newton_steps(block: _Block, open_: np.ndarray, max_steps: int) -> None:
+    """Minimise each open unit's F about its centre, then make the block's products anew."""
+    shared, units, now = block.shared, block.units, block.now
+    nu = _multipliers(block.z, block.centre_nu, units, now.tau, block.slack, open_)
+    fitted = _duals(shared, np.where(units.active[open_], nu, 0.0), block.fine[open_])
+    for b, gradient in zip(open_.tolist(), fitted, strict=True):
+        limit = now.steps[b] + _PATIENCE
+        turn = Turn(
+            z=block.z[b],
+            gradient=gradient,
+            centre_u=block.centre_u[b],
+            centre_nu=block.centre_nu[b],
+            slack=block.slack,
+            accuracy=block.accuracy,
+            max_steps=min(max_steps, limit),
+        )
+        block.works[b].run(shared, units, now, b, turn)
+        block.zigzag[b] = now.steps[b] == limit < max_steps
+    block.z[open_] = _responses(shared, now.u[open_], block.fine[open_])
+    for b in open_.tolist():
+        block.z[b, block.works[b].seen] = block.works[b].responses
+    now.nu[open_] = _multipliers(block.z, block.centre_nu, units, now.tau, block.slack, open_)
+    block.c[open_] = _duals(shared, now.nu[open_], block.fine[open_])
+
+
+def _settled(block: _Block, open_: np.ndarray, max_steps: int) -> list[int]:
+    """The open units whose working sets need nothing more, or whose steps are used up."""
+    now = block.now
+    return [
+        b
+        for b in open_.tolist()
+        if not block.works[b].enlarge(
+            block.shared, block.units, b, now.nu[b], block.c[b], block.accuracy
+        )
+        or now.steps[b] >= max_steps
+    ]
+
+
+def _judge(block: _Block, b: int, tolerance: float, violation: float) -> None:
+    """Measure a unit's gap and violation; go over to float64 where float32 can tell no more."""
+    now = block.now
+    before = now.gap[b], now.violation[b]
+    _measure(block.shared, block.units, now, b, block.z[b], block.c[b], block.slack)
+    gap, missed = now.gap[b], now.violation[b]
+    block.within[b] = gap <= tolerance and missed <= violation
+    # Where the parameters are at their limits and nothing moves, only rounding is left.
+    at_limit = now.tau[b] >= block.stiffest[b] or now.steps[b] == block.last_steps[b]
+    better = bool(gap < 0.9 * before[0] or missed < 0.9 * before[1])
+    block.stalled[b] = 0 if better or not at_limit else block.stalled[b] + 1
+    vain = block.zigzag[b] or not better or max(gap, missed) <= _COARSE
+    if not block.within[b] and not block.fine[b] and vain:
+        block.fine[b], block.stalled[b] = True, 0
+        block.z[b] = block.shared.inputs @ now.u[b]  # the steps that led here began in float32
+    elif not block.within[b] and not better and block.works[b].refine(block.shared, block.units, b):
+        block.stalled[b] = 0
+    block.last_steps[b] = now.steps[b]
+
+
+def _advance(block: _Block, b: int) -> None:
+    """Move a unit's centre and tighten its parameters; after a zigzag loosen tau instead."""
+    now = block.now
+    if block.zigzag[b]:
+        now.tau[b] /= _GROWTH**2
+    elif not block.within[b]:
+        block.centre_u[b], block.centre_nu[b] = now.u[b], now.nu[b]
+        now.sigma[b] = min(now.sigma[b] * _GROWTH, block.loosest[b])
+        now.tau[b] = min(now.tau[b] * _GROWTH, block.stiffest[b])
 
 
 def _responses(shared: Shared, u: np.ndarray, fine: np.ndarray) -> np.ndarray:

@@ -144,6 +144,37 @@ class Points:
             getattr(self, name)[rows] = getattr(others, name)
 
 
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """What one round asks of a unit's Newton steps.
+
+    Attributes
+    ----------
+    z : array, shape (n_samples,)
+        The unit's responses where the steps begin.
+    gradient : array, shape (n_in,)
+        X^T nu on Omega there.
+    centre_u : array, shape (n_in,)
+        The weights that the proximal term holds on to.
+    centre_nu : array, shape (n_samples,)
+        The multiplier at the centre.
+    slack : float
+        s of `solve_block`.
+    accuracy : float
+        Of the optimality conditions, relative to the inputs' boxes.
+    max_steps : int
+        Limit on all Newton steps of the unit so far and in this round.
+    """
+
+    z: np.ndarray
+    gradient: np.ndarray
+    centre_u: np.ndarray
+    centre_nu: np.ndarray
+    slack: float
+    accuracy: float
+    max_steps: int
+
+
 @dataclass(eq=False)
 class Work:
     """A unit's working sets and Gram matrices.
@@ -198,50 +229,36 @@ class Work:
         self.fitted = _fitted(shared, units.active[b], self.inputs, self.inputs, np.float64)
         return True
 
-    def run(
-        self,
-        shared: Shared,
-        units: Units,
-        now: Points,
-        b: int,
-        z: np.ndarray,
-        gradient: np.ndarray,
-        centre_u: np.ndarray,
-        centre_nu: np.ndarray,
-        slack: float,
-        accuracy: float,
-        max_steps: int,
-    ) -> None:
+    def run(self, shared: Shared, units: Units, now: Points, b: int, turn: Turn) -> None:
         """Minimise the unit's F over W and K, and write the weights and the steps to `now`."""
         level, tau, sigma = units.level[b], float(now.tau[b]), float(now.sigma[b])
-        distance = np.where(units.active[b], 0.0, z - level)
-        width = _NEAR * math.sqrt(float(distance @ distance) / max(1, len(z)))
-        near = (distance > -width) | (centre_nu + tau * distance > 0) | self.extra
+        distance = np.where(units.active[b], 0.0, turn.z - level)
+        width = _NEAR * math.sqrt(float(distance @ distance) / max(1, len(turn.z)))
+        near = (distance > -width) | (turn.centre_nu + tau * distance > 0) | self.extra
         samples = np.flatnonzero((near & ~units.active[b]) | self.over.included)
         inner = Inner(
             samples,
             _gather(shared.exact, samples, self.inputs),
             level[samples],
-            centre_nu[samples],
+            turn.centre_nu[samples],
             shared.weight[self.inputs],
             shared.ridge[self.inputs],
             shared.box[self.inputs],
-            centre_u[self.inputs],
+            turn.centre_u[self.inputs],
             self.fitted,
-            0.0 if math.isinf(slack) else tau / (1 + tau * slack),
+            0.0 if math.isinf(turn.slack) else tau / (1 + tau * turn.slack),
             sigma,
             tau,
             float(units.floor[b]),
         )
-        left = max_steps - int(now.steps[b])
         x, self.responses, steps = minimise(
             inner,
             self.over,
             now.u[b, self.inputs],
-            z[samples],
-            gradient[self.inputs],
-            accuracy,
-            left,
+            turn.z[samples],
+            turn.gradient[self.inputs],
+            turn.accuracy,
+            turn.max_steps - int(now.steps[b]),
         )
         now.u[b, self.inputs] = x
         now.steps[b] += steps
