@@ -87,35 +87,60 @@ def train(
     Parameters
     ----------
     recipe : Recipe, mapping, str or Path
-        A recipe, its tables, a TOML file, or a built-in recipe's name.
-    out : path, optional
-        Run directory: written every epoch, resumed by the same call. Without one nothing is
+        Recipe, its tables as a mapping, the path of a TOML file, or the name of a built-in recipe.
+    out : str or Path, optional
+        Run directory: written after every epoch, resumed by the same call. Without it nothing is
         written.
-    data, test : optional
-        What to train and test on, as `retrain.net_trim` takes data, instead of what the recipe
-        names; taken as they are, without its limit and normalisation.
-    changes : mapping, optional
-        Entries of the recipe to replace, ``{"training.epochs": 3}``; None removes one.
+    data, test : array, tensor, pair (x, y), DataLoader or Data, optional
+        Data to train and to test on, in the forms that `retrain.net_trim` takes, in place of those
+        that the recipe names; used as they are, without the recipe's limit and normalisation.
+    changes : mapping from str to object, optional
+        Entries of the recipe to replace, ``{"training.epochs": 3}``; None removes an entry.
     export : bool, optional
-        Write ``model.pt2`` too, an exported program. Wants `out`.
+        Whether to write ``model.pt2``, an exported program, too. Needs `out`.
     on_epoch : callable, optional
-        Called with each record of the history, also those of epochs done before, and the number of
-        epochs there will be at most.
+        Function called with the record of each epoch, those done before a resume included, and with
+        the largest number of epochs that the run can have.
 
     Returns
     -------
     TrainedRun
-        In a parallel run only the first process writes; the others return the same network.
+        Finished network, history and record. In a parallel run only the first process writes; the
+        others return the same network.
 
     Raises
     ------
     ValueError
-        If the recipe, the data, or the run directory is unfit; the message names it. Nothing of an
-        earlier run is touched.
+        If the recipe, the data, or the run directory is invalid; the message names it. Nothing of
+        an earlier run is touched.
     FloatingPointError
         If the loss or a parameter is not finite; the checkpoint of the epoch before stays.
     OSError
-        If the run directory cannot be written. Finished epochs are kept, and the call resumes.
+        If the run directory cannot be written. Finished epochs are kept, and the same call resumes.
+
+    Notes
+    -----
+    Cost: ``training.epochs`` epochs of ordinary training, the method's own work, one evaluation on
+    the test data and one checkpoint per epoch. Memory: the data, the network, the optimiser's state
+    and the activations of one batch.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import retrain
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.standard_normal((40, 8))
+    >>> y = (x[:, 0] > 0).astype(int)
+    >>> recipe = {
+    ...     "title": "a small dense network",
+    ...     "data": {},
+    ...     "model": {"architecture": "dense", "widths": [8, 6, 2]},
+    ...     "training": {"epochs": 2},
+    ...     "optimizer": {"name": "adam"},
+    ... }
+    >>> run = retrain.train(recipe, data=(x, y))
+    >>> [record["epoch"] for record in run.history]
+    [1, 2]
     """
     check_out(out)
     if isinstance(recipe, Recipe):
@@ -140,7 +165,35 @@ def run_training(
     export: bool = False,
     on_epoch: OnEpoch | None = None,
 ) -> TrainedRun:
-    """Train by a recipe; `train` says the rest."""
+    """Train by a recipe that has been read; `train` describes the arguments in full.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Recipe to train by.
+    out : str or Path, optional
+        Run directory; without it nothing is written.
+    data, test : array, tensor, pair (x, y), DataLoader or Data, optional
+        Data to train and to test on, in place of those that the recipe names.
+    export : bool, optional
+        Whether to write ``model.pt2``, an exported program, too.
+    on_epoch : callable, optional
+        Function called with the record of each epoch, and the largest number of epochs.
+
+    Returns
+    -------
+    TrainedRun
+        Finished network, history and record.
+
+    Raises
+    ------
+    ValueError
+        If the recipe, the data, or the run directory is invalid.
+    FloatingPointError
+        If the loss or a parameter is not finite.
+    OSError
+        If the run directory cannot be written.
+    """
     check_device(recipe.training.device)
     with ExitStack() as stack:
         part, device = stack.enter_context(processes(torch.device(recipe.training.device)))

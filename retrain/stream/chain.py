@@ -43,18 +43,32 @@ class Chain:
 
     Attributes
     ----------
-    weights : tuple of array
-        One (n_in, n_out) matrix a layer, (n_in + 1, n_out) with the bias last for a layer that has
-        one. Numpy or torch, float32 or float64, all alike.
+    weights : tuple of array, shape (n_in, n_out) or (n_in + 1, n_out) each
+        One weight matrix per layer; a layer with a bias has it as the last row. Numpy or torch,
+        float32 or float64, all of the same kind.
     biases : tuple of bool
-        Whether each layer has a bias row.
+        Whether each layer has a bias row; by default none has.
     follows : tuple of {"relu", "linear"}
-        What each layer's response meets. By default a ReLU everywhere but after the last layer.
+        Activation after each layer. By default a ReLU after every layer but the last.
 
     Raises
     ------
     ValueError
-        If widths do not chain, a matrix is empty or not finite, or the tuples' lengths differ.
+        If consecutive widths differ, a matrix is empty or not finite, or the tuples' lengths
+        differ.
+
+    Notes
+    -----
+    The arrays are not copied: memory is that of the weights given. Building a chain reads every
+    weight once, to check that it is finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import retrain
+    >>> chain = retrain.Chain((np.ones((4, 3)), np.ones((4, 2))), biases=(False, True))
+    >>> len(chain), chain.shape(1), chain.follows
+    (2, (3, 2), ('relu', 'linear'))
     """
 
     weights: tuple[Array, ...]
