@@ -1,9 +1,9 @@
-"""The identity of a run: everything that could change a weight, as JSON values a person can read.
+"""The identity of a run: everything that could change a weight, as readable JSON values.
 
-What the network and the data are, their stream says (`retrain.stream.stream.LayerStream.identity`).
-Here is the rest: the machine, the packages, and what decides the last bits of a sum. Where an
-effect can be read off a library, the effect is recorded, not the environment variable behind it:
-where OPENBLAS_CORETYPE names the kernels that OpenBLAS would choose anyway, the run is the same.
+The stream describes the network and the data (`retrain.stream.stream.LayerStream.identity`). This
+module describes the rest: the machine, the packages, and what decides the last bits of a sum. Where
+a library reports an effect, the effect is recorded rather than the environment variable behind it:
+if OPENBLAS_CORETYPE names the kernels that OpenBLAS would choose anyway, the run is the same.
 Paths, the order of imports, the language and the seed of Python's hashes are left out, since they
 change no weight.
 """
@@ -33,11 +33,14 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from retrain.stream.stream import LayerStream
 
 _NO_NUMBERS = ("filelock", "matplotlib", "msgspec", "rich")
-"""Dependencies that lock, check records, draw and print: no number of a network passes through."""
+"""Dependencies that only lock, check records, draw or print; their versions change no weight and
+are left out of the identity. A package listed here by mistake would hide a change of versions."""
 
 _UNSEEN_SOURCES = ("cli", "report", "verify")
-"""Rooms of `retrain` whose code no weight depends on; what options mean is in the identity."""
+"""Subpackages of `retrain` whose code changes no weight; their sources are left out of the hash,
+so that a run resumes after they change. The options they pass on are in the identity."""
 
+# Settings of numba that change the machine code it compiles, and so the last bits.
 _NUMBA_SETTINGS = (
     "CPU_NAME",
     "CPU_FEATURES",
@@ -76,16 +79,18 @@ VARIABLES = (
     "GLIBC_TUNABLES",
     "LD_PRELOAD",
 )
-"""Variables that can change last bits and whose effect no library tells in full."""
+"""Environment variables that can change the last bits and whose effect no library reports in full.
+Collected from the libraries' manuals; a variable that is missing here lets a run resume under other
+arithmetic."""
 
 
 def run_identity(stream: LayerStream) -> dict[str, Any]:
-    """Return what of a run's identity does not depend on its method.
+    """Return the part of a run's identity that does not depend on its method.
 
     Parameters
     ----------
     stream : LayerStream
-        The network, as it was given, on the calibration data.
+        Dense network on the calibration data.
 
     Returns
     -------
@@ -102,14 +107,20 @@ def run_identity(stream: LayerStream) -> dict[str, Any]:
 
 
 def surroundings(device: str, *, with_torch: bool) -> dict[str, Any]:
-    """Return the machine, the packages, and what decides the last bits, as JSON values.
+    """Describe the machine, the packages, and what decides the last bits of a result.
 
     Parameters
     ----------
     device : str
-        Where torch computes.
+        Device on which torch computes.
     with_torch : bool
-        Whether torch computes at all; where it does not, it may be loaded or not.
+        Whether torch computes at all; without it, whether torch is loaded makes no difference.
+
+    Returns
+    -------
+    dict
+        JSON values: ``device``, ``cores``, ``versions``, ``code of retrain and solvers`` (a hash),
+        ``kernels`` and ``environment``.
     """
     return {
         "device": device,
@@ -127,6 +138,11 @@ def versions() -> Mapping[str, str]:
 
     These are its dependencies as its metadata declares them, so a new one is never forgotten, and
     llvmlite, which numba compiles with. Looked up once: what this process has loaded stays.
+
+    Returns
+    -------
+    mapping from str to str
+        Version by name of the package, ``python`` included. Read-only.
     """
     names = {"llvmlite", "retrain"}
     for requirement in requires("retrain") or ():
@@ -311,22 +327,31 @@ def _digest(text: str) -> str:
 
 # --- what differs ---------------------------------------------------------------------------------
 
-_TOLD = 4  # differences that a message names; the others are counted
-_LONGEST = 72  # characters of a value in a message
+_TOLD = 4  # number of differences that a message names; the rest are counted. Chosen by hand
+_LONGEST = 72  # characters of a value that a message shows; chosen by hand, about a line
+
 _HASHES = ("computation", "training", "weights", "network and data")
-"""What follows from other entries, or says less than they do, is told after them, in this order."""
+"""Entries that follow from others, or say less than they do. Messages name them last, in this
+order."""
+
 _ADDED = ("weights", "computation", "data", "kernels", "environment", "code of retrain and solvers",
           "arrays", "batch size", "tensor names", "training")  # fmt: skip
-"""Entries that every identity has now, and those of earlier versions lack."""
+"""Entries that every identity has now and that identities of earlier versions may lack. Where one
+is missing, the message says so instead of naming a difference."""
 
 
 def differences(before: Any, now: Any) -> str:
-    """Say in words where two identities differ; empty where they do not.
+    """Describe where two identities differ.
 
     Parameters
     ----------
     before, now : JSON values
         The recorded identity and that of the command at hand.
+
+    Returns
+    -------
+    str
+        Up to four differences in words, separated by semicolons; empty where there are none.
     """
     if not isinstance(before, Mapping):
         return "it has no identity"

@@ -1,13 +1,13 @@
-"""Train by a recipe: start or resume, an epoch at a time, and save a plain network.
+"""Train by a recipe: start or resume, one epoch at a time, and save a plain network.
 
     DIR/
       lock, run.json        as of every run (`retrain.runs.directory`): identity first, results last
       history.jsonl         one line per epoch
-      checkpoint.pt         all of the training after the last epoch
+      checkpoint.pt         the complete state of the training after the last epoch
       model.safetensors     the finished network's tensors; run.json has its architecture
       model.pt2             the same as an exported program, when asked for
 
-A killed run loses at most the epoch in hand, and the same command goes on to the same result.
+A killed run loses at most the current epoch, and the same command continues to the same result.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ from retrain.trainers.recipes.recipe import Recipe, parse_recipe, read_recipe
 from retrain.trainers.recipes.start import Pair, Start, start
 
 OnEpoch = Callable[[dict[str, Any], int], None]
+"""Receives the record of each epoch, and the largest number of epochs that the run can have."""
 
 
 @apart()
