@@ -1,7 +1,7 @@
 """Data sources: samples (and labels) from files, from scikit-learn, from a function, from batches.
 
-Everything ends as one `Data`: finite floating-point samples, first axis the sample. Torch tensors
-and loaders are recognised by what they can do; this module does not import torch.
+Every source becomes one `Data`: finite floating-point samples, first axis the sample. Torch tensors
+and loaders are recognised by their methods; this module does not import torch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from retrain.data.readers import existing_file, read_mnist, read_npy, read_npz
 FORMS = (
     "FILE.npz, FILE.npy, mnist:DIR, mnist-test:DIR, digits, digits-test or package.module:factory"
 )
+"""The forms of a data source, as messages and the command line's help list them."""
 
 
 def load_data(
@@ -131,7 +132,7 @@ def as_data(data: Any, *, name: str | None = None) -> Data:
 
 
 def _read(source: str, limit: int | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read a source's arrays as they are; `limit` only spares reading what is not wanted."""
+    """Read a source's arrays as they are; with `limit`, reading the rest of a file is avoided."""
     kind, _, rest = source.partition(":")
     if source in ("digits", "digits-test"):
         return _digits(test=source == "digits-test")
@@ -151,16 +152,10 @@ def _read(source: str, limit: int | None) -> tuple[np.ndarray, np.ndarray | None
 
 
 def _digits(*, test: bool) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # half a second, so only when asked for
+    from sklearn.datasets import load_digits  # the import takes half a second
 
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     chosen = order[1437:] if test else order[:1437]
     x = (digits.images[chosen, None] / 16).astype(np.float32)
     return x, digits.target[chosen].astype(np.int64)
-
-
-# --- objects ------------------------------------------------------------------------------------
-
-
-# --- checks -------------------------------------------------------------------------------------
