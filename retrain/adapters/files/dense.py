@@ -1,4 +1,4 @@
-"""Read a chain of dense layers off the tensors of a state dict that comes without code."""
+"""Read a chain of dense layers from the tensors of a state dict that comes without code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,21 @@ _STEPS = 100_000
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """One layer of a `DenseChain`: its name, its size (n_in, n_out), and what follows it."""
+    """One layer of a `DenseChain`.
+
+    Attributes
+    ----------
+    name : str
+        Dotted name of the layer.
+    shape : tuple of int
+        (n_in, n_out).
+    bias : bool
+        Whether the layer has a bias.
+    dtype : torch.dtype
+        Type of its tensors.
+    activation : str
+        Activation after the layer, a key of `ACTIVATIONS`.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -45,12 +59,13 @@ class DenseChain(nn.Module):
     Parameters
     ----------
     layers : sequence of DenseLayer
-        In execution order. Their tensors are on the meta device until a state dict is assigned.
+        Layers in execution order. Their tensors are on the meta device until a state dict is
+        assigned.
 
     Raises
     ------
     ValueError
-        If a name cannot be a module's.
+        If a name cannot be the name of a module.
     """
 
     def __init__(self, layers: Sequence[DenseLayer]) -> None:
@@ -71,7 +86,18 @@ class DenseChain(nn.Module):
                 raise ValueError(f"model: {layer.name!r} cannot name a layer; {WAY_OUT}") from error
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Apply the layers to samples of any shape, (n_samples, ...)."""
+        """Apply the layers to samples of any shape, (n_samples, ...).
+
+        Parameters
+        ----------
+        inputs : Tensor, shape (n_samples, ...)
+            Samples, flattened first.
+
+        Returns
+        -------
+        Tensor, shape (n_samples, n_out)
+            Outputs of the last layer.
+        """
         values = torch.flatten(inputs, 1)
         for layer in self.dense_layers:
             values = ACTIVATIONS[layer.activation](self.get_submodule(layer.name)(values))
@@ -88,18 +114,19 @@ def read_chain(
 
     Parameters
     ----------
-    tensors : mapping
+    tensors : mapping from str to Tensor
         Tensors ``NAME.weight`` (n_out, n_in) and, where there is a bias, ``NAME.bias`` (n_out,).
     activation : str
-        What stands between two layers, a key of `ACTIVATIONS`; nothing follows the last.
+        Activation between two layers, a key of `ACTIVATIONS`; the last layer has none.
     ordered : bool
-        Whether the file's order means something; safetensors sorts by name.
+        Whether the order of `tensors` is meaningful; safetensors sorts by name.
 
     Returns
     -------
     chain : DenseChain
-    names : dict
-        The chain's tensor names, each with its name in `tensors`.
+        Chain with these tensors.
+    names : dict from str to str
+        Name in `tensors` by name in the chain.
 
     Raises
     ------

@@ -33,14 +33,19 @@ _IDENTITY = (
 
 
 def load_exported(path: Path) -> tuple[DenseChain, dict[str, str]]:
-    """Load an exported program and take its chain of linear layers out; only for trusted files.
+    """Load an exported program as a chain of linear layers; only for trusted files.
+
+    Parameters
+    ----------
+    path : Path
+        File. Loading it can run code that is in it.
 
     Returns
     -------
     chain : DenseChain
-        With the program's tensor names.
-    names : dict
-        Those names, each with itself.
+        Chain with the program's tensors.
+    names : dict from str to str
+        The program's tensor names, each mapped to itself.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Load a saved network, taking the file for hostile.
+"""Load a saved network from a file that is treated as untrusted.
 
 Tensors are read to the CPU, from safetensors or through torch's weights-only unpickler, and checked
 before anything is built. Code runs only when the user names it: a factory (``--arch``), or an
@@ -51,13 +51,13 @@ class LoadedModel:
     Attributes
     ----------
     module : nn.Module
-        The network, on the CPU, in evaluation mode, in the file's types.
-    names : mapping
-        The module's tensor names, each with its name in the file: what to save it under.
+        Network on the CPU, in evaluation mode, in the dtypes of the file.
+    names : mapping from str to str
+        Name in the file by name in the module, for saving it again.
     path : Path
         The file.
     note : str
-        What was assumed, for the user to read; empty if nothing was.
+        Assumptions that were made, for the user to read; empty if there were none.
     """
 
     module: nn.Module
@@ -81,33 +81,33 @@ def load_model(
     ----------
     path : str or Path
         ``.safetensors``; a state dict ``.pt``, ``.pth``, ``.th``, ``.bin`` or ``.ckpt``; or an
-        exported program ``.pt2``. The state dict may be inside of a checkpoint, under
-        ``state_dict``, ``model_state_dict`` or ``model``, or as its only mapping of tensors. What
-        wrappers put into names (``module.``, ``_orig_mod.``) is dropped, and so is any prefix of
-        all names (``model.``) without which they fit `arch`.
+        exported program ``.pt2``. The state dict may be inside a checkpoint, under ``state_dict``,
+        ``model_state_dict`` or ``model``, or as its only mapping of tensors. Parts of names that
+        wrappers add (``module.``, ``_orig_mod.``) are removed, and so is any prefix of all names
+        (``model.``) without which they fit `arch`.
     arch : str, optional
-        ``"auto"`` reads a chain of dense layers off the shapes. ``package.module:factory`` names a
-        callable that builds the module; the tensors are then loaded into it. A wrapper around
-        it (DataParallel, torch.compile) is taken off.
+        ``"auto"`` derives a chain of dense layers from the shapes. ``package.module:factory`` names
+        a callable that builds the module; the tensors are then loaded into it. A wrapper around it
+        (DataParallel, torch.compile) is removed.
     activation : str, optional
-        What stands between the layers of a chain read with ``"auto"``.
+        Activation between the layers of a chain read with ``"auto"``.
     trust : bool, optional
-        Allow a ``.pt2``: loading one can run code that is in the file.
+        Whether a ``.pt2`` may be loaded, which can run code that is in the file.
     key : str, optional
-        Which mapping of tensors of a checkpoint to take: ``net``, or ``teacher.net`` of a nested
-        one.
+        Key of the mapping of tensors in a checkpoint: ``net``, or ``teacher.net`` of a nested one.
 
     Returns
     -------
     LoadedModel
+        Network, its names in the file, and the assumptions made.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If the file does not exist.
     ValueError
         If the file is truncated, holds other things than tensors, needs trust, does not fit the
-        architecture, is no chain, or has NaN or infinite weights. One line, with the way out.
+        architecture, is not a chain, or has NaN or infinite weights. One line, with the remedy.
     """
     path = Path(path)
     if not path.exists():
@@ -153,7 +153,17 @@ def load_model(
 
 
 def made_module(arch: str) -> nn.Module:
-    """Build the module that ``package.module:factory`` makes, without wrappers around it.
+    """Build the module of ``package.module:factory``, without wrappers around it.
+
+    Parameters
+    ----------
+    arch : str
+        ``package.module:factory``.
+
+    Returns
+    -------
+    nn.Module
+        Module that the factory returned.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Whether a network's tensors alone say what it computes."""
+"""Decide whether a network's tensors alone determine what it computes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,22 @@ from retrain.adapters.network.operations import operation, setting
 
 
 def is_plain(network: Network, model: nn.Module) -> bool:
-    """Whether `load_model` reads the same network off the model's saved tensors, without code.
+    """Tell whether `load_model` can rebuild the network from its saved tensors alone, without code.
 
     That is so for a chain of dense layers with ReLUs between them and nothing after the last, whose
-    samples are flattened first if at all, if names and shapes leave no doubt about the order.
+    samples are at most flattened first, if names and shapes determine the order.
+
+    Parameters
+    ----------
+    network : Network
+        Traced network.
+    model : nn.Module
+        Module that was traced, in evaluation mode.
+
+    Returns
+    -------
+    bool
+        Whether the tensors are enough.
     """
     if network.graph is None or any(found.spec.reason for found in network.layers):
         return False

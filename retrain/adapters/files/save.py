@@ -1,4 +1,4 @@
-"""Save a network as safetensors, whole or not at all."""
+"""Save a network as safetensors, complete or not at all."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def save_model(
     Parameters
     ----------
     module : nn.Module
-        The network, on any device.
+        Network, on any device.
     path : str or Path
-        The file; one that is there is replaced in one step, or stays if anything fails.
-    names : mapping, optional
-        The tensors to save and the name of each in the file (`LoadedModel.names`); by default the
+        File to write; an existing one is replaced in one step, or stays if anything fails.
+    names : mapping from str to str, optional
+        Tensors to save and the name of each in the file (`LoadedModel.names`); by default the
         whole state dict under its own names.
 
     Raises
@@ -48,14 +48,21 @@ def save_model(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Save tensors by name, in their own types; ones that share memory are written out each.
+    """Save tensors by name, in their own dtypes; tensors that share memory are written separately.
 
-    The bytes depend on names, types, shapes and values alone.
+    The bytes depend only on names, dtypes, shapes and values.
+
+    Parameters
+    ----------
+    tensors : mapping from str to Tensor
+        Tensors, on any device.
+    path : str or Path
+        File to write.
 
     Raises
     ------
     ValueError
-        If an entry is no tensor, or one that safetensors cannot hold (sparse, quantised, meta).
+        If an entry is not a tensor, or one that safetensors cannot hold (sparse, quantised, meta).
     OSError
         If the file cannot be written; then no partial file is left.
     """
@@ -65,7 +72,12 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 def check_tensors(tensors: Mapping[str, Any]) -> None:
-    """Refuse what `save_tensors` cannot write.
+    """Refuse tensors that `save_tensors` cannot write.
+
+    Parameters
+    ----------
+    tensors : mapping from str to Tensor
+        Tensors to check.
 
     Raises
     ------

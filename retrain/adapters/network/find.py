@@ -1,8 +1,8 @@
-"""Find the layers of a torch module: what they are, what follows them, and why some must stay.
+"""Find the layers of a torch module: kind, what follows, and why some cannot be retrained.
 
-The forward pass is traced symbolically (`torch.fx`), so modules, functions and methods, nested as
-they like, become one graph. A layer that this does not reach, or whose weights are not its own
-alone, is listed with the reason and left untouched.
+The forward pass is traced symbolically (`torch.fx`), so modules, functions and methods, however
+nested, become one graph. A layer that this does not reach, or that shares its weights, is listed
+with the reason and left unchanged.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class FoundLayer:
     Attributes
     ----------
     spec : LayerSpec
-        What a method sees of it.
+        Layer as a method sees it.
     module : str
-        Its class name.
+        Name of its class.
     parameters : int
-        How many numbers it holds, biases included.
+        Number of its parameters, biases included.
     meets : str
-        What its response meets next, in words: ``"relu"``, ``"BatchNorm2d (bn1)"``, ``"output"``.
+        Operation after its response, in words: ``"relu"``, ``"BatchNorm2d (bn1)"``, ``"output"``.
     detail : str
-        Kernel, stride and so on of a convolution; else empty.
+        Kernel, stride and so on of a convolution; empty otherwise.
     """
 
     spec: LayerSpec
@@ -64,16 +64,16 @@ class FoundLayer:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A module taken apart.
+    """A traced module and its layers.
 
     Attributes
     ----------
     layers : tuple of FoundLayer
         All modules with weights, in execution order; those not reached come last.
     graph : fx.Graph or None
-        The traced forward pass, or None if it cannot be traced.
-    nodes : mapping
-        By layer name, the node that calls it, for layers that are called once.
+        Traced forward pass; None if it cannot be traced.
+    nodes : mapping from str to fx.Node
+        Node that calls the layer, by layer name, for layers that are called once.
     """
 
     layers: tuple[FoundLayer, ...]
@@ -87,16 +87,17 @@ def layer_table(model: nn.Module) -> tuple[FoundLayer, ...]:
     Parameters
     ----------
     model : nn.Module
-        The network; it is not changed.
+        Network; it is not changed.
 
     Returns
     -------
     tuple of FoundLayer
+        All modules with weights.
 
     Raises
     ------
     ValueError
-        If it is no module or has no weights at all.
+        If it is not a module, is a single layer, or has no weights.
     """
     return find_layers(evaluation_copy(model)).layers
 
@@ -104,10 +105,20 @@ def layer_table(model: nn.Module) -> tuple[FoundLayer, ...]:
 def evaluation_copy(model: nn.Module) -> nn.Module:
     """Copy a module, without wrappers around it, and put the copy into evaluation mode.
 
+    Parameters
+    ----------
+    model : nn.Module
+        Network; it is not changed.
+
+    Returns
+    -------
+    nn.Module
+        Copy in evaluation mode.
+
     Raises
     ------
     ValueError
-        If it is no module, is a single bare layer, has weights that are computed at each call
+        If it is not a module, is a single layer, has weights that are computed at each call
         (pruning masks, weight norm), or cannot be copied.
     """
     if not isinstance(model, nn.Module):
@@ -124,7 +135,17 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
 
 
 def find_layers(model: nn.Module) -> Network:
-    """Take a module apart; it must be in evaluation mode (`evaluation_copy`).
+    """Trace a module and list its layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Network in evaluation mode (`evaluation_copy`).
+
+    Returns
+    -------
+    Network
+        Layers, graph and nodes.
 
     Raises
     ------
@@ -197,7 +218,20 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> tuple[fx.Graph | None, str | None]:
-    """Trace the forward pass with its first argument; the others keep their defaults."""
+    """Trace the forward pass with its first argument; the other arguments keep their defaults.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Network.
+
+    Returns
+    -------
+    graph : fx.Graph or None
+        Traced forward pass.
+    reason : str or None
+        Why it cannot be traced; None with a graph.
+    """
     wanted = list(inspect.signature(model.forward).parameters.values())
     plain = [p for p in wanted if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     required = [p.name for p in plain if p.default is p.empty]

@@ -42,18 +42,18 @@ def gains(
     Parameters
     ----------
     graph : fx.Graph
-        The traced network.
-    modules : mapping
-        Its modules by name, with the weights to bound.
+        Traced network.
+    modules : mapping from str to nn.Module
+        Modules of the network by name, with the weights to bound.
     norms : callable
-        ``norms(name, scale)``: a bound on the norm of a layer as a map, each output
-        channel multiplied by its entry of `scale`, where there is one.
-    shapes : mapping
+        ``norms(name, scale)``: bound on the norm of a layer as a map, each output channel
+        multiplied by its entry of `scale`, where there is one.
+    shapes : mapping from fx.Node
         For a batch of two samples, the shape of every tensor, and other values as they are.
 
     Returns
     -------
-    dict
+    dict from fx.Node to Gain
         G of each node. Its value is None, with the reason, where some operation on the way to the
         output has no finite factor. A ReLU has factor 1, so a layer's G is also the factor from
         its activated output.
@@ -75,12 +75,19 @@ def _as_gain(found: float | str) -> Gain:
 def output_source(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[fx.Node | None, str]:
     """Find the one node whose value, through its activation and reshaping only, is the output.
 
+    Parameters
+    ----------
+    graph : fx.Graph
+        Traced network.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
+
     Returns
     -------
     node : fx.Node or None
-        A call of a layer, or None where the output is made in another way.
+        Call of a layer; None where the output is computed in another way.
     reason : str
-        What stands in the way; empty with a node.
+        Operation that prevents it; empty with a node.
     """
     node = next(node for node in graph.nodes if node.op == "output")
     if not isinstance(node.args[0], fx.Node):
@@ -152,18 +159,18 @@ def _only_scaled(
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One node of the graph, and which of its inputs is asked about.
+    """One node of the graph, and one of its inputs.
 
     Attributes
     ----------
     node, source : fx.Node
-        The node, and the input.
-    modules : mapping
-        The network's modules by name.
+        Node, and its input.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
     norms : Norms
-        As `gains` takes it.
-    shapes : mapping
-        As `gains` takes it.
+        Norms of the layers, as `gains` takes them.
+    shapes : mapping from fx.Node
+        Shapes of the values, as `gains` takes them.
     """
 
     node: fx.Node
@@ -173,12 +180,44 @@ class Call:
     shapes: Mapping[fx.Node, Any]
 
     def setting(self, position: int, name: str, default: Any) -> Any:
-        """A setting of the operation; where it is computed from a shape, its value."""
+        """Return a setting of the operation; where it is computed from a shape, its value.
+
+        Parameters
+        ----------
+        position : int
+            Position among the call's arguments, from 0.
+        name : str
+            Name of the argument, or of the module's attribute.
+        default : object
+            Value where it is not given.
+
+        Returns
+        -------
+        object
+            Value.
+        """
         found = setting(self.node, self.modules, position, name, default)
         return fx.map_arg(found, self.shapes.__getitem__)
 
     def sizes(self, dims: int, position: int, name: str, default: Any) -> tuple[int, ...]:
-        """A setting that has one number per dimension, or one for all."""
+        """Return a setting that has one number per dimension, or one for all.
+
+        Parameters
+        ----------
+        dims : int
+            Number of dimensions.
+        position : int
+            Position among the call's arguments, from 0.
+        name : str
+            Name of the argument, or of the module's attribute.
+        default : object
+            Value where it is not given.
+
+        Returns
+        -------
+        tuple of int
+            One number per dimension.
+        """
         value = self.setting(position, name, default)
         entries = tuple(value) if isinstance(value, tuple | list) else (value,)
         return entries * dims if len(entries) == 1 else entries
@@ -190,7 +229,7 @@ class Call:
 
     @property
     def label(self) -> str:
-        """The node's name for a person."""
+        """Name of the node for messages."""
         return describe(self.node, self.modules)
 
 
@@ -201,7 +240,26 @@ def factor(
     norms: Norms,
     shapes: Mapping[fx.Node, Any],
 ) -> float | str:
-    """Lipschitz factor of one node for one of its inputs, or text that says why there is none."""
+    """Compute the Lipschitz factor of one node for one of its inputs.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node.
+    source : fx.Node
+        Input of the node.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
+    norms : callable
+        Norms of the layers, as `gains` takes them.
+    shapes : mapping from fx.Node
+        Shapes of the values, as `gains` takes them.
+
+    Returns
+    -------
+    float or str
+        Factor, or the reason why none is known.
+    """
     call = Call(node, source, modules, norms, shapes)
     rule = RULES.get(operation(node, modules) or "")
     if rule is None:
@@ -210,10 +268,22 @@ def factor(
 
 
 def overwrites(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node works in place on a value with other users, or on a view.
+    """Tell whether a node works in place on a value with other users, or on a view.
 
-    Those users see what it wrote, a path that the graph does not show. That matters if it stretches
-    changes, or brings in those of another value.
+    Those users see what it wrote, a path that the graph does not show. That matters if the node
+    stretches changes, or adds those of another value.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
+
+    Returns
+    -------
+    bool
+        Whether it may overwrite a value that is used elsewhere.
     """
     if node.target not in _IN_PLACE and setting(node, modules, 99, "inplace", False) is not True:
         return False
@@ -222,7 +292,20 @@ def overwrites(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def describe(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
-    """Name a node for a person: its class or function, and a module's name."""
+    """Name a node for messages: its class or function, and a module's name.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
+
+    Returns
+    -------
+    str
+        ``"BatchNorm2d (bn1)"``, ``"softmax"``, ...
+    """
     if node.op == "call_module":
         return f"{type(modules[str(node.target)]).__name__} ({node.target})"
     return str(getattr(node.target, "__name__", node.target))
@@ -286,7 +369,18 @@ def _batch_norm(call: Call) -> float | str:
 
 
 def batch_norm_scale(layer: nn.Module) -> torch.Tensor:
-    """γ / sqrt(running variance + ε) by channel, in float64."""
+    """Compute γ / sqrt(running variance + ε) per channel.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        Batch norm with running statistics.
+
+    Returns
+    -------
+    Tensor of float64, shape (channels,)
+        Factors, with their signs.
+    """
     variance = cast("torch.Tensor", layer.running_var).to(torch.float64)
     scale = 1 / torch.sqrt(variance + cast("float", layer.eps))
     if isinstance(layer.weight, torch.Tensor):

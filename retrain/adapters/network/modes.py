@@ -1,16 +1,16 @@
-"""What a caller has switched in torch for a whole thread, set aside for as long as we compute.
+"""Set aside the modes that a caller has switched in torch, while this package computes.
 
 A verb gives the same result wherever it is called, and can train where the caller does not: inside
 ``torch.no_grad()``, ``torch.inference_mode()`` or ``torch.autocast``, under another default dtype
 or default device, under a mode that sees every call (``torch.device("meta")``, a counter of
 operations, fake tensors), in anomaly mode, and with less than float32's precision allowed in
 products (the rounding that the bounds contain is float32's). All of it, and the state of the
-generators that a data loader draws from, is as before when the context is left, also by an error.
-Tensors that are made inside, copies of inference tensors among them, are plain ones.
+generators that a data loader draws from, is restored when the context is left, also by an error.
+Tensors that are created inside, copies of inference tensors among them, are plain ones.
 
-Not touched: ``torch.use_deterministic_algorithms``, which promises the caller what we can keep. A
-network whose forward pass reads torch's default dtype or device gets float32 and the CPU there; it
-should name what it needs.
+Not changed: ``torch.use_deterministic_algorithms``, which this package can respect. A network whose
+forward pass reads torch's default dtype or device gets float32 and the CPU there; it should name
+the ones it needs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Compute as in a fresh interpreter, apart from the caller's modes; then restore them."""
+    """Compute as in a fresh interpreter, independently of the caller's modes; then restore them.
+
+    Yields
+    ------
+    None
+        Nothing.
+    """
     with ExitStack() as stack:
         stack.enter_context(_without_function_modes())
         stack.enter_context(_disable_current_modes())

@@ -1,7 +1,7 @@
-"""What the nodes of a traced network do, in one small vocabulary.
+"""Names for the operations of a traced network, in one small vocabulary.
 
 A ReLU can be a module, a function or a method; `operation` gives all three one name, so that the
-search for what follows a layer and the Lipschitz factors speak of operations only.
+search for what follows a layer and the Lipschitz factors refer to operations only.
 """
 
 from __future__ import annotations
@@ -144,12 +144,24 @@ METHODS: dict[str, str] = {
 
 
 def operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
-    """Name what a node computes, or None where this vocabulary has no word for it.
+    """Name what a node computes.
 
     Every layer of `retrain.adapters.network.kinds` is a ``"layer"``.
 
-    The network is in evaluation mode: dropout modules are the identity, and a functional dropout is
-    too unless it was told to train, which makes it ``"random"``.
+    The network is in evaluation mode: dropout modules are the identity, and so is a functional
+    dropout unless its call asks for training, which makes it ``"random"``.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
+
+    Returns
+    -------
+    str or None
+        Name of the operation; None where it is not in this vocabulary.
     """
     if node.op == "call_module":
         module = modules[str(node.target)]
@@ -170,7 +182,24 @@ def operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    """Return a call's argument, given by position or by name."""
+    """Return a call's argument, given by position or by name.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Call of a function or method.
+    position : int
+        Position among the arguments, from 0.
+    name : str
+        Name of the argument.
+    default : object
+        Value where it is not given.
+
+    Returns
+    -------
+    object
+        Value.
+    """
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name, default)
@@ -179,7 +208,26 @@ def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 def setting(
     node: fx.Node, modules: Mapping[str, nn.Module], position: int, name: str, default: Any
 ) -> Any:
-    """Return a setting of an operation, be it a module's attribute or a call's argument."""
+    """Return a setting of an operation: a module's attribute or a call's argument.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
+    position : int
+        Position among the call's arguments, from 0.
+    name : str
+        Name of the argument, or of the module's attribute.
+    default : object
+        Value where it is not given.
+
+    Returns
+    -------
+    object
+        Value.
+    """
     if node.op == "call_module":
         return getattr(modules[str(node.target)], name, default)
     return argument(node, position, name, default)

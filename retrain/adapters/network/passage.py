@@ -1,7 +1,7 @@
-"""One passage of the data through the given and the retrained network, for the bounds.
+"""One passage of the data through the dense and the retrained network, for the bounds.
 
-Both networks run twice, in their own type and in float64. Let Y and Yhat be the exact outputs, Y64
-and Yhat64 those in float64, Yown and Yhatown those in the networks' own type. In float64 node v of
+Both networks run twice, in their own dtype and in float64. Let Y and Yhat be the exact outputs, Y64
+and Yhat64 those in float64, Yown and Yhatown those in the networks' own dtype. In float64 node v of
 the graph is off by at most eta_v (`_allowance`) on the values that it receives. Replacing the nodes
 one after the other, from the last to the first, with G(v) the factors of
 `retrain.adapters.network.gain`,
@@ -13,12 +13,12 @@ bounds
 
     |Yhat - Y|_F  <=  sum_j e_j Ghat(j) + sum_v eta_v (G(v) + Ghat(v)).
 
-What the networks' own arithmetic adds to that is measured, end to end: |Yown - Y64|_F and
-|Yhatown - Yhat64|_F. So float32's rounding counts with what it does to these outputs, hidden values
-that cancel or underflow included, and not with what it might do at worst.
+The contribution of the networks' own arithmetic is measured, end to end: |Yown - Y64|_F and
+|Yhatown - Yhat64|_F. So float32's rounding counts with its effect on these outputs, hidden values
+that cancel or underflow included, rather than with its worst case.
 
-The direct bound speaks of the last layer on the inputs that it received in the own type. How far
-its own response is from the exact one on these inputs is measured in the same way.
+The direct bound concerns the last layer on the inputs that it received in the own dtype. The
+distance of its own response from the exact one on these inputs is measured in the same way.
 """
 
 from __future__ import annotations
@@ -66,9 +66,18 @@ _SAME = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """The given network and the retrained one, in evaluation mode, with their graph.
+    """The dense network and the retrained one, in evaluation mode, with their graph.
 
-    `shapes` is what `retrain.adapters.network.gain.gains` takes.
+    Attributes
+    ----------
+    dense : nn.Module
+        Dense network.
+    current : nn.Module
+        Retrained network.
+    graph : fx.Graph
+        Traced forward pass of both.
+    shapes : mapping from fx.Node
+        Shapes of the values, as `retrain.adapters.network.gain.gains` takes them.
     """
 
     dense: nn.Module
@@ -84,7 +93,22 @@ Gains = tuple[Mapping[fx.Node, Gain], Mapping[fx.Node, Gain]]
 def measure_outputs(
     dense: nn.Module, current: nn.Module, samples: Iterable[Tensor], reason: str | None
 ) -> Passage:
-    """Measure the outputs alone: of networks that did not change, or have no graph (`reason`)."""
+    """Measure the outputs alone, for networks that are equal or have no graph.
+
+    Parameters
+    ----------
+    dense, current : nn.Module
+        The two networks, in evaluation mode.
+    samples : iterable of Tensor
+        Batches of inputs.
+    reason : str or None
+        Why rounding has no bound; None for equal networks.
+
+    Returns
+    -------
+    Passage
+        Deviation of the outputs, without discrepancies.
+    """
     moved, size, rows = 0.0, 0.0, 0
     for batch in samples:
         with torch.no_grad():
@@ -102,24 +126,34 @@ def measure(
     last: str | None,
     samples: Iterable[Tensor],
 ) -> Passage:
-    """Send samples through both networks, in their own type and in float64.
+    """Send samples through both networks, in their own dtype and in float64.
 
     Parameters
     ----------
     networks : Networks
         The two networks.
     changed : mapping from str to {"relu", "linear"}
-        The layers whose weights differ, and what follows each.
+        Activation after each layer whose weights differ, by layer name.
     gains : Gains
         Factors to the output.
     last : str or None
-        The layer whose response is the output, if there is one.
+        Name of the layer whose response is the output, if there is one.
     samples : iterable of Tensor
         Batches of inputs.
 
     Returns
     -------
     Passage
+        Deviations, discrepancies and the allowance for rounding.
+
+    Notes
+    -----
+    Cost: two forward passes in the own dtype and up to two in float64 per batch. Memory: copies of
+    both networks in float64, and the live values of one batch.
+
+    References
+    ----------
+    Higham, Accuracy and Stability of Numerical Algorithms, section 3.1 (sums of products).
     """
     walk = _Walk(networks, changed, gains)
     reason = walk.unfollowed

@@ -1,14 +1,14 @@
-"""Does a network treat each sample of a batch by itself? Asked by running a few.
+"""Test whether a network treats each sample of a batch separately, by running a few samples.
 
-Rows of a layer belong to samples only if what a layer receives for a sample does not depend on what
-runs beside it. That is no property that a graph shows (a transposition, a recurrent layer that
+Rows of a layer belong to samples only if the layer's input for a sample does not depend on the
+other samples of the batch. A graph does not show that (a transposition, a recurrent layer that
 takes the first axis for time, a norm over the batch), so the same samples run in several
-companies: with copies of themselves, alone, all together, in the reversed order, and in a batch as
+batches: with copies of themselves, alone, all together, in reversed order, and in a batch as
 large as those of the run. Samples of the data can all be equal, or sorted, which hides mixing;
-moved a little at random, they cannot.
+samples with small random changes cannot.
 
-Rounding may differ from batch to batch. How much it does is measured where nothing but the number
-of samples differs, and samples are called mixed where the difference is far above that.
+Rounding may differ from batch to batch. Its size is measured where nothing but the number of
+samples differs, and samples count as mixed where the difference is far above that.
 """
 
 from __future__ import annotations
@@ -42,17 +42,22 @@ samples that the network cannot take."""
 
 
 def variants(samples: Tensor, batch: Tensor) -> Iterator[Tensor]:
-    """Yield sets of samples to probe with, those that show most first.
+    """Yield sets of samples to probe with, the most informative first.
 
-    Samples moved at random may be none that the network can take (numbers of tokens, arguments of a
-    logarithm), so less and less is moved; the last set is the samples alone.
+    Samples with random changes may be invalid for the network (numbers of tokens, arguments of a
+    logarithm), so the changes become smaller; the last set has the unchanged samples alone.
 
     Parameters
     ----------
     samples : Tensor, shape (k, ...)
         Samples of the data.
     batch : Tensor, shape (n, ...)
-        More of them, which say how large entries are.
+        More samples, from which the size of the changes is taken.
+
+    Yields
+    ------
+    Tensor, shape (m, ...)
+        Set of samples; all but the last contain the unchanged samples first.
     """
     generator = torch.Generator().manual_seed(_SEED)
     noise = torch.randn(samples.shape, generator=generator, dtype=torch.float64)
@@ -72,22 +77,22 @@ def variants(samples: Tensor, batch: Tensor) -> Iterator[Tensor]:
 
 
 class Probe:
-    """What a network makes of some samples in several companies.
+    """The values that a network computes for some samples in several batches.
 
     Parameters
     ----------
     candidates : iterable of Tensor
-        Sets of samples, as `variants` yields them. The first is taken that the network maps to
-        finite numbers; the last one whatever comes of it.
+        Sets of samples, as `variants` yields them. The first set is used that the network maps to
+        finite numbers, or else the last one.
     company : Tensor, shape (n, ...)
         Samples of the data that run beside them.
     run : callable
-        See `Run`.
+        Function that runs samples, see `Run`.
 
     Attributes
     ----------
     refused : str or None
-        Why the network does not take a sample alone.
+        Why the network cannot take a single sample; None where it can.
 
     Raises
     ------
@@ -113,23 +118,50 @@ class Probe:
             self._mixed.append((run(crowd, len(every)), every))
 
     def reached(self, name: str) -> bool:
-        """Whether a layer was run every time."""
-        return all(name in got for got, _ in (*self._alike, *self._mixed))
-
-    def one(self, name: str) -> Tensor:
-        """What a layer receives for one sample."""
-        value = self._alike[0][0][name]
-        return value[: len(value) // 2]
-
-    def separate(self, name: str, *, axes: int | None = None) -> bool:
-        """Whether what a layer received (or, "", the output) is one sample after the other.
+        """Tell whether a layer was run every time.
 
         Parameters
         ----------
         name : str
-            The layer.
+            Name of the layer.
+
+        Returns
+        -------
+        bool
+            Whether every run has a value for it.
+        """
+        return all(name in got for got, _ in (*self._alike, *self._mixed))
+
+    def one(self, name: str) -> Tensor:
+        """Return the input of a layer for one sample.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+
+        Returns
+        -------
+        Tensor
+            Input, in the layer's own layout.
+        """
+        value = self._alike[0][0][name]
+        return value[: len(value) // 2]
+
+    def separate(self, name: str, *, axes: int | None = None) -> bool:
+        """Tell whether a layer's input (or, for "", the output) is one sample after the other.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer, or "" for the output.
         axes : int or None
-            How many axes its input must have, the first of which must then be the samples.
+            Number of axes that the input must have, the samples first; None for any number.
+
+        Returns
+        -------
+        bool
+            Whether no value depends on other samples of its batch, beyond rounding.
         """
         if not all(_fits(got[name], owners, axes) for got, owners in self._runs()):
             return False

@@ -1,8 +1,8 @@
 """A torch module and a data set as a `LayerStream`.
 
-Two copies of the module run in evaluation mode, the one as it was given and the one that is being
-retrained; hooks read a layer's input off both, and the forward pass stops there. The given module
-is never touched.
+Two copies of the module run in evaluation mode, the dense network and the one that is being
+retrained; hooks read a layer's input from both, and the forward pass stops there. The caller's
+module is never changed.
 """
 
 from __future__ import annotations
@@ -47,25 +47,32 @@ class _Reached(BaseException):
 class TorchStream:
     """The layers of a torch module on a data set; implements `retrain.stream.stream.LayerStream`.
 
-    Feed-forward networks of Linear and Conv2d layers, nested and branching as they like. What
-    cannot be retrained is in `layers` with the reason. Arrays are detached tensors on the stream's
-    device, in the layers' own type, half types in float32.
+    Feed-forward networks of Linear and Conv2d layers, nested and branching in any way. Layers that
+    cannot be retrained are in `layers` with the reason. Arrays are detached tensors on the stream's
+    device, in the layers' own dtype, half types in float32.
 
     Parameters
     ----------
     model : nn.Module
-        The network; two (of half types three) copies of it are held, itself it is left alone.
-    data : Data or whatever `retrain.data.sources.as_data` takes
-        The samples. Images go flat into a network that begins with a dense layer of that width.
+        Network; two copies of it are held (three with half types), and it is not changed.
+    data : Data or anything that `retrain.data.sources.as_data` takes
+        Samples. Images are flattened for a network that begins with a dense layer of that width.
     batch_size : int, optional
-        Samples a forward pass; part of what fixes the last bits.
+        Number of samples per forward pass. It is part of the identity, since it changes the last
+        bits. Larger batches take more memory and fewer calls.
     device : str or torch.device, optional
-        Where to compute; by default where the module's first parameter is.
+        Device on which to compute; by default that of the module's first parameter.
 
     Raises
     ------
     ValueError
         If the module or the data are malformed, or do not fit each other.
+
+    Notes
+    -----
+    Memory: the copies of the network, the data (on the CPU), and the activations of one batch.
+    Building a stream runs the network on a few samples several times
+    (`retrain.adapters.network.probe`).
     """
 
     def __init__(
@@ -108,7 +115,7 @@ class TorchStream:
 
     @property
     def model(self) -> nn.Module:
-        """The network as it is now, in evaluation mode and in its own types."""
+        """The network as it is now, in evaluation mode and in its own dtypes."""
         return self._model
 
     @property
@@ -118,12 +125,12 @@ class TorchStream:
 
     @property
     def device(self) -> torch.device:
-        """Where arrays are."""
+        """Device of the arrays."""
         return self._device
 
     @property
     def network(self) -> Network:
-        """The network taken apart."""
+        """The traced network and its layers."""
         return self._network
 
     @property
@@ -138,7 +145,7 @@ class TorchStream:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The given weights, what the network computes, its layers, the data: JSON values."""
+        """The dense weights, the computation, the layers and the data, as JSON values."""
         return self._identity
 
     @property
@@ -148,17 +155,43 @@ class TorchStream:
 
     @property
     def mixes(self) -> str | None:
-        """Why an output is not that of its own sample alone, or None. There are no bounds then."""
+        """Why an output depends on other samples of its batch (no bounds then), or None."""
         return self._mixes
 
     def count(self, name: str) -> int:
-        """How many rows a layer has: samples times positions."""
+        """Return the number of rows of a layer: samples times positions.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+
+        Returns
+        -------
+        int
+            Number of rows.
+        """
         return len(self._data) * self._positions[self._retrainable(name).name]
 
     # --- weights --------------------------------------------------------------------------------
 
     def weight(self, name: str, group: int = 0, *, dense: bool = False) -> Tensor:
-        """Weight matrix (n_in [+ 1], n_out), bias last: as it is now, or as given when `dense`."""
+        """Return a copy of a weight matrix.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        group : int, optional
+            Index of the group, from 0.
+        dense : bool, optional
+            Whether to return the dense network's weight instead of the current one.
+
+        Returns
+        -------
+        Tensor, shape (n_in [+ 1], n_out)
+            Weight matrix, the bias last.
+        """
         spec = self._retrainable(name, group)
         module = (self._dense if dense else self._current).get_submodule(name)
         values = matrix(module, group)
@@ -167,7 +200,16 @@ class TorchStream:
         return values.detach().clone()
 
     def commit(self, name: str, weight: Array, group: int = 0) -> None:
-        """Replace a weight, cast to the network's own type; later `inputs` are computed with it.
+        """Replace a weight, cast to the network's own dtype; later `inputs` are computed with it.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        weight : array, shape (n_in [+ 1], n_out)
+            New weight, the bias last.
+        group : int, optional
+            Index of the group, from 0.
 
         Raises
         ------
@@ -194,7 +236,27 @@ class TorchStream:
     def batches(
         self, name: str, group: int = 0, *, rows: np.ndarray | None = None
     ) -> Iterator[LayerBatch]:
-        """Yield the layer's rows in order; only the given sorted `rows` when there are any."""
+        """Yield the layer's rows in order.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        group : int, optional
+            Index of the group, from 0.
+        rows : ndarray of int, optional
+            Sorted row numbers; all rows by default.
+
+        Yields
+        ------
+        LayerBatch
+            Aligned rows of the current and the dense network.
+
+        Raises
+        ------
+        ValueError
+            If the layer cannot be retrained, or `rows` are not increasing row numbers of the layer.
+        """
         spec = self._retrainable(name, group)
         if rows is not None:
             rows = np.asarray(rows)
@@ -239,7 +301,18 @@ class TorchStream:
                 )
 
     def outputs(self, *, dense: bool) -> Iterator[Tensor]:
-        """Yield the network's outputs batch by batch: of the given network, or of the current."""
+        """Yield the network's outputs batch by batch.
+
+        Parameters
+        ----------
+        dense : bool
+            Whether the dense network computes them, or the current one.
+
+        Yields
+        ------
+        Tensor, shape (samples, ...)
+            Outputs of one batch.
+        """
         network = self._dense if dense else self._current
         for start in range(0, len(self._data), self._batch_size):
             with torch.no_grad():
@@ -278,11 +351,23 @@ class TorchStream:
     # --- bounds ---------------------------------------------------------------------------------
 
     def gain(self, name: str, *, norm: Norm = "spectral") -> Gain:
-        """Lipschitz factor from the layer's output to the network's, with the current weights.
+        """Bound the Lipschitz factor from the layer's output to the network's (current weights).
 
         Frobenius norms over the samples; see `retrain.adapters.network.gain`. For a convolution,
         "output" is the whole image of responses, so it applies to an error summed over all of its
         rows and groups.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        norm : {"spectral", "frobenius"}
+            Norm of the later layers' weights.
+
+        Returns
+        -------
+        Gain
+            Factor, or the reason why none is known.
         """
         layer(self, name)
         graph, node = self._network.graph, self._network.nodes.get(name)
@@ -317,7 +402,15 @@ class TorchStream:
         return self._norms[key]
 
     def output_layer(self) -> tuple[str | None, str]:
-        """Name the layer whose activated response is the network's output, or say why none is."""
+        """Name the layer whose activated response is the network's output.
+
+        Returns
+        -------
+        name : str or None
+            Name of the layer; None where there is no such layer.
+        reason : str
+            Why there is none; empty with a name.
+        """
         graph = self._network.graph
         if self._mixes is not None:
             return None, self._mixes
@@ -332,7 +425,13 @@ class TorchStream:
         return str(node.target), ""
 
     def passage(self) -> Passage:
-        """Send the data through both networks once; measure what the bounds are made of."""
+        """Send the data through both networks once, and measure what the bounds need.
+
+        Returns
+        -------
+        Passage
+            Deviations, discrepancies and the allowance for rounding.
+        """
         changed_layers = {
             spec.name: spec.follows
             for spec in self._layers
@@ -485,19 +584,19 @@ class TorchStream:
 
 
 def fit_samples(model: nn.Module, x: np.ndarray) -> np.ndarray:
-    """Shape samples as a network takes them: for training loops and the like, as streams do it.
+    """Reshape samples to the form that a network takes, as streams do, for training loops.
 
     Parameters
     ----------
     model : nn.Module
-        The network; it is not changed.
+        Network; it is not changed.
     x : ndarray, shape (n_samples, ...)
-        `retrain.data.arrays.Data.x`.
+        Samples, as in `retrain.data.arrays.Data.x`.
 
     Returns
     -------
-    ndarray, shape (n_samples, n_features) or as it was
-        A view.
+    ndarray, shape (n_samples, n_features) or the original shape
+        View of `x`.
     """
     copied = evaluation_copy(model)
     return x.reshape(len(x), *sample_shape(find_layers(copied), copied, x.shape[1:]))
@@ -506,8 +605,22 @@ def fit_samples(model: nn.Module, x: np.ndarray) -> np.ndarray:
 def sample_shape(network: Network, model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape in which a network takes a sample that is stored in `shape`.
 
-    That is `shape`, except that images go flat into a network which hands its input to a dense
-    layer of that many inputs.
+    That is `shape`, except that images are flattened for a network which passes its input to a
+    dense layer of that many inputs.
+
+    Parameters
+    ----------
+    network : Network
+        Traced network.
+    model : nn.Module
+        Module that was traced.
+    shape : tuple of int
+        Shape of a stored sample.
+
+    Returns
+    -------
+    tuple of int
+        Shape of a sample for the network.
     """
     features = int(np.prod(shape))
     if network.graph is None or len(shape) == 1:

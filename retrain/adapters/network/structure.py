@@ -1,18 +1,18 @@
-"""What a module computes, as JSON values: the same in every process, different where it differs.
+"""The computation of a module as JSON values: equal in every process, different where it differs.
 
 A state dict holds tensors and no function: a maximum pool has the same as an average pool. So this
-records three things, each of which sees what the others miss:
+records three things, each of which covers what the others miss:
 
 * ``steps``: the traced forward pass (`torch.fx`), where it can be traced: operations, their order,
   the numbers in them;
 * ``modules``: every module's class, its plain attributes and its hooks (a stride, a norm's eps, a
-  tensor that is no buffer);
-* ``code``: of every class that no installed package brought, its methods' byte code and the
+  tensor that is not a buffer);
+* ``code``: for every class that is not of an installed package, its methods' byte code and the
   functions and global values that these name (a branch that the trace did not take, a context that
   it does not see).
 
 Names of packages stand for their code; their versions are in a run's identity. What code reads
-while it runs (a file, the environment, a name put together from text) is not seen.
+while it runs (a file, the environment, a name assembled from text) is not covered.
 """
 
 from __future__ import annotations
@@ -102,19 +102,20 @@ def structure(
     Parameters
     ----------
     module : nn.Module
-        The network; it is not changed.
+        Network; it is not changed.
     graph : fx.Graph or None
         Its traced forward pass, in the mode of `training`; None where it cannot be traced.
     traced : nn.Module, optional
-        The copy that was traced: tracing leaves constants, and values of its own, in a module.
+        Copy that was traced: tracing adds constants and values of its own to a module.
     training : bool
-        Whether it is to be trained: what evaluation ignores, a dropout's share for one, counts.
+        Whether the network is to be trained; then settings that evaluation ignores, such as a
+        dropout's share, are recorded too.
 
     Returns
     -------
     dict
         ``steps``, a list of text; ``modules`` and ``code``, text by name. Parameters and buffers
-        that the state dict has are left to whoever hashes the weights.
+        in the state dict are not included; `weights_hash` covers them.
     """
     writer = _Writer(module, training)
     modules = {name or "(root)": writer.module(part) for name, part in module.named_modules()}
@@ -123,17 +124,17 @@ def structure(
 
 
 def training_structure(module: nn.Module) -> dict[str, Any]:
-    """Record what a module computes while it is trained, and which parameters are.
+    """Record what a module computes while it is trained, and which parameters are trained.
 
     Parameters
     ----------
     module : nn.Module
-        The network, in any mode; a copy of it is traced, where it can be copied.
+        Network, in any mode; a copy of it is traced, where it can be copied.
 
     Returns
     -------
     dict
-        As of `structure`, and ``frozen``: names of parameters without a gradient.
+        Entries of `structure`, and ``frozen``: names of parameters without a gradient.
     """
     graph, traced = None, module
     with suppress(RuntimeError, TypeError):  # the old weight norm; its modules and code remain
@@ -144,9 +145,19 @@ def training_structure(module: nn.Module) -> dict[str, Any]:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of a state dict: names, types, shapes, the order in memory, bytes.
+    """Hash a state dict: names, dtypes, shapes, the order in memory, bytes.
 
     The order in memory (channels last, a transposed matrix) decides which kernels compute.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Network.
+
+    Returns
+    -------
+    str
+        SHA-256 in hexadecimal.
     """
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():
