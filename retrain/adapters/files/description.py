@@ -26,6 +26,7 @@ from retrain.adapters.files.blocks import PadChannels, StackChannels, Sum
 from retrain.adapters.files.load import fill
 from retrain.files import READ_ERRORS, first_line
 
+# Arguments of the layers' constructors; each is also an attribute of the layer.
 _CONVOLUTION = (
     "in_channels",
     "out_channels",
@@ -70,11 +71,17 @@ LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     PadChannels: ("before", "after", "stride"),
     StackChannels: ("copies", "stride"),
 }
-"""Layers that can be described, each with the arguments that make it again."""
+"""Layers that can be described, each with the constructor arguments that rebuild it."""
 
 _CONTAINERS: dict[str, type[nn.Module]] = {"Sequential": nn.Sequential, "Sum": Sum}
+
 _DEEPEST = 32
+"""Largest depth of nested containers in a description that is built. Chosen by hand, far above any
+real network and below Python's limit of recursion."""
+
 _MOST = 100_000
+"""Largest number of modules in a description that is built: a larger one is refused as damaged.
+Chosen by hand."""
 
 
 def describe_module(module: nn.Module) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from retrain.adapters.files.dense import WAY_OUT, DenseChain, DenseLayer
 from retrain.adapters.network.tensors import FLOATS
 from retrain.files import READ_ERRORS, first_line
 
+# Operations of an exported program that a chain can have; any other is refused.
 _ACTIVATIONS = {
     torch.ops.aten.relu.default: "relu",
     torch.ops.aten.tanh.default: "tanh",

@@ -35,13 +35,23 @@ from retrain.data.factories import call_factory
 from retrain.files import READ_ERRORS, first_line
 
 STATE_DICTS = (".pt", ".pth", ".th", ".bin", ".ckpt")
+"""Endings of files that hold a state dict as torch saves it; a convention."""
+
 _NESTED = ("state_dict", "model_state_dict", "model")
-_DEEPEST = 8  # levels of a checkpoint that are searched for tensors
+"""Usual keys of the state dict in a checkpoint, in the order in which they are tried."""
+
+_DEEPEST = 8
+"""Number of levels of a checkpoint that are searched for tensors. Chosen by hand: real checkpoints
+have two or three."""
+
 _OTHERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+"""Types of tensors beside the weights (buffers) that are accepted."""
+
 _INSTEAD = (
     "save its state dict instead, torch.save(model.state_dict(), FILE), and "
     "give the architecture with --arch package.module:factory"
 )
+"""Remedy that ends the messages about files which hold code instead of tensors."""
 
 
 @dataclass(frozen=True, eq=False)

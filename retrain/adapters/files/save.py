@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from retrain.files import write_whole
 
 METADATA = {"format": "pt"}
-"""The one key that loaders ask for; with more of them the file's bytes would not repeat."""
+"""The only metadata of the file: loaders ask for this key, and with more keys the bytes of the file
+would not repeat."""
 
 
 def save_model(

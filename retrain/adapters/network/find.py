@@ -22,10 +22,12 @@ from retrain.adapters.network.tensors import FLOATS
 from retrain.adapters.network.wrappers import check_plain_weights, unwrapped
 from retrain.stream.stream import Follows, LayerSpec
 
-# A ReLU commutes with whatever only moves entries about or picks the largest of some: since it is
-# monotone, relu(max(z)) = max(relu(z)). So a layer is followed by a ReLU across these, too.
+# A ReLU commutes with every operation that only moves entries or takes a maximum: since it is
+# monotone, relu(max(z)) = max(relu(z)). So a layer is followed by a ReLU also across these
+# operations (derived).
 _COMMUTE = ("identity", "move", "max_pool1d", "max_pool2d")
 
+# Errors that tracing a network's own code raises; each means that it cannot be traced.
 _TRACE_ERRORS = (
     fx.proxy.TraceError,
     TypeError,
@@ -162,7 +164,7 @@ def find_layers(model: nn.Module) -> Network:
         raise ValueError(f"model: {type(model).__name__} has no weights")
 
     calls: dict[str, list[fx.Node]] = {name: [] for name in owners}
-    outside: dict[str, fx.Node] = {}  # weights read in some other way than by calling the module
+    outside: dict[str, fx.Node] = {}  # weights read without calling the module
     order: dict[str, int] = {}
     for position, node in enumerate(nodes):
         target = str(node.target)
@@ -194,7 +196,7 @@ def find_layers(model: nn.Module) -> Network:
 
 
 class _Proxy(fx.Proxy):
-    """A traced value that notes arithmetic in place as such; fx would note a new value."""
+    """A traced value that records in-place arithmetic as such; fx would record a new value."""
 
     def __iadd__(self, other: object) -> fx.Proxy:
         return self._in_place(operator.iadd, other)
@@ -246,7 +248,7 @@ def trace(model: nn.Module) -> tuple[fx.Graph | None, str | None]:
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that hold parameters themselves; a parametrised one stands for what it holds."""
+    """Yield the modules that hold parameters; a parametrised one represents those inside it."""
     parametrised: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in parametrised):

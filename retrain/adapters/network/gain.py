@@ -1,4 +1,4 @@
-"""How much a network can stretch a change of one layer's output: Lipschitz factors over its graph.
+"""Lipschitz factors over a network's graph, from a change of one layer's output to the output.
 
 All factors are for the Frobenius norm over a batch, in evaluation mode. A node whose inputs change
 by δ_1, δ_2, ... changes by at most sum_i f_i ||δ_i||, f_i its factor for input i. So a change at a
@@ -27,7 +27,9 @@ from retrain.adapters.network.patches import cover
 from retrain.stream.stream import Gain, compound
 
 Norms = Callable[[str, torch.Tensor | None], float]
+"""(layer name, factor per output channel or None) -> bound on the layer's norm as a map."""
 
+# Functions that fx records for in-place arithmetic (`retrain.adapters.network.find`).
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
@@ -117,7 +119,7 @@ def _to_output(
     norms: Norms,
     shapes: Mapping[fx.Node, Any],
 ) -> float | str:
-    """G(node) from its users'; text where there is none."""
+    """Compute G(node) from the G of its users; a text says why none is known."""
     if node.op == "output":
         single = isinstance(node.args[0], fx.Node)
         return 1.0 if single else "the network's output is not one tensor"
@@ -493,11 +495,13 @@ RULES: dict[str, float | Callable[[Call], float | str]] = {
     "random": lambda call: f"{call.label} is random",
 }
 """Lipschitz factor of each operation of `retrain.adapters.network.operations`: a number, or a rule
-that gives one (or, as text, why there is none). An operation without an entry has no known factor.
+that gives one (or, as text, why none is known). An operation without an entry has no known factor.
+The factors are derived: each is at least the operation's largest slope (for GELU and SiLU the
+numerical maximum, rounded up). A smaller factor would make bounds wrong, a larger one loose.
 """
 
-# What may stand between the last layer and the output for a bound on its response to be one on
-# the output: reshaping, and activations with slopes of at most 1.
+# Operations that may come between the last layer and the output if a bound on the layer's response
+# is to hold for the output: reshaping, and activations with slopes of at most 1.
 _KEEP = (
     "identity",
     "move",

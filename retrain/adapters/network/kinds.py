@@ -149,7 +149,7 @@ KINDS: dict[type[nn.Module], Kind] = {
         input_axes=4,
     ),
 }
-"""By exact class: a subclass may compute something else."""
+"""Kinds by exact class: a subclass may compute something else."""
 
 
 def kind_of(module: nn.Module) -> Kind | None:

@@ -26,6 +26,7 @@ from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+"""Device types whose autocast is switched off. A type that is missing here keeps the caller's."""
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def apart() -> Iterator[None]:
 
 @contextmanager
 def _without_function_modes() -> Iterator[None]:
-    """Take all modes off torch's stack: default devices, and whatever else overrides functions."""
+    """Remove all modes from torch's stack: default devices, and others that override functions."""
     modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
     try:
         yield
@@ -75,7 +76,7 @@ def _default_dtype() -> Iterator[None]:
 
 @contextmanager
 def _whole_precision() -> Iterator[None]:
-    """Let no product of float32 be computed with fewer bits (TF32, bfloat16).
+    """Have products of float32 computed with all their bits (no TF32, no bfloat16).
 
     Torch has an older and a newer set of settings for that, and parts of it (`torch.export`) raise
     where the two disagree. So both are set, and both put back; the older ones cannot be read where

@@ -48,8 +48,9 @@ MODULES: dict[type[nn.Module], str] = {
     nn.Softmax: "softmax",
     nn.LogSoftmax: "log_softmax",
 }
-"""Modules by exact class: a subclass may compute something else."""
+"""Operation by exact class of a module: a subclass may compute something else."""
 
+# Operation by function. Functions that are missing here have no known Lipschitz factor.
 FUNCTIONS: dict[Any, str] = {
     functional.relu: "relu",
     functional.relu_: "relu",
@@ -113,6 +114,7 @@ FUNCTIONS: dict[Any, str] = {
     getattr: "getattr",
 }
 
+# Operation by name of a tensor's method.
 METHODS: dict[str, str] = {
     "relu": "relu",
     "relu_": "relu",
@@ -172,7 +174,7 @@ def operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
         return None
     name = FUNCTIONS.get(node.target)
     if name == "dropout":
-        # torch.dropout wants `train` said; torch.nn.functional's dropouts train by default.
+        # torch.dropout requires `train`; torch.nn.functional's dropouts train by default.
         default = node.target is torch.dropout
         training = argument(node, 2, "train" if default else "training", True)
         return "identity" if training is False or argument(node, 1, "p", 0.5) == 0 else "random"

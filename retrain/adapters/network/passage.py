@@ -42,7 +42,7 @@ from solvers.arrays import norm
 
 _log = logging.getLogger(__name__)
 
-# These only move values about, pick some, or change their sign: they round nothing.
+# Operations without rounding: they only move values, select some, or change their sign (derived).
 _EXACT = (
     "relu",
     "identity",
@@ -55,13 +55,18 @@ _EXACT = (
     "pad",
     "cat",
 )
-_ROUNDOFF = 2.0**-53  # unit roundoff of float64
-_UNDERFLOW = 2.0**-1074  # float64's smallest number: the error of a product that underflows
-# Roundings of one term of an elementwise operation: exp, a division and a product stay below.
+_ROUNDOFF = 2.0**-53  # unit roundoff of float64 (derived from its 53 bits)
+_UNDERFLOW = 2.0**-1074  # smallest positive float64: the error of a product that underflows
+
 _TERMS = 8
-# The graph and the network's own forward pass may differ by the order of sums only. Beyond this
-# share of the outputs' norm, the graph is not what the network computes.
+"""Roundings counted per entry of an elementwise operation. An exp, a division and a product have
+fewer. A smaller number could make a bound wrong, a larger one loosens it slightly. Chosen by hand
+with a margin."""
+
 _SAME = 1e-3
+"""Relative difference of the outputs beyond which the traced graph does not represent the network.
+The two may differ by the order of sums only, which in float32 stays far below. A smaller value
+gives up bounds for rounding; a larger one trusts a wrong graph. Chosen by hand."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -401,7 +406,7 @@ class _Walk:
         return lost
 
     def _factor(self, node: fx.Node, source: fx.Node, which: int) -> float:
-        """Factor of an operation that is no layer; infinity where there is none."""
+        """Factor of an operation other than a layer; infinity where none is known."""
         found = factor(node, source, self._modules[which], lambda *_: math.inf, self._shapes)
         return math.inf if isinstance(found, str) else found
 
@@ -433,7 +438,7 @@ def _works_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return named or setting(node, modules, 99, "inplace", False) is True
 
 
-_AUGMENTED = ("iadd", "isub", "imul", "itruediv")
+_AUGMENTED = ("iadd", "isub", "imul", "itruediv")  # names of Python's in-place operators
 
 
 def _call(
@@ -455,7 +460,7 @@ def _call(
 
 
 def _wide(value: Any) -> Any:
-    """Copy a tensor of floating numbers into float64; leave what is none."""
+    """Copy a floating-point tensor into float64; return any other value as it is."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().to(torch.float64, copy=True)
     return value

@@ -20,21 +20,27 @@ import torch
 from torch import Tensor
 
 _SEED = 0
+"""Seed of the random changes: any number, fixed so that a run repeats."""
+
 _SHARE = 0.5
-"""Size of the random moves, relative to the standard deviation of the data's entries, to the
-largest of them, and to 1."""
+"""Size of the random changes, relative to the standard deviation of the data's entries, to the
+largest of them, and to 1. Smaller changes can hide mixing; larger ones are more often invalid for
+the network. Chosen by hand."""
 
 _ALWAYS = 1e-3
-"""A difference above this, relative to the largest entry, is never taken for rounding."""
+"""Difference, relative to the largest entry, above which samples always count as mixed. A larger
+value can take mixing for rounding, a smaller one rounding for mixing. Chosen by hand, far above
+float32's rounding."""
 
 _UNITS, _TIMES = 64, 30
-"""Below `_ALWAYS`, a difference is rounding up to so many units in the last place, plus so many
-times the difference that the number of samples alone has made. Smaller numbers would call rounding
-mixing in deep networks, which amplify it."""
-
+"""Below `_ALWAYS`, a difference counts as rounding up to this many units in the last place of the
+largest entry, plus this many times the difference that the number of samples alone has made.
+Smaller numbers would take the rounding of deep networks, which amplify it, for mixing; larger ones
+can hide mixing. Chosen by hand."""
 
 _COMPANY = 32
-"""Samples of the largest company."""
+"""Largest number of the run's samples in the largest batch. More samples cost more and show mixing
+across larger batches. Chosen by hand."""
 
 Run = Callable[[Tensor, int], dict[str, Tensor]]
 """Runs samples; returns, by name, what belongs to the first so many of them. Raises ValueError for

@@ -12,8 +12,9 @@ from retrain.adapters.network.kinds import known_kind
 from retrain.stream.stream import LayerSpec
 
 BLOCK = 1 << 24
-"""A batch is cut into pieces of at most about this many entries of its input rows: 64 MiB in
-float32. Larger pieces save nothing; smaller ones cost a call of the unfolding each."""
+"""Approximate largest number of entries in the input rows of one piece of a batch: 64 MiB in
+float32. Larger pieces take more memory and save nothing; smaller ones cost one unfolding call each.
+Chosen by hand."""
 
 
 def by_sample(module: nn.Module, values: Tensor, samples: int) -> Tensor:

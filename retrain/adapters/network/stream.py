@@ -41,7 +41,7 @@ from retrain.stream.stream import (
 
 
 class _Reached(BaseException):
-    """Ends a forward pass. Not an Exception, so that no network's own handler swallows it."""
+    """Ends a forward pass. Not an Exception, so that a network's own handler cannot catch it."""
 
 
 class TorchStream:
@@ -100,7 +100,7 @@ class TorchStream:
         half = any(tensor.dtype in HALF for tensor in given.state_dict().values())
         self._current = computing(copy.deepcopy(given)) if half else given
         self._network: Network = find_layers(self._dense)
-        # Before it runs, which may leave traces in it.
+        # Recorded before the network runs, since running it may add attributes to it.
         computation = structure(given, self._network.graph, self._dense)
         self._shape = sample_shape(self._network, self._dense, self._data.x.shape[1:])
         floating = [p.dtype for p in self._dense.parameters() if p.is_floating_point()]
@@ -320,13 +320,13 @@ class TorchStream:
             yield answered.detach()
 
     def _inputs(self, start: int, stop: int) -> Tensor:
-        """Copy samples to the device, so that a network that works in place spoils nothing."""
+        """Copy samples to the device, so that a network that works in place cannot change them."""
         part = self._data.x[start:stop]
         values = torch.tensor(part, dtype=self._dtype, device=self._device)
         return values.reshape(len(part), *self._shape)
 
     def _read(self, network: nn.Module, name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Run a batch up to a layer; return what the layer received and what it answered."""
+        """Run a batch up to a layer; return the layer's input and its response."""
         seen: list[tuple[Tensor, Tensor]] = []
 
         def stop_here(_: nn.Module, received: tuple[Tensor, ...], answered: Tensor) -> None:
@@ -639,7 +639,7 @@ def sample_shape(network: Network, model: nn.Module, shape: tuple[int, ...]) -> 
 
 
 def _node_shapes(model: nn.Module, graph: fx.Graph, samples: Tensor) -> dict[fx.Node, Any]:
-    """Run the graph on some samples; return the shape of every tensor in it, and what is none."""
+    """Run the graph on some samples; return the shapes of its tensors, and its other values."""
     shapes: dict[fx.Node, Any] = {}
 
     class Shapes(fx.Interpreter):

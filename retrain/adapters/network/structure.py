@@ -41,10 +41,14 @@ from torch import Tensor, fx, nn
 from retrain.adapters.network.find import trace
 from retrain.adapters.network.tensors import tensor_bytes
 
-_LONGEST = 1000  # characters of a text; beyond it a hash stands for the rest
-_RECORDED = ("retrain", "solvers", "torch", "numpy", "scipy", "builtins")
-"""Packages that a run's identity has anyway, by version or by code."""
+_LONGEST = 1000
+"""Number of characters of a recorded text; a hash replaces the rest. Larger values make records
+longer and differences more readable. Chosen by hand; changing it changes every identity."""
 
+_RECORDED = ("retrain", "solvers", "torch", "numpy", "scipy", "builtins")
+"""Packages that a run's identity records anyway, by version or by code."""
+
+# Attributes in which torch keeps a module's hooks; each hook's code is recorded.
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -67,10 +71,12 @@ _NO_ATTRIBUTES = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-"""What modules have under the hood: recorded otherwise, or about saving and loading."""
+"""Attributes of torch's modules that are recorded otherwise, or only concern saving and loading."""
 
+# Modules with settings that evaluation ignores: they are recorded for training only.
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Attributes of a class that Python sets and that do not change what it computes.
 _NOT_IN_CLASSES = (
     "__dict__",
     "__weakref__",
@@ -474,7 +480,7 @@ def _package(module: str | None) -> str | None:
     return "builtins" if place.is_relative_to(_STANDARD) else None
 
 
-_STANDARD = Path(sysconfig.get_path("stdlib")).resolve()
+_STANDARD = Path(sysconfig.get_path("stdlib")).resolve()  # directory of Python's own modules
 
 
 def _class_name(kind: type) -> str:
@@ -534,7 +540,7 @@ def _digest(text: str) -> str:
 
 
 def _short(text: str) -> str:
-    """A text of bounded length: a hash stands for what is cut."""
+    """Shorten a text to a bounded length; a hash replaces what is cut."""
     if len(text) <= _LONGEST:
         return text
     return f"{text[:_LONGEST]}… {_digest(text)[:32]}"

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 HALF = (torch.float16, torch.bfloat16)
+"""Half-precision types, which are converted to float32 for computing."""
+
 FLOATS = (*HALF, torch.float32, torch.float64)
-"""Types of weights that can be retrained; the half types are computed with in float32."""
+"""Types of weights that can be retrained."""
 
 
 def check_finite(model: nn.Module) -> None:

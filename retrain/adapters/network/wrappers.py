@@ -15,10 +15,12 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 _PREFIX = "module."
-"""What data parallel training puts before every name, each wrapper once."""
-_INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of names that no one gives to a module of their own, wherever they stand."""
+"""Prefix that data parallel training puts before every name, once per wrapper."""
 
+_INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that only torch's wrappers give to a module; removed anywhere in a name."""
+
+# For each way to hide weights: how a message names it, and the line of code that undoes it.
 _EACH = "for m in list(model.modules()) for n in list(m._parameters)"
 _MASKS = (
     "has pruning masks (torch.nn.utils.prune)",
@@ -38,7 +40,8 @@ _PARAMETRISED = (
     "[torch.nn.utils.parametrize.remove_parametrizations(m, n) for m in list(model.modules()) "
     "for n in list(getattr(m, 'parametrizations', ()))]",
 )
-_HIDDEN = (  # endings of two tensors of one weight that tell each kind
+# Endings of two tensor names of one weight that identify each way.
+_HIDDEN = (
     ("_orig", "_mask", _MASKS),
     ("_g", "_v", _WEIGHT_NORM),
     ("_orig", "_u", _SPECTRAL_NORM),
@@ -80,7 +83,7 @@ def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
 
 
 def _held(module: nn.Module) -> nn.Module | None:
-    """Return what a wrapper holds; None if the module is no wrapper."""
+    """Return the module inside a wrapper; None if the module is not a wrapper."""
     if isinstance(module, DataParallel | DistributedDataParallel):
         return module.module
     # Importing torch's compiler takes seconds; a compiled module exists only where it has been.
