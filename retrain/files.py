@@ -279,7 +279,7 @@ def read_json(path: Path, what: str) -> Any:
     Raises
     ------
     ValueError
-        As `parse_json`; or if the file is larger.
+        If the file is larger, or is not strict JSON.
     OSError
         If it cannot be read.
     """

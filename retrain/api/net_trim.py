@@ -64,14 +64,14 @@ def net_trim(
         torch module. 0 (the default) trains nothing.
     device : str, optional
         Device on which torch computes; by default the device of the module.
-    sparsity_of : {"layer", "network"}
-        What has the ``sparsity`` asked for: each layer, with an epsilon of its own, or all
+    sparsity_of : {"layer", "network"}, optional
+        Scope of the ``sparsity`` asked for: each layer, with an epsilon of its own, or all
         retrained layers together, with one relative epsilon that is searched for.
     max_drop : float, optional
         Instead of an epsilon or a sparsity: held-out accuracy that may be lost, in percentage
         points. The search returns the sparsest network it finds within that drop. Needs `evaluate`
         with labels.
-    max_trials : int
+    max_trials : int, optional
         Largest number of networks that a search for one epsilon retrains.
     on_layer : callable, optional
         Function called with the LayerReport of each layer as soon as the layer is done, and with
@@ -192,7 +192,7 @@ def _check_goal(goal: Goal, prepared: Prepared, *, zeros_stay: bool) -> None:
 
 
 def _check_sparsity(stream: LayerStream, names: Sequence[str], sparsity: float) -> None:
-    """Refuse a network's sparsity below the one that its layers have, whose zeros stay."""
+    """Refuse a sparsity below that of the dense network, whose zeros stay."""
     specs = [layer(stream, name) for name in names]
     zeros = sum(
         int((to_numpy(stream.weight(spec.name, group))[: spec.shape[0]] == 0).sum())
@@ -208,7 +208,7 @@ def _check_sparsity(stream: LayerStream, names: Sequence[str], sparsity: float) 
 
 
 def _options(options: NetTrimOptions | None, settings: dict[str, Any]) -> NetTrimOptions:
-    """Options from an object, from single settings, or both."""
+    """Build the options from an object, from single settings, or from both."""
     unknown = sorted(set(settings) - set(NetTrimOptions.__dataclass_fields__))
     if unknown:
         known = ", ".join(NetTrimOptions.__dataclass_fields__)
@@ -227,12 +227,12 @@ def _options(options: NetTrimOptions | None, settings: dict[str, Any]) -> NetTri
 
 
 def _settings(options: NetTrimOptions) -> dict[str, Any]:
-    """Options as a run's record and identity have them."""
+    """Return the options in the form of a run's record and identity."""
     return {**_plain(options), "threads": options.threads_per_job}
 
 
 def _plain(options: Any) -> dict[str, Any]:
-    """Options as JSON values; a penalty by its name and parameters."""
+    """Return the options as JSON values; a penalty by its name and parameters."""
     values = {name: getattr(options, name) for name in options.__dataclass_fields__}
     for name, value in values.items():
         if is_dataclass(value) and not isinstance(value, type):

@@ -67,7 +67,7 @@ def call_factory(spec: str, argument: str) -> Any:
     Returns
     -------
     object
-        What the factory returned.
+        Return value of the factory.
 
     Raises
     ------
@@ -112,7 +112,7 @@ class ToldInOneLine:
             file = Path(frame.f_code.co_filename)
             others = (Path(__file__).parents[1], Path(importlib.__file__).parents[1])
             installed = "site-packages" in file.parts or any(map(file.is_relative_to, others))
-            if file.suffix == ".py" and not installed:  # a line of the user's own
+            if file.suffix == ".py" and not installed:  # a line of the user's code
                 where = f", {file.name} line {line}"
         text = " ".join(first_line(error).split())
         raise ValueError(

@@ -206,7 +206,7 @@ def _read_layer(path: Path, spec: LayerSpec) -> LayerResult:
 
 
 def _digest(report: Mapping[str, Any], weights: Iterable[np.ndarray]) -> str:
-    """Hash a layer's report and weights: a certificate must not stand beside altered weights."""
+    """Hash a layer's report and weights, so that altered weights are noticed."""
     digest = hashlib.sha256(json.dumps(report, sort_keys=True).encode())
     for weight in weights:
         digest.update(np.ascontiguousarray(weight).data)
@@ -352,7 +352,7 @@ def read_if_finished(path: Path | None) -> dict[str, Any] | None:
     Raises
     ------
     ValueError
-        As `read_record`.
+        If the file is damaged or was not written by this package.
     """
     if path is None or not (path / RUN_FILE).is_file():
         return None
@@ -368,7 +368,7 @@ class _Head(msgspec.Struct, frozen=True):
 
 
 def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run that another command began, saying what differs."""
+    """Refuse to resume a run that another command began, saying what differs."""
     before = read_record(directory).get("identity", {})
     now = json.loads(json.dumps(plain(identity)))
     differing = differences(before, now)
@@ -380,14 +380,14 @@ def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _is_temporary(path: Path) -> bool:
-    """Whether a file is one that `write_whole` had not moved to its place."""
+    """Tell whether a file is a temporary file of `write_whole`."""
     files = (RUN_FILE, MODEL_FILE, EXPORT_FILE, CHECKPOINT_FILE, HISTORY_FILE)
     ours = "|".join([*map(re.escape, files), r"\d+\.safetensors"])
     return re.fullmatch(rf"\.({ours})\.\d+\.tmp", path.name) is not None
 
 
 def _empty_part(entry: Path) -> bool:
-    """Whether an entry is there in a run that is killed before it has said what it is."""
+    """Tell whether an entry is one that a run killed at its very beginning leaves."""
     if entry.name == LAYERS and entry.is_dir():
         return not any(entry.iterdir())
     return entry.name == "lock" or _is_temporary(entry)
@@ -402,11 +402,11 @@ def _sweep(directory: Path) -> None:
 
 
 def _withdraw(directory: Path, there: bool) -> None:
-    """Take back a new run that failed with nothing finished; the directory too if it is ours."""
+    """Remove a new run that failed with nothing finished, and the directory if it is new."""
     layers = directory / LAYERS
     if (layers.is_dir() and any(layers.iterdir())) or (directory / CHECKPOINT_FILE).exists():
         return
-    with suppress(OSError):  # the error on its way matters more
+    with suppress(OSError):  # the error that is being raised matters more
         (directory / RUN_FILE).unlink(missing_ok=True)
         (directory / HISTORY_FILE).unlink(missing_ok=True)
         if layers.is_dir():

@@ -173,7 +173,7 @@ def _retrain(
 def _prove(
     method: LayerMethod, stream: LayerStream, direct: Direct
 ) -> tuple[OutputBound, dict[str, Any] | None]:
-    """Send the data through both networks once: the run's bound, and the paper's own numbers."""
+    """Send the data through both networks once: the run's bound and the paper's bounds."""
     passage = stream.passage()
     bound = output_bound(stream, passage=passage, direct=direct)
     return bound, None if method.theorems is None else method.theorems(stream, passage)

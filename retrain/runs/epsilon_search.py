@@ -49,14 +49,11 @@ _MET = 1e-4
 """Share of the weights by which the zeros may miss the count wanted for the search to end. A
 smaller value costs more trials; a larger one gives a less exact sparsity. Chosen by hand."""
 
-_FACTOR = 2.0
-"""Factor between the relative epsilons of a search for a drop until the drop is bracketed. Larger
-values bracket with fewer trials and leave a wider bracket. Chosen by hand."""
-
-_RATIO = 1.05
-"""Ratio of the bracket's ends at which a search for a drop ends. Smaller values cost more trials,
-and accuracies are too uneven to gain from them; larger ones prune less than possible. Chosen by
-hand."""
+_FACTOR, _RATIO = 2.0, 1.05
+"""Of a search for a drop: the factor between relative epsilons until the drop is bracketed, and the
+ratio of the bracket's ends at which the search ends. A larger factor brackets with fewer trials and
+leaves a wider bracket. A smaller ratio costs more trials, and accuracies are too uneven to gain
+from it; a larger one prunes less than possible. Chosen by hand."""
 
 
 @dataclass(frozen=True)

@@ -155,10 +155,10 @@ def versions() -> Mapping[str, str]:
 
 @lru_cache(maxsize=1)
 def _sources() -> str:
-    """SHA-256 of this package's code.
+    """Hash this package's code (SHA-256).
 
-    Between two releases the version stays, and so it cannot tell a checkout from a changed one. A
-    developer who resumes with other code is refused once too often rather than once too little.
+    The version does not change between two releases, so it cannot tell an edited checkout from the
+    original. A developer who resumes with other code is refused rather once too often.
     """
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ def _sources() -> str:
 
 
 def _kernels(device: str, with_torch: bool) -> dict[str, Any]:
-    """Return which kernels the libraries chose, by their own account and by what they compute."""
+    """Return the kernels that the libraries report, and hashes of what they compute."""
     features = np.show_config(mode="dicts") or {}
     config = numba.config
     host = llvmlite.binding
@@ -187,7 +187,8 @@ def _kernels(device: str, with_torch: bool) -> dict[str, Any]:
         },
     }
     if with_torch:
-        with threadpool_limits(joblib.cpu_count()):  # MKL follows, unless it was told a number
+        # MKL follows the limit, unless its own number of threads is set.
+        with threadpool_limits(joblib.cpu_count()):
             found["torch"] = _torch_settings(device)
     with threadpool_limits(1):
         found["numpy's last bits"] = _numpy_bits()
@@ -199,8 +200,8 @@ def _kernels(device: str, with_torch: bool) -> dict[str, Any]:
 def _blas() -> dict[str, str]:
     """Name the BLAS libraries that numpy and scipy use, each with the kernels that it chose.
 
-    Other packages bring libraries of their own, which are loaded or not as the program that calls
-    us pleases, and compute nothing here.
+    Libraries that other packages bring are left out: whether they are loaded depends on the calling
+    program, and they compute nothing here.
     """
     found: dict[str, list[str]] = {}
     for library in threadpool_info():
@@ -215,9 +216,10 @@ def _blas() -> dict[str, str]:
 
 
 def _numpy_bits() -> str:
-    """Hash what numpy and scipy make of fixed numbers: products, factors, functions, sums.
+    """Hash what numpy and scipy compute from fixed numbers: products, factors, functions, sums.
 
-    Small enough that one thread does each, so that the number of threads does not matter.
+    The arrays are small enough that one thread computes each, so the number of threads does not
+    matter.
     """
     digest = hashlib.sha256()
     for dtype in (np.float32, np.float64):
@@ -247,7 +249,7 @@ def _numpy_bits() -> str:
 
 
 def _torch_settings(device: str) -> dict[str, Any]:
-    """Return torch's own account of how it computes here."""
+    """Return torch's own report of how it computes on this machine."""
     import torch
 
     threads = re.search(r"mkl_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())
@@ -279,7 +281,7 @@ def _torch_settings(device: str) -> dict[str, Any]:
 
 
 def _torch_bits(device: str) -> str:
-    """Hash what torch makes of fixed numbers on a device: layers, activations, sums, factors."""
+    """Hash what torch computes from fixed numbers: layers, activations, sums, factors."""
     import torch
     from torch.nn import functional
 
@@ -317,7 +319,7 @@ def _activations() -> tuple[Callable[[Any], Any], ...]:
 
 
 def _numbers(count: int, dtype: Any) -> np.ndarray:
-    """Numbers between -1.3 and 1.3 that are the same everywhere: integer steps, one division."""
+    """Return numbers between -1.3 and 1.3 that are equal on every machine: one division."""
     return ((np.arange(count) * 7919 % 263 - 131) / 101).astype(dtype)
 
 
@@ -404,7 +406,7 @@ def _cut(text: str, start: int) -> str:
 
 
 def _said(value: Any) -> str:
-    """A value as JSON; a hash by its beginning."""
+    """Write a value as JSON, a hash by its first digits."""
     if value is None:
         return "not set"
     text = json.dumps(value, ensure_ascii=False)

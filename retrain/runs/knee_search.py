@@ -193,7 +193,7 @@ def _trial(
     changed = recipe.changed({"method.trade_off": trade_off_of(weight)})
     with _threads(threads):
         try:
-            # repr tells any two weights apart, and is the same again.
+            # repr is unique for each weight and the same in every process.
             return run_training(changed, folder / repr(float(weight)), data=data, test=test)
         except FloatingPointError:
             return None

@@ -47,7 +47,7 @@ class Accuracy(msgspec.Struct, frozen=True):
     fine_tuned : float or None
         Accuracy in [0, 1] after fine-tuning; None without it.
     labels : str or None
-        How the labels were converted, if they were.
+        Conversion of the labels, if there was one.
     reason : str or None
         Why there is no accuracy.
     """
@@ -127,7 +127,7 @@ class ModuleModel(msgspec.Struct, frozen=True, tag_field="kind", tag="module"):
     path : str or None
         File that the network was read from.
     note : str
-        What was assumed on reading that file.
+        Assumptions that were made on reading that file.
     description : dict or None
         Architecture as `retrain.adapters.files.description` writes it; None where it cannot.
     dense_layers : list of Dense
@@ -156,7 +156,7 @@ class Theorem(msgspec.Struct, frozen=True):
     reason : str or None
         Why there is no bound.
     defect : str or None
-        Which bound is below the measured value; None where none is.
+        Message about a bound below the measured value; None as it should be.
     """
 
     rows: Positive
@@ -292,7 +292,7 @@ class RunRecord(msgspec.Struct, frozen=True):
     identity : dict
         Everything that could change a weight.
     model : ChainModel or ModuleModel
-        How the network is built again.
+        Description from which the network is built again.
     layers : list of dict
         Report of each layer, as JSON values.
     bounds : dict from str to dict

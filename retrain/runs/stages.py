@@ -187,10 +187,10 @@ def _settings(options: LobsOptions) -> dict[str, Any]:
 
 
 def _finished(asked: Request, network: Any, options: LobsOptions) -> Run | None:
-    """Read a stage that is done back, announcing its layers; None where it is not done.
+    """Read back a stage that is done, reporting its layers; None where it is not done.
 
-    Whether the directory holds this very stage is asked of the network, the data and the options;
-    what else the stage depends on, the directory above has in its identity.
+    The network, the data and the options tell whether the directory holds this stage; everything
+    else that the stage depends on is in the identity of the directory above.
     """
     record = read_if_finished(asked.out)
     if record is None or asked.out is None:
@@ -220,7 +220,7 @@ def _is_loaded(model: Any) -> bool:
 
 
 def _with_module(given: Any, network: Any) -> Any:
-    """Put a stage's network in the place of the one given, under the same file's names."""
+    """Replace the network of a loaded model by a stage's network, under the same file's names."""
     return replace(given, module=network) if _is_loaded(given) else network
 
 

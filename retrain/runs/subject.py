@@ -267,7 +267,7 @@ def reopen(described: ChainModel | ModuleModel, directory: Path, model: Any = No
     Parameters
     ----------
     described : ChainModel or ModuleModel
-        What the run's record says of the network.
+        Description of the network in the run's record.
     directory : Path
         Run directory.
     model : torch.nn.Module, optional
@@ -312,7 +312,7 @@ def reopen(described: ChainModel | ModuleModel, directory: Path, model: Any = No
 
 
 def _dense_chain(layers: list[Dense]) -> Any:
-    """Build the chain that --arch auto had read, whose code no user has."""
+    """Build the chain that ``--arch auto`` had read, for which the user has no code."""
     import torch
 
     from retrain.adapters.files.dense import DenseChain, DenseLayer
@@ -436,7 +436,7 @@ class _ModuleSubject:
         self._try_step(stream, data)
 
     def _try_step(self, stream: Any, data: Data) -> None:
-        """Train a copy for one batch of each size that there will be, which may fail."""
+        """Train a copy for one batch of each size that will occur, to find errors early."""
         from retrain.trainers.loop.masked import fine_tune
 
         model = self.model(stream)

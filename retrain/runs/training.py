@@ -217,7 +217,7 @@ def run_training(
 
 
 class _Run:
-    """A training run under way."""
+    """A training run in progress."""
 
     def __init__(
         self,
@@ -247,7 +247,7 @@ class _Run:
             )
 
     def others(self) -> dict[str, Stateful]:
-        """Return what has state beside the training: the order of samples, torch's generators."""
+        """Return the states beside the training's own: the order of samples, torch's generators."""
         states: dict[str, Stateful] = {
             "sampler": GeneratorState(self.sampler),
             "generator": GeneratorState(torch.default_generator),
@@ -261,7 +261,7 @@ class _Run:
         return states
 
     def resume(self) -> None:
-        """Go to where the run's checkpoint is, if it has one."""
+        """Continue from the run's checkpoint, if it has one."""
         path = None if self.directory is None else self.directory.path
         found = None if path is None else read_checkpoint(path / CHECKPOINT_FILE)
         entries = shared(None if found is None else entries_of(found))
@@ -284,7 +284,7 @@ class _Run:
                 self.on_epoch(line, self.setting.epochs)
 
     def fit(self) -> None:
-        """Train the epochs that are left, each followed by its line and its checkpoint."""
+        """Train the remaining epochs, each followed by its line and its checkpoint."""
         if self.ended:
             return
         training, calls = self.training, self.training.callbacks
@@ -324,7 +324,7 @@ class _Run:
             raise FloatingPointError(f"{error}; {kept}") from error
 
     def _note(self, epoch: Epoch) -> None:
-        """Write an epoch's line, then its checkpoint: a line too many is dropped on resuming."""
+        """Write an epoch's line, then its checkpoint; on resuming, a surplus line is dropped."""
         training, test = self.training, self.begun.test
         tested = (None, None) if test is None else assess(training.model, test, training.loss)
         said = training.describe()
@@ -355,7 +355,7 @@ class _Run:
         begun, dense = self.begun, self.begun.dense
         part_batch_norms(self.training.model)
         network = self.method.finish(self.training).eval()
-        said = self.training.describe()  # of what is left after the last pruning
+        said = self.training.describe()  # after the last pruning
         final = cost(network, begun.sample)
         sets = {"train": begun.data, "test": begun.test}
         figures = {
@@ -403,7 +403,7 @@ def _zeros(network: nn.Module) -> dict[str, int]:
 def _figures(
     network: nn.Module, pair: Pair | None, training: Training, labels: str
 ) -> dict[str, Any] | None:
-    """Return what a network does on a data set; how its labels were read, or why no accuracy."""
+    """Evaluate a network on a data set; say how labels were read, or why there is no accuracy."""
     if pair is None:
         return None
     loss, accuracy = assess(network, pair, training.loss)
@@ -417,7 +417,7 @@ def _is_finished(path: Path) -> bool:
 
 
 def _again(path: Path, begun: Start, export: bool, on_epoch: OnEpoch | None) -> TrainedRun:
-    """Return a run that is finished already."""
+    """Return a run that is already finished."""
     record = read_record(path)
     model = record.get("model")
     described = isinstance(model, Mapping) and model.get("description") is not None

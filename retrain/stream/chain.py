@@ -599,7 +599,7 @@ class ChainStream:
 
 
 def _gains(chain: Chain, measure: Callable[[Array], float]) -> list[float]:
-    """Product of the norms of the layers after each one."""
+    """Compute the product of the norms of the layers after each one."""
     products = [1.0]
     for index in range(len(chain) - 1, 0, -1):
         products.append(compound(measure(chain.links(index)), products[-1]))
@@ -638,7 +638,7 @@ def _allowance(chain: Chain, index: int, inputs: Array) -> float:
 
 
 def _loss(chain: Chain, index: int, inputs: Array) -> float:
-    """Bound how far a layer's response in its own type is from the exact one on its inputs."""
+    """Bound the distance of a layer's response in its own dtype from the exact one."""
     wide = replace(chain, weights=tuple(map(_widened, chain.weights)))
     exact = response(wide, index, _widened(inputs))
     given = _widened(response(chain, index, inputs))

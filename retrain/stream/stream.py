@@ -134,7 +134,7 @@ class Passage:
     size : float
         |Y|_F of the dense network's outputs.
     discrepancies : dict from str to float
-        By changed layer, |act(X What) - act(X W)|_F on the dense network's inputs X in float64.
+        |act(X What) - act(X W)|_F by changed layer, on the dense network's inputs X in float64.
     errors : dict from str to float
         The same before the activation, |X (What - W)|_F.
     rounding : float or None

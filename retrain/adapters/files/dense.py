@@ -155,7 +155,7 @@ def read_chain(
 
 
 def _layer_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """By layer name, (n_in, n_out); every tensor must be a dense layer's weight or bias."""
+    """Return (n_in, n_out) by layer name; every tensor must be a dense layer's weight or bias."""
     shapes: dict[str, tuple[int, int]] = {}
     for name, tensor in tensors.items():
         prefix, _, leaf = name.rpartition(".")

@@ -30,7 +30,7 @@ def write_export(network: nn.Module, sample: Tensor, path: Path) -> None:
     OSError
         If the file cannot be written.
     """
-    samples = torch.cat([sample.cpu()] * 2)  # a dimension of 1 would be taken for a constant
+    samples = torch.cat([sample.cpu()] * 2)  # torch treats a dimension of 1 as a constant
     batch = torch.export.Dim("batch")
     try:
         program = torch.export.export(network, (samples,), dynamic_shapes=({0: batch},))

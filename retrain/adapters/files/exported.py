@@ -71,7 +71,7 @@ def load_exported(path: Path) -> tuple[DenseChain, dict[str, str]]:
 
 
 def _layers(program: Any) -> tuple[list[DenseLayer], dict[str, Tensor]]:
-    """Walk the program from its input to its output; every step must be one that a chain has."""
+    """Walk the program from input to output; every step must be one that a chain can have."""
     signature = program.graph_signature
     parameters: dict[str, str] = dict(signature.inputs_to_parameters)
     if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:

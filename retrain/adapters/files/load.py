@@ -202,7 +202,7 @@ def _names_that_fit(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def _misfits(own: Collection[str], names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return the module's names that a file lacks, and those that it has besides."""
+    """Return the module's names that a file lacks, and the file's names that the module lacks."""
     # Files from before torch 0.4.1 lack this counter, which nothing in evaluation reads.
     missing = [n for n in own if n not in names and not n.endswith("num_batches_tracked")]
     return missing, [name for name in names if name not in own]
@@ -221,20 +221,21 @@ def read_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor],
     Parameters
     ----------
     path : Path
+        File.
     key : str, optional
-        As `load_model`.
+        Key of the mapping of tensors in a checkpoint, see `load_model`.
 
     Returns
     -------
-    tensors : dict
-        By their names in the file.
+    tensors : dict from str to Tensor
+        Tensors by their names in the file, on the CPU.
     ordered : bool
         Whether their order is that in which they were saved.
 
     Raises
     ------
     ValueError
-        As `load_model`.
+        If the file is damaged or holds other things than tensors, or the key does not exist.
     """
     tensors, ordered, _ = _tensors_and_key(path, key)
     return tensors, ordered
@@ -267,10 +268,10 @@ def _tensors_and_key(path: Path, key: str | None) -> tuple[dict[str, Tensor], bo
 
 
 def _chosen(content: object, key: str | None, path: Path) -> tuple[object, str]:
-    """Choose the mapping of tensors of a checkpoint, and say under which key it was.
+    """Choose the mapping of tensors in a checkpoint, and say under which key it was.
 
-    Without a key: what is under a usual one, else the only one; what is no checkpoint is returned
-    as it is, to be refused entry by entry.
+    Without a key: the mapping under a usual key, else the only one. Content that is not a
+    checkpoint is returned unchanged, and refused later entry by entry.
     """
     found = dict(_mappings(content, "", _DEEPEST))
     listed = ", ".join(name or "(the file itself)" for name in found) or "none"
@@ -382,16 +383,16 @@ def fill(model: nn.Module, path: str | Path, names: Mapping[str, str]) -> nn.Mod
     Parameters
     ----------
     model : nn.Module
-        The architecture; it is not changed.
+        Architecture; it is not changed.
     path : str or Path
-        A file that `retrain.adapters.files.save` wrote.
-    names : mapping
-        The module's tensor names, each with its name in the file (`LoadedModel.names`).
+        File that `retrain.adapters.files.save` wrote.
+    names : mapping from str to str
+        Name in the file by name in the module (`LoadedModel.names`).
 
     Returns
     -------
     nn.Module
-        In evaluation mode, on the CPU, in the file's types.
+        Copy with the file's tensors, in evaluation mode, on the CPU, in the file's dtypes.
 
     Raises
     ------
@@ -464,6 +465,6 @@ def _exported(path: Path, arch: str, trust: bool) -> LoadedModel:
 
 
 def _line(error: BaseException) -> str:
-    """Return the telling line of an error; torch's advice to load without safety is not it."""
+    """Return the informative line of an error, not torch's advice to load without safety."""
     told = re.search(r"WeightsUnpickler error:\s*(\S[^\n]*)", str(error))
     return told[1][:200] if told else first_line(error)

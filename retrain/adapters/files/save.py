@@ -83,7 +83,7 @@ def check_tensors(tensors: Mapping[str, Any]) -> None:
     Raises
     ------
     ValueError
-        As `save_tensors`.
+        If an entry is not a tensor, or one that safetensors cannot hold (sparse, quantised, meta).
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):

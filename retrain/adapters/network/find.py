@@ -261,7 +261,7 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _tied(owners: Mapping[str, nn.Module]) -> dict[str, str]:
-    """By layer name, another layer that holds the same parameter or the same memory."""
+    """Find, by layer name, another layer that holds the same parameter or the same memory."""
     holders: dict[int, list[str]] = {}
     for name, module in owners.items():
         for parameter in module.parameters(recurse=False):
@@ -298,7 +298,7 @@ def _describe_layer(name: str, module: nn.Module) -> FoundLayer:
 
 
 def _weights_reason(name: str, module: nn.Module, tied: Mapping[str, str]) -> str | None:
-    """Why a module's weights cannot be replaced, whatever the network does with them."""
+    """Say why a module's weights cannot be replaced, regardless of how the network uses them."""
     label = type(module).__name__
     parametrised = getattr(module, "parametrizations", None)
     if isinstance(parametrised, nn.ModuleDict):
@@ -329,7 +329,7 @@ def _use_reason(
     leaves: set[str],
     modules: Mapping[str, nn.Module],
 ) -> str | None:
-    """Why the way the network uses a layer forbids retraining it."""
+    """Say why the network's use of a layer prevents retraining it."""
     if name in outside:
         return "its weights are also used without calling it"
     if len(calls) > 1:
@@ -344,7 +344,7 @@ def _use_reason(
 
 
 def _next(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[str, Follows]:
-    """What a layer's response meets next."""
+    """Find the operation that follows a layer's response."""
     while True:
         users = [user for user in node.users if operation(user, modules) != "shape"]
         if len(users) != 1:

@@ -106,7 +106,7 @@ def output_source(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[fx
 
 
 def _is_size(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node is a size, or a part of one, and not a value of the network."""
+    """Tell whether a node is a size, or a part of one, rather than a value of the network."""
     if operation(node, modules) == "select":
         return _is_size(node.all_input_nodes[0], modules)
     return operation(node, modules) == "shape"
@@ -150,7 +150,7 @@ def _to_output(
 def _only_scaled(
     node: fx.Node, modules: Mapping[str, nn.Module], shapes: Mapping[fx.Node, Any]
 ) -> fx.Node | None:
-    """Find the batch norm in evaluation mode that is all a layer's response meets, if it is."""
+    """Find the batch norm that is the only user of a layer's response, if there is one."""
     if operation(node, modules) != "layer" or len(node.users) != 1:
         return None
     user = next(iter(node.users))
@@ -314,7 +314,7 @@ def describe(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _layer(call: Call) -> float | str:
-    """The layer's norm as a map; no bound is known where its kind cannot read it (padding)."""
+    """Return the layer's norm as a map; none is known for some kinds of padding."""
     unfit = known_kind(call.module).unfit(call.module)
     if unfit is not None:
         return f"{call.node.target} {unfit.removeprefix('it ')}"
@@ -357,7 +357,7 @@ def _pad(call: Call) -> float | str:
 
 
 def _cat(call: Call) -> float:
-    """1 for each part that the source is."""
+    """Count the parts of the concatenation that are the source: each has factor 1."""
     parts = setting(call.node, call.modules, 0, "tensors", ())
     return float(list(cast("list[fx.Node]", parts)).count(call.source))
 
@@ -427,7 +427,7 @@ def _windows(call: Call, dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _mean(call: Call) -> float | str:
-    """1 / sqrt(K) for a mean over K entries of a sample."""
+    """Return 1 / sqrt(K) for a mean over K entries per sample."""
     axes, shape = call.setting(1, "dim", None), call.shapes[call.source]
     axes = [axes] if isinstance(axes, int) else axes
     if axes is None or any(axis % len(shape) == 0 for axis in axes):
@@ -436,7 +436,7 @@ def _mean(call: Call) -> float | str:
 
 
 def _add(call: Call) -> float | str:
-    """1 for each operand that the source is."""
+    """Count the operands that are the source: each has factor 1."""
     node, source = call.node, call.source
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         return "a sum with a factor"

@@ -207,7 +207,7 @@ def _rest(
 
 @contextmanager
 def _received(network: nn.Module, name: str | None) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect what a layer receives and answers."""
+    """Collect the inputs and responses of a layer."""
     seen: list[tuple[Tensor, Tensor]] = []
     if name is None:
         yield seen
@@ -238,9 +238,9 @@ class _Walk:
     discrepancy, error : dict from str to float
         e_j by changed layer, over all batches so far, and the same before the activation.
     overflow : str
-        The first node with a value that is not finite, or empty.
+        Name of the first node with a value that is not finite, or empty.
     unfollowed : str or None
-        Which node's rounding has no bound at the output, and why.
+        Name of the node whose rounding has no bound at the output, with the reason.
     """
 
     def __init__(self, networks: Networks, changed: Mapping[str, Follows], gains: Gains) -> None:
@@ -268,9 +268,10 @@ class _Walk:
         self.overflow = ""
 
     def _downstream(self) -> set[fx.Node]:
-        """The nodes whose values differ between the networks; the others are computed once.
+        """Return the nodes whose values differ between the networks; the others are computed once.
 
-        All, where a node overwrites a value that others see: the networks must not share it then.
+        All nodes, where a node overwrites a value with other users: the networks must not share it
+        then.
         """
         if any(overwrites(node, self._modules[0]) for node in self._graph.nodes):
             return set(self._graph.nodes)
@@ -310,7 +311,7 @@ class _Walk:
 
         def value_of(parent: fx.Node) -> Any:
             value = self._value(parent, values, which)
-            # A node that works in place, unseen, works on a copy: both networks share values.
+            # An in-place node gets a copy, since both networks share values.
             return value.clone() if in_place and isinstance(value, Tensor) else value
 
         in_place = len(self._below) < len(self._graph.nodes) and _works_in_place(node, modules)
@@ -356,7 +357,7 @@ class _Walk:
         total = 0.0
         for node, lost in self._losses[0].items():
             factors = cast("float", given[node].value), cast("float", gains[node].value)
-            # Where the networks do not differ, the second was not run: it lost as much.
+            # Where the networks do not differ the second was not run: its loss is the same.
             again = self._losses[1][node] if node in self._below else lost
             total += lost * sum(factors) + again * factors[1]
         return total
@@ -467,7 +468,7 @@ def _wide(value: Any) -> Any:
 
 
 def _fan_in(kind: str | None, source: Sequence[int]) -> int:
-    """How many entries of a sample are summed into one, at most."""
+    """Bound the number of entries of a sample that are summed into one entry."""
     if kind in ("softmax", "log_softmax"):
         return max(source)
     if kind in ("avg_pool1d", "avg_pool2d", "adaptive_avg_pool", "mean"):
@@ -476,7 +477,7 @@ def _fan_in(kind: str | None, source: Sequence[int]) -> int:
 
 
 def _shift(layer: nn.Module) -> float:
-    """2 |mu gamma / sigma| + |beta| over a batch norm's channels: what its shift is made of."""
+    """Bound the size of a batch norm's shift: 2 |mu gamma / sigma| + |beta| over its channels."""
     mean = cast("Tensor", layer.running_mean)
     shift = norm(layer.bias.detach()) if isinstance(layer.bias, Tensor) else 0.0
     return 2 * norm(mean * batch_norm_scale(layer)) + shift

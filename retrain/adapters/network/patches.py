@@ -35,7 +35,7 @@ def padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
     """
     if layer.padding == "valid":
         return 0, 0, 0, 0
-    if layer.padding == "same":  # torch puts the odd zero behind
+    if layer.padding == "same":  # torch adds an odd zero at the end
         total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
         return left, right, top, bottom

@@ -43,8 +43,8 @@ _COMPANY = 32
 across larger batches. Chosen by hand."""
 
 Run = Callable[[Tensor, int], dict[str, Tensor]]
-"""Runs samples; returns, by name, what belongs to the first so many of them. Raises ValueError for
-samples that the network cannot take."""
+"""(samples, count) -> inputs of each layer, and outputs under "", of the first `count` samples.
+Raises ValueError for samples that the network cannot take."""
 
 
 def variants(samples: Tensor, batch: Tensor) -> Iterator[Tensor]:
@@ -70,7 +70,7 @@ def variants(samples: Tensor, batch: Tensor) -> Iterator[Tensor]:
     noise = noise.to(samples.device, samples.dtype)
     bounded = noise.clamp(-1, 1)
     deviation = batch.std() if batch.numel() > 1 else batch.new_zeros(())
-    # Data far from zero, or far smaller than a bias, hides what moves of its own size do.
+    # Data far from zero, or far smaller than a bias, hides the effect of changes of its own size.
     sizes = [deviation, batch.abs().max(), batch.new_ones(())]
     yield torch.cat([samples, *(samples + _SHARE * size * noise for size in sizes)])
     for moved in (
@@ -109,10 +109,10 @@ class Probe:
     def __init__(self, candidates: Iterable[Tensor], company: Tensor, run: Run) -> None:
         sets = list(candidates)
         self.refused: str | None = None
-        run(sets[-1][[0, 0]], 2)  # what the network cannot take at all is told by its samples
+        run(sets[-1][[0, 0]], 2)  # raises for samples that no batch can take
         together, samples = _first_finite(sets, run)
         every = list(range(len(samples)))
-        # What comes out, and whose it is, in order.
+        # Pairs of the results of a run, and the number of the sample behind each row.
         self._alike = [(run(samples[[i, i]], 2), [i, i]) for i in every]
         try:
             self._alike += [(run(samples[[i]], 1), [i]) for i in every]
@@ -194,19 +194,19 @@ class Probe:
 
 
 def _first_finite(sets: list[Tensor], run: Run) -> tuple[dict[str, Tensor], Tensor]:
-    """Run the sets, each as a whole, up to the first that gives finite numbers; or the last."""
+    """Run the sets in turn, up to the first with finite values; otherwise return the last."""
     for samples in sets[:-1]:
         try:
             got = run(samples, len(samples))
         except ValueError:
-            continue  # moved samples may be none; the next set is moved less
+            continue  # changed samples may be invalid; the next set is changed less
         if all(bool(value.isfinite().all()) for value in got.values()):
             return got, samples
     return run(sets[-1], len(sets[-1])), sets[-1]
 
 
 def _fits(value: Tensor, owners: list[int], axes: int | None) -> bool:
-    """Whether a tensor can be as many samples, one after the other."""
+    """Tell whether a tensor can hold that many samples, one after the other."""
     if axes is not None and (value.ndim != axes or len(value) != len(owners)):
         return False
     return value.ndim >= 2 and len(value) % len(owners) == 0
@@ -217,7 +217,7 @@ def _rows(value: Tensor, owners: list[int]) -> Tensor:
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
-    """Largest difference of two samples' entries; infinities and NaN are the same as themselves."""
+    """Compute the largest difference of two samples' entries; two NaNs do not differ."""
     if one.shape != other.shape:
         return math.inf
     same = (one == other) | (one.isnan() & other.isnan())

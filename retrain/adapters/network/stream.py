@@ -111,7 +111,7 @@ class TorchStream:
         self._shapes: dict[fx.Node, Any] | None = None
         self._identity = self._parts(computation)
 
-    # --- what it is -----------------------------------------------------------------------------
+    # --- description --------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
@@ -281,7 +281,7 @@ class TorchStream:
                 chosen = rows[slice(*np.searchsorted(rows, (start * positions, stop * positions)))]
                 if not chosen.size:
                     continue
-            # The whole batch runs even if few rows are wanted: other shapes could round otherwise.
+            # The whole batch runs even for a few rows: other shapes could round differently.
             dense, responses = self._read(self._dense, spec.name, start, stop)
             inputs = self._read(self._current, spec.name, start, stop)[0] if changed else dense
             for piece in pieces(chosen, positions, spec):
@@ -344,7 +344,7 @@ class TorchStream:
         received, answered = seen[0]
         module = network.get_submodule(name)
         count = min(stop, len(self._data)) - start
-        # A forward pass under autocast has layers that answer in a half type.
+        # Under the network's own autocast a layer's response can be of a half type.
         received, answered = received.to(self._dtype), answered.to(self._dtype)
         return by_sample(module, received, count), by_sample(module, answered, count)
 
@@ -374,12 +374,12 @@ class TorchStream:
         if graph is None or node is None:
             return Gain(None, f"layer {name!r} has no single place in a traced network")
         found = self._gains(graph, norm, dense=False)[node]
-        # A factor that was found holds for samples one by one.
+        # The factor assumes that samples do not depend on each other.
         mixed = found.value is not None and self._mixes is not None
         return Gain(None, self._mixes) if mixed else found
 
     def _gains(self, graph: fx.Graph, norm: Norm, *, dense: bool) -> dict[fx.Node, Gain]:
-        """G of every node (see `retrain.adapters.network.gain`), dense network or current."""
+        """Compute G of every node (`retrain.adapters.network.gain`), dense or current network."""
         if self._shapes is None:
             first = self._inputs(0, 1)  # twice, since a batch of one would hide broadcasting
             self._shapes = _node_shapes(self._dense, graph, torch.cat([first, first]))
@@ -392,9 +392,9 @@ class TorchStream:
         return gains(graph, modules, norms, self._shapes)
 
     def _layer_norm(self, name: str, norm: Norm, scale: Tensor | None, *, dense: bool) -> float:
-        """Norm of a layer as a map, without the bias; kept until the next commit."""
+        """Compute the norm of a layer as a map, without the bias; cached until the next commit."""
         dense = dense or name not in self._changed
-        # A batch norm is not retrained: a layer has one scale at most.
+        # A batch norm is not retrained, so a layer has at most one scale.
         key = (name, norm, dense, scale is not None)
         if key not in self._norms:
             module = (self._dense if dense else self._current).get_submodule(name)
@@ -451,19 +451,19 @@ class TorchStream:
     # --- checks at the start --------------------------------------------------------------------
 
     def _probe(self) -> tuple[tuple[LayerSpec, ...], dict[str, int], str | None]:
-        """Run a few samples together, in pairs of the same, and alone: is each one's row its own?
+        """Run a few samples in several batches, to find layers whose rows depend on other samples.
 
-        A layer whose input is not the same rows for a sample, whatever runs beside it, has not one
-        sample after the other, or sees samples mixed; it cannot be retrained row by row.
+        A layer whose input for a sample changes with the other samples of the batch, or is not laid
+        out one sample after the other, cannot be retrained row by row.
 
         Returns
         -------
         layers : tuple of LayerSpec
-            With the reason of each that cannot be retrained.
-        positions : dict
-            Rows of a sample, by layer.
+            All layers, those that cannot be retrained with the reason.
+        positions : dict from str to int
+            Number of rows per sample, by layer.
         mixes : str or None
-            Why the network's outputs are not one sample's either.
+            Why the network's outputs depend on other samples of the batch; None where they do not.
         """
         specs = [found.spec for found in self._network.layers]
         open_specs = [spec for spec in specs if spec.reason is None]
@@ -471,7 +471,7 @@ class TorchStream:
         wide: list[Probe] = []
 
         def separate(name: str, *, axes: int | None = None) -> bool:
-            """Ask; and again in float64, where rounding cannot be taken for mixing."""
+            """Probe, and again in float64, where rounding cannot be taken for mixing."""
             if probe.separate(name, axes=axes):
                 return True
             if not wide and self._dtype != torch.float64:

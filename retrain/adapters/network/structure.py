@@ -173,7 +173,7 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def _other(value: Any) -> bytes:
-    """What a module of its own making keeps in a state dict beside tensors."""
+    """Write an entry of a state dict that is not a tensor (a module's extra state)."""
     return _Writer(nn.Module(), False).text(value).encode()
 
 
@@ -181,7 +181,7 @@ def _other(value: Any) -> bytes:
 
 
 def _steps(module: nn.Module, graph: fx.Graph, writer: _Writer) -> Iterator[str]:
-    """Yield the graph's nodes in words; a value goes by the number of the step that makes it."""
+    """Yield the graph's nodes in words; a value is named by the number of its step."""
     numbers = {node: number for number, node in enumerate(graph.nodes)}
     state = module.state_dict().keys()
 
@@ -228,7 +228,7 @@ def _attribute(module: nn.Module, target: str) -> Any:
 class _Writer:
     """Writes values as text that is the same in every process.
 
-    `code` gathers, by name, a hash of each class that is no package's.
+    `code` collects, by name, a hash of each class that is not of an installed package.
     """
 
     def __init__(self, root: nn.Module, training: bool) -> None:
@@ -236,9 +236,9 @@ class _Writer:
         self._training = training
         self._paths = {id(part): name for name, part in root.named_modules()}
         self._state = {id(tensor) for tensor in root.state_dict(keep_vars=True).values()}
-        self._open: list[int] = []  # what is being written now, from the outermost in
+        self._open: list[int] = []  # objects being written, the outermost first
         self._done: dict[int, str] = {}
-        self._kept: list[Any] = []  # keeps ids from being given again
+        self._kept: list[Any] = []  # keeps objects alive, so that no id is used twice
 
     def module(self, module: nn.Module) -> str:
         """Write a module's class, attributes, own tensors beside the state dict, and hooks."""
@@ -263,7 +263,7 @@ class _Writer:
         return _short("; ".join(entries))
 
     def _ignored(self, module: nn.Module, name: str) -> bool:
-        """Whether an attribute is of the graph that ``code`` shows, or evaluation ignores it."""
+        """Tell whether an attribute is covered by ``code``, or ignored by evaluation."""
         if isinstance(module, fx.GraphModule) and (name.startswith("_") or name == "meta"):
             return True
         if self._training:
@@ -291,7 +291,7 @@ class _Writer:
         return self._object(value)
 
     def _object(self, value: Any) -> str:
-        """Write what may hold itself, or be held in several places."""
+        """Write a value that may contain itself, or be contained in several places."""
         if id(value) in self._open:
             return f"<{len(self._open) - self._open.index(id(value))} up>"
         if id(value) not in self._done:
@@ -365,9 +365,9 @@ class _Writer:
         return f"{kind}{''.join(self.text(part) for part in parts if part is not None)}"
 
     def _kind(self, kind: type, *, made: bool = False) -> str:
-        """Name a class; a hash of one that is no package's goes into `code`.
+        """Name a class; the hash of a class that is not of an installed package goes into `code`.
 
-        Of what is `made` already, how it is made is left out: what came of it is recorded.
+        With `made`, the methods that construct the object are left out: their result is recorded.
         """
         name = _class_name(kind)
         for base in kind.__mro__:
@@ -383,7 +383,7 @@ class _Writer:
         return name
 
     def _python_module(self, module: types.ModuleType) -> str:
-        """Name a module; for one that is no package's, hash its file: any of it may be used."""
+        """Name a module; for one outside installed packages, its whole file is hashed."""
         package = _package(module.__name__)
         if package is not None:
             return f"module {package}"
@@ -393,7 +393,7 @@ class _Writer:
         return f"module {module.__name__}"
 
     def _function(self, function: types.FunctionType) -> str:
-        """Name a function; of one that is no package's with a hash of what it does."""
+        """Name a function; one that is not of an installed package has a hash of its code added."""
         # Several of torch's go by the name of what made them, and by their own only here.
         name = f"{function.__module__}.{function.__qualname__}"
         if function.__name__ not in function.__qualname__.split("."):
@@ -428,7 +428,7 @@ _PLAIN = (type(None), type(...), bool, int, float, complex)
 
 
 def _attributes(state: Any) -> bool:
-    """Whether what pickle saves of an object is its attributes, whose order means nothing."""
+    """Tell whether pickle saves an object as its attributes, whose order has no meaning."""
     return type(state) is dict and all(type(key) is str for key in state)
 
 

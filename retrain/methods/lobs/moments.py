@@ -248,7 +248,7 @@ def row_errors(
     for inputs, responses in _wide(stream, spec, group, calibration):
         xp = array_namespace(inputs)
         before = inputs @ xp.astype(old, xp.float64)
-        # the change, not the difference of two responses: that would cancel
+        # from the change: the difference of two responses would cancel
         moved = inputs @ (xp.astype(new, xp.float64) - xp.astype(old, xp.float64))
         wanted = responses if calibration == "corrected" else before
         missed = (before - wanted) + moved

@@ -147,7 +147,7 @@ def _state_group(
 
 
 def _allowed(spec: LayerSpec, weight: Array, options: LobsOptions) -> Array:
-    """Where a weight may be other than zero: everywhere, or where it is; and in the bias."""
+    """Mark where a weight may be nonzero: everywhere, or where it is now; and in the bias."""
     xp = array_namespace(weight)
     allowed = xp.ones(tuple(weight.shape), dtype=xp.bool, device=device(weight))
     if options.zeros == "free":
@@ -163,7 +163,7 @@ def _allowed(spec: LayerSpec, weight: Array, options: LobsOptions) -> Array:
 
 
 def _sensitivities(problem: LayerProblem, damping: float) -> dict[str, Any]:
-    """Sum up the paper's L_q before anything is removed."""
+    """Summarise the paper's L_q before anything is removed."""
     values = sensitivities(problem, damping=damping).saliency[problem.prunable]
     quantiles = np.quantile(values, QUANTILES)
     return {

@@ -214,7 +214,7 @@ def _program(
     *,
     upstream: bool,
 ) -> tuple[float, Program]:
-    """One group's TRIM(X, Y, V, epsilon), with its epsilon."""
+    """State one group's TRIM(X, Y, V, epsilon), with its epsilon."""
     batch = collect(stream, spec.name, group, rows=rows)
     inputs = on_host(batch.inputs if upstream else batch.dense_inputs)
     targets = on_host(activate(spec.follows, batch.responses))
@@ -250,7 +250,7 @@ def _program(
 
 
 def _support(spec: LayerSpec, old_weight: Array) -> Array | None:
-    """Where weights may be nonzero: where the dense ones are, and in the bias; None: everywhere."""
+    """Mark where weights may be nonzero: where dense ones are, and the bias; None: everywhere."""
     xp = array_namespace(old_weight)
     support = old_weight != 0
     if spec.bias:
@@ -261,7 +261,7 @@ def _support(spec: LayerSpec, old_weight: Array) -> Array | None:
 def _fit_weight(
     options: NetTrimOptions, old_weight: Array, epsilon: float, spec: LayerSpec
 ) -> float:
-    """Weight lambda of (11): the given one, or |W_l|_1 / epsilon_l^2 (see the module)."""
+    """Return lambda of (11): the given value, or |W_l|_1 / epsilon_l^2 (see the module)."""
     if options.fit_weight is not None:
         return options.fit_weight
     size = float(np.abs(to_numpy(old_weight)[: spec.shape[0]].astype(np.float64)).sum())
@@ -274,7 +274,7 @@ def _fit_weight(
 
 
 def _norm_on(targets: Array, values: Array, spec: LayerSpec) -> float:
-    """Frobenius norm of `values` over the fitted entries, in float64."""
+    """Compute the Frobenius norm of `values` over the fitted entries, in float64."""
     xp = array_namespace(values)
     return norm(values if spec.follows == "linear" else xp.where(targets > 0, values, 0 * values))
 
