@@ -103,7 +103,7 @@ def net_trim(
     Notes
     -----
     Cost per layer: one pass of the data up to the layer, and one convex program with n_in x n_out
-    unknowns and n_samples x n_out constraints. A sparsity per layer solves several programs per
+    unknowns over n_samples x n_out responses. A sparsity per layer solves several programs per
     layer; a search for one epsilon retrains up to `max_trials` networks. Memory: the cascade holds
     the activations of one layer, the parallel scheme those of ``jobs`` layers. Each is limited to
     ``memory`` bytes (4 GiB by default); a layer with more rows uses a seeded sample of them.

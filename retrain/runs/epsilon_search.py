@@ -322,8 +322,8 @@ def search_epsilon(
     Notes
     -----
     Cost: up to ``goal.max_trials`` runs, and one more of the chosen trial where its network is no
-    longer in memory (with a run directory that run is read back). Memory: one trial's network
-    besides the dense one.
+    longer in memory (with a run directory, the layers of that run are read rather than solved).
+    Memory: one trial's network besides the dense one.
     """
     started = time.perf_counter()
     target = request.out

@@ -96,7 +96,7 @@ class Dense(msgspec.Struct, frozen=True):
     Attributes
     ----------
     name : str
-        Prefix of the layer's tensors in the file.
+        Dotted name of the layer in the module.
     shape : tuple of int
         (n_in, n_out).
     bias : bool

@@ -28,7 +28,7 @@ WAY_OUT = "give the architecture with --arch package.module:factory"
 
 _STEPS = 100_000
 """Number of steps after which the search for an order by shapes gives up. A larger value takes
-longer on files with many equal layers. Chosen by hand: a fraction of a second."""
+longer on files with many equal layers. Chosen by hand."""
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 """Layers that can be described, each with the constructor arguments that rebuild it."""
 
+# Modules that hold other modules by name.
 _CONTAINERS: dict[str, type[nn.Module]] = {"Sequential": nn.Sequential, "Sum": Sum}
 
 _DEEPEST = 32

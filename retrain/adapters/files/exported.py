@@ -20,11 +20,13 @@ _ACTIVATIONS = {
     torch.ops.aten.sigmoid.default: "sigmoid",
     torch.ops.aten.silu.default: "silu",
 }
+# Operations that can flatten samples; `_flattens` decides.
 _FLATTEN = (
     torch.ops.aten.flatten.using_ints,
     torch.ops.aten.view.default,
     torch.ops.aten.reshape.default,
 )
+# Operations that change nothing in evaluation.
 _IDENTITY = (
     torch.ops.aten.dropout.default,
     torch.ops.aten.clone.default,

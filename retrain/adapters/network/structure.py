@@ -423,7 +423,9 @@ class _Writer:
         return f" on ({', '.join(values)})" if values else ""
 
 
+# Methods of a class that matter only while an object is constructed or shown.
 _MAKING = ("__init__", "__repr__", "extra_repr")
+# Types whose values are written as Python writes them.
 _PLAIN = (type(None), type(...), bool, int, float, complex)
 
 

@@ -12,6 +12,7 @@ from retrain.methods.amounts import Amount, amount_for, check_amount, check_para
 from retrain.stream.stream import LayerSpec
 from solvers import L1, ElasticNet, Penalty
 
+# Values of the options of the same names; `Chosen` is the solver that ``"auto"`` becomes.
 Scheme = Literal["parallel", "cascade"]
 Form = Literal["constrained", "regularised"]
 Solver = Literal["auto", "admm", "newton"]
