@@ -1,8 +1,8 @@
-"""Files: written whole or not at all; read strictly, and checked by type.
+"""Files: written complete or not at all; read strictly, and checked by type.
 
-Every file is taken for damaged until it has been read. Strict JSON is turned into a type by the
-type's own hints (msgspec); whatever is wrong ends in one `ValueError` that names the file, the
-entry, what was found and what was wanted.
+Every file is treated as possibly damaged until it has been read. Strict JSON is converted to a type
+by the type's own hints (msgspec); any fault raises one `ValueError` that names the file, the entry,
+what was found and what was wanted.
 """
 
 from __future__ import annotations
@@ -51,24 +51,44 @@ READ_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What readers of other packages (numpy, torch, Pillow, zipfile) raise on damaged bytes. The type
-says where the reader stumbled, not what is wrong with the file, so each of them means "damaged"."""
+"""Errors that readers of other packages (numpy, torch, Pillow, zipfile) raise on damaged bytes. The
+type shows where the reader failed rather than what is wrong with the file, so each of them means
+"damaged"."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, at most 200 characters; its type without one."""
+    """Return the first line of an error's text, at most 200 characters; its type without one.
+
+    Parameters
+    ----------
+    error : BaseException
+        Error.
+
+    Returns
+    -------
+    str
+        Text of one line.
+    """
     return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place, force it to the disk, and move it there.
+    """Write a file under a temporary name, force it to the disk, and rename it.
 
-    What a process that was killed while it wrote the same file has left beside it is removed.
+    Temporary files of the same name that killed processes left behind are removed.
+
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    content : bytes
+        Its content.
 
     Raises
     ------
     OSError
-        If any of that fails; then what was there before is still there, and nothing else.
+        If a step fails; the earlier file, if there was one, is unchanged and no partial file is
+        left.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     _sweep_beside(path)
@@ -119,7 +139,19 @@ def _sync_folder(folder: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return nested data with every number that JSON cannot hold (NaN, infinity) as None."""
+    """Return nested data with every number that JSON cannot hold (NaN, infinity) as None.
+
+    Parameters
+    ----------
+    value : object
+        Nested dicts, lists and tuples of plain values.
+
+    Returns
+    -------
+    object
+        Copy in which every number that JSON cannot hold is None, tuples are lists and keys are
+        text.
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -130,12 +162,36 @@ def plain(value: Any) -> Any:
 
 
 def json_bytes(record: dict[str, Any]) -> bytes:
-    """Serialise a record readably, the same bytes for the same record."""
+    """Serialise a record readably, the same bytes for the same record.
+
+    Parameters
+    ----------
+    record : dict
+        Nested plain values.
+
+    Returns
+    -------
+    bytes
+        UTF-8 text with indentation.
+    """
     return (json.dumps(plain(record), indent=1, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a record as JSON, whole or not at all."""
+    """Write a record as JSON, complete or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    record : dict
+        Nested plain values.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    """
     write_whole(path, json_bytes(record))
 
 
@@ -155,12 +211,14 @@ Size = Annotated[float, msgspec.Meta(ge=0)]
 
 
 LARGEST = 64 * 2**20
-"""Bytes of the largest record that is read; a run's own are thousands of times smaller."""
+"""Size in bytes of the largest record that is read; a run's own are thousands of times smaller. A
+larger value lets a damaged file take more memory before it is refused. Chosen by hand."""
 
 
+# msgspec's messages: the text, and the path of the entry after " - at ".
 _MESSAGE = re.compile(r"(?P<said>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?", re.DOTALL)
 
-
+# The text of a message about a type: what was expected, and what was found.
 _EXPECTED = re.compile(r"Expected (?P<want>.*?)(?:, got (?P<got>.*))?", re.DOTALL)
 
 
@@ -170,9 +228,14 @@ def parse_json(content: bytes | str, what: str) -> Any:
     Parameters
     ----------
     content : bytes or str
-        UTF-8 where it is bytes.
+        JSON text; UTF-8 where it is bytes.
     what : str
-        How messages begin: ``run: DIR/run.json``.
+        Beginning of messages: ``run: DIR/run.json``.
+
+    Returns
+    -------
+    object
+        Nested plain values.
 
     Raises
     ------
@@ -201,10 +264,22 @@ def parse_json(content: bytes | str, what: str) -> Any:
 def read_json(path: Path, what: str) -> Any:
     """Read a JSON file of at most `LARGEST` bytes.
 
+    Parameters
+    ----------
+    path : Path
+        File.
+    what : str
+        Beginning of messages: ``run: DIR/run.json``.
+
+    Returns
+    -------
+    object
+        Nested plain values.
+
     Raises
     ------
     ValueError
-        As `parse_json`; or if the file is larger.
+        If the file is larger, or is not strict JSON.
     OSError
         If it cannot be read.
     """
@@ -214,24 +289,30 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def read_as(kind: type[Kind], value: Any, what: str, at: str = "") -> Kind:
-    """Make a value of a type out of plain values, by the type's own hints.
+    """Convert plain values to a type, by the type's own hints.
 
     Parameters
     ----------
     kind : type
-        A dataclass or a msgspec Struct. A null where a dataclass wants a float is NaN, which JSON
-        cannot hold; a field that a record of an older version lacks is None where it may be None.
+        Dataclass or msgspec Struct. A null where a dataclass wants a float becomes NaN, which JSON
+        cannot hold; a field that a record of an older version lacks becomes None where it may be
+        None.
     value : object
-        As JSON, TOML or torch's reader give it.
+        Nested plain values, as readers of JSON, TOML or torch return them.
     what : str
-        How messages begin.
+        Beginning of messages: ``run: DIR/run.json``.
     at : str
-        Where the value is in what was read: ``layers[3]``.
+        Place of the value in what was read: ``layers[3]``.
+
+    Returns
+    -------
+    object
+        Instance of `kind`.
 
     Raises
     ------
     ValueError
-        ``WHAT: `layers[3].gap`: got str, want float``.
+        If an entry is missing or of another type: ``WHAT: `layers[3].gap`: got str, want float``.
     """
     try:
         return msgspec.convert(_with_nan(kind, value), kind, strict=True)

@@ -17,21 +17,42 @@ def load(path: str | Path, model: Any = None) -> Run | TrainedRun:
 
     Parameters
     ----------
-    path : path
-        The run directory.
+    path : str or Path
+        Run directory, the `out` of the call that wrote it.
     model : torch.nn.Module, optional
-        The architecture, where the run could not write it down; a copy of it is filled.
+        Architecture of the network, whose weights are replaced in a copy. Needed only where the run
+        could not describe its architecture; the error message says so.
 
     Returns
     -------
     Run or TrainedRun
-        What `retrain.net_trim` or `retrain.lobs` returned; what `retrain.train` returned.
+        `Run` for a run of `retrain.net_trim` or `retrain.lobs`; `TrainedRun` for one of
+        `retrain.train`. Its model is on the CPU.
 
     Raises
     ------
     ValueError
-        If there is no finished run, a file of it is damaged, or the network's architecture must be
-        given and is not.
+        If the directory holds no finished run, one of its files is damaged, or the architecture is
+        needed and `model` is not given.
+
+    Notes
+    -----
+    Reads ``run.json`` and ``model.safetensors`` (a training run also reads ``history.jsonl``) and
+    computes nothing. Memory: the weights of one network.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> import retrain
+    >>> rng = np.random.default_rng(0)
+    >>> chain = retrain.Chain((rng.standard_normal((8, 6)), rng.standard_normal((6, 3))))
+    >>> inputs = rng.standard_normal((40, 8))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = retrain.lobs(chain, inputs, sparsity=0.5, out=f"{folder}/run")
+    ...     again = retrain.load(f"{folder}/run")
+    >>> bool((again.model.weights[0] == run.model.weights[0]).all())
+    True
     """
     directory = Path(path)
     record = read_record(directory)

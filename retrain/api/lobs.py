@@ -1,8 +1,9 @@
 """`retrain.lobs`: second-order pruning of a network, in one stage or in several.
 
 The paper's iterative version prunes, retrains lightly, prunes again, retrains again. Each stage is
-a run of its own on the network that the stage before it left, in ``DIR/layers/stage-1``,
-``DIR/layers/stage-2``, ..., and is resumed as one; DIR holds the outcome.
+a run of its own on the network that the stage before it left. It is written to
+``DIR/layers/stage-1``, ``DIR/layers/stage-2``, ..., and resumed like any other run; DIR holds the
+outcome of the last stage.
 """
 
 from __future__ import annotations
@@ -47,50 +48,84 @@ def lobs(
     Parameters
     ----------
     model : torch.nn.Module, Chain or LoadedModel
-        The trained network. It is not changed. Wrappers (DataParallel, DistributedDataParallel,
-        torch.compile) are taken off: the run's model and its names are those of the plain module.
+        Trained network. It is not changed. Wrappers (DataParallel, DistributedDataParallel,
+        torch.compile) are removed: the run's model and its names are those of the plain module.
     data : array, tensor, DataLoader, Data, or anything that yields batches
-        Calibration inputs, all of which are used; (inputs, labels) pairs give accuracies too, and
-        allow fine-tuning.
-    sparsity : number, mapping, or a sequence of those
-        Fraction of each layer's weights to remove, one for all or by layer name (or shell pattern):
-        then only those layers are pruned, unless `layers` says more. A sequence has one a stage.
-        None for an N:M pattern, and with a tolerance.
-    tolerance : number, mapping, or a sequence of those
-        Instead: the root of the mean squared error of each layer's response, in its own units. One
-        number serves every stage.
+        Calibration inputs, first axis the sample; all of them are used. Pairs (inputs, labels) give
+        accuracies too, and allow fine-tuning.
+    sparsity : float, mapping from str to float, or a sequence of those, optional
+        Fraction in [0, 1] of each layer's weights to remove: one number for all layers, or numbers
+        by layer name or shell pattern, in which case only those layers are pruned unless `layers`
+        names others. A sequence has one entry per stage. None for an N:M pattern, and with a
+        tolerance.
+    tolerance : float, mapping from str to float, or a sequence of those, optional
+        Instead of a sparsity: largest root mean squared error of each layer's response, in the
+        response's own unit. A single number serves every stage.
     stages : int, optional
-        How often to prune; by default once, or as often as there are sparsities. A single sparsity
-        is the last stage's, and earlier stages go a part of the way (`stage_amounts`).
-    out : path, optional
-        Run directory: written as the run goes, resumed by the same call.
+        Number of prunings; by default one, or as many as there are sparsities. With a single
+        sparsity for several stages, that sparsity is reached in the last one (`stage_amounts`).
+    out : str or Path, optional
+        Run directory: written as the run proceeds, resumed by the same call. Without it nothing is
+        written.
     evaluate : like `data`, optional
         Held-out data for accuracies and bounds.
     layers, skip : str or sequence of str, optional
         Shell patterns of layer names to prune, and to leave out.
     fine_tune : int, optional
-        Epochs of training after every stage, zeros kept at zero. Wants labels and a torch module.
+        Number of epochs of training after every stage, with zeros kept at zero. Needs labels and a
+        torch module. 0 (the default) trains nothing.
     device : str, optional
-        Where torch computes; by default where the module is.
+        Device on which torch computes; by default the device of the module.
     on_layer : callable, optional
-        Called with each LayerReport as its layer is done, and the number of layers of all stages.
+        Function called with the LayerReport of each layer as soon as the layer is done, and with
+        the total number of layers of all stages.
     options : LobsOptions, optional
-        What to do; `settings` are its fields, given one by one or to replace some: ``method``,
-        ``pattern``, ``calibration``, ``damping``, ``bias``, ``zeros``, ...
+        Options of the method; the defaults of `LobsOptions` without it.
+    **settings : object
+        Fields of `LobsOptions`, given one by one or to replace some of `options`: ``method``,
+        ``pattern``, ``calibration``, ``damping``, ``bias``, ``zeros``, ``memory``, ...
 
     Returns
     -------
     Run
-        Of several stages, the layers count from the network given, and the bounds are the last
-        stage's: from the network that it was given to what it made of it, before fine-tuning.
-        ``record["stages"]`` has every stage's.
+        Network, report per layer, bounds and record. With several stages the layers are compared
+        with the dense network, and the bounds are those of the last stage: from the network that it
+        received to the one that it made, before fine-tuning. ``record["stages"]`` has every
+        stage's. A layer whose check fails has ``certified=False`` in its report; its new weights
+        are used.
 
     Raises
     ------
     ValueError
-        If the model, the data, an option or the run directory is unfit; the message names it.
+        If the model, the data, an option or the run directory is invalid; the message names it.
     OSError
-        If the run directory cannot be written. Finished layers are kept, and the call resumes.
+        If the run directory cannot be written. Finished layers are kept, and the same call resumes.
+
+    Notes
+    -----
+    Cost per layer: two passes of the data up to the layer, n_in^2 operations per row for the
+    Hessian, n_in^3 for its inverse, and for the exact greedy path (``method="greedy"`` and
+    ``"swaps"``) n_in^3 per output unit; ``"auto"`` changes to ``"large"`` for layers of more than
+    2048 inputs. Memory: one batch of activations, and some n_in x n_in matrices in float64,
+    whatever the number of rows.
+
+    References
+    ----------
+    Dong, Chen, Pan, Learning to Prune Deep Neural Networks via Layer-wise Optimal Brain Surgeon
+    (NIPS 2017).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import retrain
+    >>> rng = np.random.default_rng(0)
+    >>> chain = retrain.Chain((rng.standard_normal((8, 6)), rng.standard_normal((6, 3))))
+    >>> inputs = rng.standard_normal((40, 8))
+    >>> run = retrain.lobs(chain, inputs, sparsity=0.5)
+    >>> [(report.name, report.zeros, report.weights) for report in run.layers]
+    [('0', 24, 48), ('1', 9, 18)]
+    >>> run.measured <= run.bound
+    True
     """
     plan = plan_stages(options, sparsity, tolerance, stages, settings)
     request = request_of(

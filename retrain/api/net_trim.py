@@ -46,48 +46,84 @@ def net_trim(
     Parameters
     ----------
     model : torch.nn.Module, Chain or LoadedModel
-        The trained network. It is not changed. Wrappers (DataParallel, DistributedDataParallel,
-        torch.compile) are taken off: the run's model and its names are those of the plain module.
+        Trained network. It is not changed. Wrappers (DataParallel, DistributedDataParallel,
+        torch.compile) are removed: the run's model and its names are those of the plain module.
     data : array, tensor, DataLoader, Data, or anything that yields batches
-        Calibration inputs; (inputs, labels) pairs give accuracies too, and allow fine-tuning.
-        Labels are class numbers from 0, or what can be read as such (`retrain.data.labels`).
-    out : path, optional
-        Run directory: written as the run goes, resumed by the same call. Without one nothing is
+        Calibration inputs, first axis the sample. Pairs (inputs, labels) give accuracies too, and
+        allow fine-tuning. Labels are class numbers from 0, or values that can be read as such
+        (`retrain.data.labels`).
+    out : str or Path, optional
+        Run directory: written as the run proceeds, resumed by the same call. Without it nothing is
         written.
     evaluate : like `data`, optional
         Held-out data for accuracies and bounds.
     layers, skip : str or sequence of str, optional
         Shell patterns of layer names to retrain, and to leave out.
     fine_tune : int, optional
-        Epochs of training after pruning, zeros kept at zero. Wants labels and a torch module.
+        Number of epochs of training after pruning, with zeros kept at zero. Needs labels and a
+        torch module. 0 (the default) trains nothing.
     device : str, optional
-        Where torch computes; by default where the module is.
-    sparsity_of : {"layer", "network"}
-        What has the ``sparsity`` asked for: each layer, with an epsilon of its own, or all
+        Device on which torch computes; by default the device of the module.
+    sparsity_of : {"layer", "network"}, optional
+        Scope of the ``sparsity`` asked for: each layer, with an epsilon of its own, or all
         retrained layers together, with one relative epsilon that is searched for.
     max_drop : float, optional
-        Instead of an epsilon or a sparsity: points of held-out accuracy that may be lost. The one
-        relative epsilon is searched for that prunes most within it. Wants `evaluate` with labels.
-    max_trials : int
-        Networks that a search for one epsilon retrains at most.
+        Instead of an epsilon or a sparsity: held-out accuracy that may be lost, in percentage
+        points. The search returns the sparsest network it finds within that drop. Needs `evaluate`
+        with labels.
+    max_trials : int, optional
+        Largest number of networks that a search for one epsilon retrains.
     on_layer : callable, optional
-        Called with each LayerReport as its layer is done, and the number of layers.
+        Function called with the LayerReport of each layer as soon as the layer is done, and with
+        the number of layers.
     on_trial : callable, optional
-        Called with each `retrain.runs.epsilon_search.Trial` of such a search, and its Goal.
+        Function called with each `retrain.runs.epsilon_search.Trial` of such a search, and its
+        Goal.
     options : NetTrimOptions, optional
-        What to do; `settings` are its fields, given one by one or to replace some: ``scheme``,
-        ``relative_epsilon``, ``sparsity``, ... ``tolerance`` may be a pair (gap, violation).
+        Options of the method; the defaults of `NetTrimOptions` without it.
+    **settings : object
+        Fields of `NetTrimOptions`, given one by one or to replace some of `options`: ``scheme``,
+        ``relative_epsilon``, ``sparsity``, ``memory``, ... ``tolerance`` may be a pair (gap,
+        violation).
 
     Returns
     -------
     Run
+        Network, report per layer, bounds and record. A layer whose certificate falls short keeps
+        its dense weights (unless ``accept_inexact=True``) and has ``certified=False`` in its
+        report.
 
     Raises
     ------
     ValueError
-        If the model, the data, an option or the run directory is unfit; the message names it.
+        If the model, the data, an option or the run directory is invalid; the message names it.
     OSError
-        If the run directory cannot be written. Finished layers are kept, and the call resumes.
+        If the run directory cannot be written. Finished layers are kept, and the same call resumes.
+
+    Notes
+    -----
+    Cost per layer: one pass of the data up to the layer, and one convex program with n_in x n_out
+    unknowns over n_samples x n_out responses. A sparsity per layer solves several programs per
+    layer; a search for one epsilon retrains up to `max_trials` networks. Memory: the cascade holds
+    the activations of one layer, the parallel scheme those of ``jobs`` layers. Each is limited to
+    ``memory`` bytes (4 GiB by default); a layer with more rows uses a seeded sample of them.
+
+    References
+    ----------
+    Aghasi et al., Net-Trim (2017), Algorithms 1 (parallel) and 2 (cascade).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import retrain
+    >>> rng = np.random.default_rng(0)
+    >>> chain = retrain.Chain((rng.standard_normal((8, 6)), rng.standard_normal((6, 3))))
+    >>> inputs = rng.standard_normal((40, 8))
+    >>> run = retrain.net_trim(chain, inputs, scheme="cascade", relative_epsilon=0.1)
+    >>> run.certified, run.measured <= run.bound
+    (True, True)
+    >>> [report.name for report in run.layers]
+    ['0', '1']
     """
     options = _options(options, settings)
     goal = goal_of(options, sparsity_of, max_drop, max_trials)
@@ -118,7 +154,18 @@ def net_trim(
 
 
 def net_trim_method(options: NetTrimOptions) -> LayerMethod:
-    """Net-Trim with its options, as `drive` takes a method."""
+    """Make the Net-Trim method with its options, in the form that `drive` takes.
+
+    Parameters
+    ----------
+    options : NetTrimOptions
+        Options of the method.
+
+    Returns
+    -------
+    LayerMethod
+        Method bound to the options.
+    """
     return LayerMethod(
         name="net-trim",
         settings=_settings(options),
@@ -145,7 +192,7 @@ def _check_goal(goal: Goal, prepared: Prepared, *, zeros_stay: bool) -> None:
 
 
 def _check_sparsity(stream: LayerStream, names: Sequence[str], sparsity: float) -> None:
-    """Refuse a network's sparsity below the one that its layers have, whose zeros stay."""
+    """Refuse a sparsity below that of the dense network, whose zeros stay."""
     specs = [layer(stream, name) for name in names]
     zeros = sum(
         int((to_numpy(stream.weight(spec.name, group))[: spec.shape[0]] == 0).sum())
@@ -161,7 +208,7 @@ def _check_sparsity(stream: LayerStream, names: Sequence[str], sparsity: float) 
 
 
 def _options(options: NetTrimOptions | None, settings: dict[str, Any]) -> NetTrimOptions:
-    """Options from an object, from single settings, or both."""
+    """Build the options from an object, from single settings, or from both."""
     unknown = sorted(set(settings) - set(NetTrimOptions.__dataclass_fields__))
     if unknown:
         known = ", ".join(NetTrimOptions.__dataclass_fields__)
@@ -180,12 +227,12 @@ def _options(options: NetTrimOptions | None, settings: dict[str, Any]) -> NetTri
 
 
 def _settings(options: NetTrimOptions) -> dict[str, Any]:
-    """Options as a run's record and identity have them."""
+    """Return the options in the form of a run's record and identity."""
     return {**_plain(options), "threads": options.threads_per_job}
 
 
 def _plain(options: Any) -> dict[str, Any]:
-    """Options as JSON values; a penalty by its name and parameters."""
+    """Return the options as JSON values; a penalty by its name and parameters."""
     values = {name: getattr(options, name) for name in options.__dataclass_fields__}
     for name, value in values.items():
         if is_dataclass(value) and not isinstance(value, type):

@@ -20,7 +20,7 @@ from solvers.arrays import norm
 
 _log = logging.getLogger(__name__)
 
-_ROUNDOFF = 2.0**-53  # unit roundoff of float64
+_ROUNDOFF = 2.0**-53  # unit roundoff of float64 (derived from its 53 bits)
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class LayerDeviation:
     Attributes
     ----------
     name : str
-        The layer.
+        Name of the layer.
     layer_error : float
         sqrt(n dE) = |X (What - W)|_F, before the activation, on the dense inputs.
     inputs : float
-        sqrt(n) eps^(l-1) = |Xhat - X|_F, by how much its inputs moved.
+        sqrt(n) eps^(l-1) = |Xhat - X|_F, the change of the layer's inputs.
     measured : float
-        |act(Xhat What) - act(X What)|_F, what theorem 5.1 bounds.
+        |act(Xhat What) - act(X What)|_F, the quantity that theorem 5.1 bounds.
     spectral, frobenius : float
         Theorem 5.1's bound on it, |What| |Xhat - X|_F, with either norm (without the bias row). The
         paper has the Frobenius norm.
@@ -57,13 +57,13 @@ class SecondOrderBounds:
     Attributes
     ----------
     rows : int
-        Samples, n.
+        Number of samples, n.
     measured : float
         |Yhat - Y|_F of the network's outputs; the paper's accumulated error is 1/sqrt(n) of it.
     spectral, frobenius : float or None
         Theorem 3.2's bound on it, with either norm; None where a layer has no finite gain.
     reason : str or None
-        Why there is none.
+        Why a bound is not available.
     layers : tuple of LayerDeviation
         Theorem 5.1, layer by layer.
     """
@@ -77,7 +77,7 @@ class SecondOrderBounds:
 
     @property
     def defect(self) -> str | None:
-        """Say which bound is below what was measured, which none can be, or None."""
+        """The first bound that is below its measured value, in words; None as it should be."""
         pairs = [("theorem 3.2", self.measured, (self.spectral, self.frobenius))]
         for entry in self.layers:
             what = f"theorem 5.1 of layer {entry.name}"
@@ -89,7 +89,13 @@ class SecondOrderBounds:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields and the defect as JSON values."""
+        """Return the fields and the defect as JSON values.
+
+        Returns
+        -------
+        dict
+            JSON values of all fields, and ``defect``.
+        """
         layers = [asdict(entry) for entry in self.layers]
         return {**asdict(self), "layers": layers, "defect": self.defect}
 
@@ -107,13 +113,19 @@ def second_order_bounds(stream: LayerStream, passage: Passage | None = None) -> 
     Parameters
     ----------
     stream : LayerStream
-        With the new weights committed; calibration rows or held-out ones.
+        Network with the new weights committed, on calibration or held-out data.
     passage : Passage, optional
-        Of this stream as it is, where it is there already.
+        Result of `LayerStream.passage` for the current weights; computed where it is not given.
+
+    Returns
+    -------
+    SecondOrderBounds
+        Measured values and bounds.
 
     Notes
     -----
-    One pass over the data a layer that can be retrained.
+    Cost: one pass over the data per layer that can be retrained, and one `LayerStream.passage`
+    where none is given.
 
     References
     ----------
@@ -168,7 +180,7 @@ def _layer_deviation(stream: LayerStream, spec: LayerSpec, number: str) -> Layer
             apart = math.hypot(apart, norm(accumulated - response))
         inputs = math.hypot(inputs, moved)
         rows = new[: spec.shape[0], :]
-        # What float64 can lose of either response, K u |X| |W| for sums of K terms.
+        # Bound on the rounding of both responses in float64: K u |X| |W| for sums of K terms.
         lost = 2 * new.shape[0] * _ROUNDOFF * size * norm(new)
         spectral = math.hypot(spectral, moved * spectral_norm(rows) + lost)
         frobenius = math.hypot(frobenius, moved * norm(rows) + lost)

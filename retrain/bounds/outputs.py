@@ -1,6 +1,6 @@
-"""How far a retrained network's outputs can have moved: the theorems' bounds as numbers.
+"""Bounds on the change of a retrained network's outputs: the theorems as numbers.
 
-For a network as it is, with biases and without link normalisation: let e_j be layer j's discrepancy
+For a network with biases and without link normalisation, let e_j be layer j's discrepancy
 on the dense inputs,
 
     e_j = |act(Y^(j-1) What_j + b_j) - Y^(j)|_F .
@@ -18,13 +18,12 @@ retrained inputs, so on its own rows
 The papers' own forms, on link-normalised networks (Net-Trim) and with Frobenius norms (L-OBS), are
 functions here too.
 
-**Rounding.** The theorems speak of exact arithmetic, and what is measured comes from networks that
-compute in float32 or float64. So e_j is measured in float64, the networks' outputs in their own
-type are held against those in float64, and what float64 itself can have lost, node by node of the
-graph, is followed to the output by the gains (`retrain.adapters.network.passage` has the sums). All
-of that is in `Passage.rounding`, by which both bounds are widened; they then hold for the exact
-networks and for the computed ones. Where a value overflows, or rounding cannot be followed to the
-output, there is no bound.
+**Rounding.** The theorems assume exact arithmetic, while the networks compute in float32 or
+float64. So e_j is measured in float64, the networks' outputs in their own dtype are compared with
+those in float64, and the rounding of float64 itself is bounded at every node of the graph and
+multiplied by the node's gain (`retrain.adapters.network.passage` has the sums). `Passage.rounding`
+is the total, by which both bounds are widened; they then hold for the exact networks and for the
+computed ones. Where a value overflows, or a node's gain is not available, there is no bound.
 """
 
 from __future__ import annotations
@@ -45,19 +44,45 @@ from solvers.arrays import norm as frobenius
 from solvers.arrays import to_numpy
 
 SUMS = 1 + 1e-9
-"""What sums of up to ten million terms, and products of factors, lose in float64 stays below."""
+"""Factor by which every bound is enlarged for the rounding of its own computation in float64.
+Derived: a sum of n terms loses at most n 2^-53 relative, which is 1e-9 for nine million terms, and
+far less in practice. A smaller factor could print a bound below the true one; a
+larger one loosens the bounds."""
 
 
 @dataclass(frozen=True)
 class Direct:
-    """The bound (**), before rounding, or why there is none."""
+    """The bound (**), before rounding, or the reason why there is none.
+
+    Attributes
+    ----------
+    value : float or None
+        Bound on |Yhat - Y|_F of the outputs.
+    reason : str or None
+        Why `value` is None.
+    """
 
     value: float | None
     reason: str | None
 
 
 def below(name: str, bound: float, measured: float) -> str | None:
-    """Say that a bound is below what was measured, which is a defect, or None where it is not."""
+    """Describe a bound that is below the measured deviation, which is a defect of this package.
+
+    Parameters
+    ----------
+    name : str
+        Name of the bound in the message.
+    bound : float
+        Bound.
+    measured : float
+        Measured deviation, in the same unit.
+
+    Returns
+    -------
+    str or None
+        Message; None where the bound holds or the measured value is NaN.
+    """
     if bound >= measured or math.isnan(measured):  # a value overflowed: there is no bound then
         return None
     return (
@@ -67,6 +92,7 @@ def below(name: str, bound: float, measured: float) -> str | None:
 
 
 NO_DIRECT = Direct(None, "only the calibration rows of a constrained cascade have one")
+"""The absent direct bound of every other method, form and data set."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +102,7 @@ class OutputBound:
     Attributes
     ----------
     rows : int
-        Samples.
+        Number of samples.
     measured : float
         |Yhat - Y|_F of the outputs.
     relative : float
@@ -86,12 +112,11 @@ class OutputBound:
     direct : float or None
         (**), None where it does not apply.
     rounding : float or None
-        What both bounds contain for the arithmetic of the two networks, None where that has no
-        bound.
+        Allowance in both bounds for the arithmetic of the two networks; None where it has no bound.
     reason, direct_reason : str or None
         Why `bound` and `direct` are None.
-    discrepancies, gains : dict
-        e_j and gain_j by layer name.
+    discrepancies, gains : dict from str to float
+        e_j and gain_j by layer name; a gain is None where it is not finite.
     """
 
     rows: int
@@ -107,14 +132,14 @@ class OutputBound:
 
     @property
     def defect(self) -> str | None:
-        """Say which bound is below the measured deviation, which none can be, or None."""
+        """The first bound that is below the measured deviation, in words; None as it should be."""
         named = (("the direct bound", self.direct), ("the sum over layers", self.bound))
         found = [below(name, value, self.measured) for name, value in named if value is not None]
         return next((text for text in found if text is not None), None)
 
     @property
     def best(self) -> float | None:
-        """The smaller of the bounds there are; None where one of them is a defect."""
+        """The smallest available bound; None without one, or where one is a defect."""
         known = [value for value in (self.bound, self.direct) if value is not None]
         return min(known) if known and self.defect is None else None
 
@@ -128,21 +153,59 @@ class OutputBound:
         return self.best / self.measured
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields, the best bound, the ratio and the defect as JSON values."""
+        """Return the fields, the best bound, the ratio and the defect as JSON values.
+
+        Returns
+        -------
+        dict
+            JSON values of all fields, ``best``, ``ratio`` (None where it is infinite) and
+            ``defect``.
+        """
         ratio = self.ratio
         finite = None if ratio is None or math.isinf(ratio) else ratio
         return {**asdict(self), "best": self.best, "ratio": finite, "defect": self.defect}
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> OutputBound:
-        """Read what `to_json` gave; what older records lack is None (`retrain.files`)."""
+        """Read the record that `to_json` returned; entries that older records lack become None.
+
+        Parameters
+        ----------
+        record : dict
+            JSON values.
+
+        Returns
+        -------
+        OutputBound
+            Bound and measured deviation.
+
+        Raises
+        ------
+        ValueError
+            If an entry is missing or of another type.
+        """
         return read_as(OutputBound, record, "output bound")
 
 
 def discrepancy(stream: LayerStream, name: str) -> float:
-    """Measure e_j of one layer from its rows: its response on the dense inputs, new against old.
+    """Measure e_j of one layer from its rows: new against dense response on the dense inputs.
 
-    `LayerStream.passage` measures the same for all layers at once.
+    Parameters
+    ----------
+    stream : LayerStream
+        Network with the new weights committed, and the data.
+    name : str
+        Name of the layer.
+
+    Returns
+    -------
+    float
+        e_j in float64.
+
+    Notes
+    -----
+    Cost: one pass of the data up to the layer. `LayerStream.passage` measures the same for all
+    layers at once.
     """
     spec = layer(stream, name)
     total = 0.0
@@ -169,17 +232,27 @@ def output_bound(
     Parameters
     ----------
     stream : LayerStream
-        With the new weights committed.
+        Network with the new weights committed, and the data.
     passage : Passage, optional
-        Of this stream as it is, where it is there already.
+        Result of `LayerStream.passage` for the current weights; computed where it is not given.
     direct : Direct
         (**), from `cascade_bound`; it holds on the calibration rows only.
     norm : {"spectral", "frobenius"}
         Norm of the gains. Theorem 3.2 of L-OBS has Frobenius norms, which are looser.
 
+    Returns
+    -------
+    OutputBound
+        Bounds, with their reasons where they are None, and the measured deviation.
+
     Notes
     -----
-    Costs one `LayerStream.passage` over the data where none is given.
+    Cost: one `LayerStream.passage` over the data where none is given, and one norm per layer.
+
+    References
+    ----------
+    Aghasi et al., Net-Trim (2017), theorems 1 and 2, without link normalisation; Dong, Chen, Pan,
+    L-OBS (2017), theorem 3.2, with the error taken after the activation.
     """
     if passage is None:
         passage = stream.passage()
@@ -210,7 +283,20 @@ def output_bound(
 
 
 def widened(bound: float, passage: Passage) -> float | None:
-    """Add what rounding can have contributed; None where that, or the result, is not finite."""
+    """Add the allowance for rounding to a bound.
+
+    Parameters
+    ----------
+    bound : float
+        Bound for exact arithmetic.
+    passage : Passage
+        Passage that has the allowance.
+
+    Returns
+    -------
+    float or None
+        Widened bound; None where the allowance or the result is not finite.
+    """
     if passage.rounding is None or not math.isfinite(passage.measured):
         return None
     total = (bound + passage.rounding) * SUMS
@@ -218,22 +304,49 @@ def widened(bound: float, passage: Passage) -> float | None:
 
 
 def unbounded(passage: Passage) -> str:
-    """Say why `widened` gives None."""
+    """Say why `widened` returns None.
+
+    Parameters
+    ----------
+    passage : Passage
+        Passage that has the allowance.
+
+    Returns
+    -------
+    str
+        Reason.
+    """
     if passage.reason is not None:
         return passage.reason
     return "the outputs, or a bound on them, overflow"
 
 
 def cascade_bound(stream: LayerStream, reports: Sequence[LayerReport]) -> Direct:
-    """(**) for a finished cascade, with what the saved weights of the last layer really violate.
+    """Compute (**) for a finished cascade, including what the last layer's saved weights violate.
 
     ``sqrt(max(epsilon, residual)^2 + (|max(V, 0)| + over)^2)``, `residual` the fitted entries'
     distance from the targets and `over` what lies above the ceilings, both measured in float64.
 
-    It needs the output to be the last retrained layer's activated response and nothing else
-    (`LayerStream.output_layer`): what the other layers contribute then passes through this one, on
-    whose inputs, as they are now, its program was solved. And it needs that layer to be retrained,
+    The bound needs the output to be the last retrained layer's activated response and nothing else
+    (`LayerStream.output_layer`): the contribution of every other layer then passes through this
+    one, on whose current inputs its program was solved. It also needs that layer to be retrained,
     certified, by the constrained form and on all its rows.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Network with the new weights committed, on the calibration data.
+    reports : sequence of LayerReport
+        Reports of the retrained layers.
+
+    Returns
+    -------
+    Direct
+        Bound, or the reason why it does not apply.
+
+    References
+    ----------
+    Aghasi et al., Net-Trim (2017), program (6) and Algorithm 2: the last program's constraints.
     """
     name, reason = stream.output_layer()
     if name is None:
@@ -260,7 +373,7 @@ def theorem_1(epsilons: Sequence[float]) -> np.ndarray:
     Parameters
     ----------
     epsilons : sequence of float, length L
-        Radii of the parallel programs (5).
+        Radii of the parallel programs (5), in the unit of the link-normalised outputs.
 
     Returns
     -------
@@ -285,7 +398,7 @@ def theorem_2(epsilon: float, inflations: Sequence[float]) -> np.ndarray:
     Parameters
     ----------
     epsilon : float
-        Radius of the first layer's program.
+        Radius of the first layer's program, in the unit of the link-normalised outputs.
     inflations : sequence of float, length L - 1
         gamma_2, ..., gamma_L of (7), each >= 1.
 
@@ -316,9 +429,18 @@ def check_link_normalised(chain: Chain, *, slack: float = 1e-6) -> list[str]:
     Parameters
     ----------
     chain : Chain
-        A retrained, link-normalised network.
+        Retrained, link-normalised network.
     slack : float
-        For a solver's tolerance and rounding.
+        Excess over 1 that is accepted, for a solver's tolerance and rounding. Dimensionless.
+
+    Returns
+    -------
+    list of str
+        One text per layer that exceeds the norm; empty where the premise holds.
+
+    References
+    ----------
+    Aghasi et al., Net-Trim (2017), theorem 1.
     """
     broken = []
     for index, weight in enumerate(chain.weights):
@@ -343,6 +465,11 @@ def l_obs_bound(errors: Sequence[float], norms: Sequence[float]) -> float:
     -------
     float
         Bound on (1/sqrt n) |Yhat^(L) - Y^(L)|_F.
+
+    Raises
+    ------
+    ValueError
+        If the two lengths differ.
 
     References
     ----------

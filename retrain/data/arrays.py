@@ -18,11 +18,11 @@ class Data:
     Attributes
     ----------
     x : ndarray, shape (n_samples, ...)
-        Finite, float32 or float64. Images are (n_samples, channels, height, width).
+        Samples: finite, float32 or float64. Images are (n_samples, channels, height, width).
     y : ndarray or None, shape (n_samples, ...)
         Integer labels or real targets.
     name : str
-        Where they came from.
+        Source of the samples, for messages and records.
     """
 
     x: np.ndarray
@@ -54,6 +54,16 @@ class Data:
 def parse_normalise(text: str) -> tuple[Any, Any]:
     """Read ``MEAN,STD``: two numbers, or k means followed by k standard deviations.
 
+    Parameters
+    ----------
+    text : str
+        ``MEAN,STD``.
+
+    Returns
+    -------
+    mean, std : float or tuple of float
+        One number each, or one per channel.
+
     Raises
     ------
     ValueError
@@ -72,12 +82,36 @@ def parse_normalise(text: str) -> tuple[Any, Any]:
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is an array or a tensor of any library."""
+    """Tell whether a value is an array or a tensor of any library.
+
+    Parameters
+    ----------
+    value : object
+        Any value.
+
+    Returns
+    -------
+    bool
+        Whether it has a shape and a dtype.
+    """
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def is_array_or_numbers(value: Any) -> bool:
-    """Arrays, tensors and nested lists of plain numbers; a list of arrays is a list of batches."""
+    """Tell whether a value is an array, a tensor or a nested list of plain numbers.
+
+    A list of arrays is not: it is a list of batches.
+
+    Parameters
+    ----------
+    value : object
+        Any value.
+
+    Returns
+    -------
+    bool
+        Whether `to_array` takes it.
+    """
     if is_array(value):
         return True
     if not isinstance(value, list | tuple) or not value:
@@ -90,7 +124,23 @@ def _nested_numbers(value: Any) -> bool:
 
 
 def to_array(value: Any) -> np.ndarray:
-    """Turn an array, a torch tensor (any device, half types too) or nested lists into numpy."""
+    """Turn an array, a torch tensor (any device, half types too) or nested lists into numpy.
+
+    Parameters
+    ----------
+    value : array, tensor or nested list of numbers
+        Values; a tensor may be on any device, bfloat16 becomes float32.
+
+    Returns
+    -------
+    ndarray
+        The values; they share memory where they can.
+
+    Raises
+    ------
+    ValueError
+        If nested lists have different lengths.
+    """
     if hasattr(value, "detach") and hasattr(value, "cpu"):
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":  # numpy has no such type
@@ -103,7 +153,26 @@ def to_array(value: Any) -> np.ndarray:
 
 
 def gathered(batches: Iterable[Any], name: str) -> Data:
-    """Concatenate batches, each x or (x, y, ...), into one `Data`."""
+    """Concatenate batches, each x or (x, y, ...), into one `Data`.
+
+    Parameters
+    ----------
+    batches : iterable
+        Batches: arrays, or tuples whose first two entries are x and y.
+    name : str
+        Name in messages and records.
+
+    Returns
+    -------
+    Data
+        All samples, in memory.
+
+    Raises
+    ------
+    ValueError
+        If a batch is not understood, the batches' shapes differ, only some have labels, or there is
+        no sample.
+    """
     xs: list[np.ndarray] = []
     ys: list[np.ndarray] = []
     for batch in batches:
@@ -125,7 +194,29 @@ def gathered(batches: Iterable[Any], name: str) -> Data:
 
 
 def checked(x: np.ndarray, y: np.ndarray | None, name: str, limit: int | None = None) -> Data:
-    """Return the first `limit` samples, in float32 or float64 (integers and halves in float32)."""
+    """Check samples and labels, and return the first `limit` of them.
+
+    Parameters
+    ----------
+    x : ndarray, shape (n_samples, ...)
+        Samples, of at least two axes. Integers and half types become float32.
+    y : ndarray or None, shape (n_samples, ...)
+        Labels or targets.
+    name : str
+        Name in messages and records.
+    limit : int, optional
+        Number of samples to return; all of them by default.
+
+    Returns
+    -------
+    Data
+        Finite samples in float32 or float64, and their labels.
+
+    Raises
+    ------
+    ValueError
+        If the samples or labels are empty, not numeric, not finite, or not of one length.
+    """
     if x.dtype.kind not in "fiub":
         raise ValueError(f"data: {name!r} has samples of dtype {x.dtype}, wanted real numbers")
     if x.ndim < 2:
@@ -150,7 +241,26 @@ def checked(x: np.ndarray, y: np.ndarray | None, name: str, limit: int | None = 
 
 
 def normalised(data: Data, mean: Any, std: Any) -> Data:
-    """Return (x - mean) / std, by channel (axis 1) where there are several."""
+    """Return (x - mean) / std, per channel (axis 1) where there are several.
+
+    Parameters
+    ----------
+    data : Data
+        Samples.
+    mean, std : float or sequence of float
+        One number for all entries, or one per channel.
+
+    Returns
+    -------
+    Data
+        Normalised samples with the same labels.
+
+    Raises
+    ------
+    ValueError
+        If the numbers do not fit the channels, are not finite, or a standard deviation is not
+        positive in the samples' dtype.
+    """
     x = data.x
     shift, scale = (np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in (mean, std))
     if shift.shape != scale.shape or shift.ndim != 1 or len(shift) not in (1, x.shape[1]):

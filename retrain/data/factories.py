@@ -1,4 +1,4 @@
-"""What `package.module:factory` names: imported, called, its errors told in one line."""
+"""Import and call what `package.module:factory` names; its errors become one line."""
 
 from __future__ import annotations
 
@@ -13,12 +13,24 @@ from retrain.files import first_line
 
 
 def import_factory(spec: str, argument: str) -> Callable[[], Any]:
-    """Import the callable that ``package.module:factory`` names; the working directory counts too.
+    """Import the callable of ``package.module:factory``; the working directory is searched too.
+
+    Parameters
+    ----------
+    spec : str
+        ``package.module:factory``.
+    argument : str
+        Name of the argument in error messages.
+
+    Returns
+    -------
+    callable
+        The factory.
 
     Raises
     ------
     ValueError
-        If there is no such module, or nothing callable of that name in it.
+        If the module does not exist or cannot be imported, or has no callable of that name.
     """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
@@ -45,10 +57,23 @@ def import_factory(spec: str, argument: str) -> Callable[[], Any]:
 def call_factory(spec: str, argument: str) -> Any:
     """Call what ``package.module:factory`` names, without arguments.
 
+    Parameters
+    ----------
+    spec : str
+        ``package.module:factory``.
+    argument : str
+        Name of the argument in error messages.
+
+    Returns
+    -------
+    object
+        Return value of the factory.
+
     Raises
     ------
     ValueError
-        As `import_factory`; or if the call fails, whatever it raised, with its place.
+        If the factory cannot be imported, or the call fails; the message has the place of the
+        error.
     """
     factory = import_factory(spec, argument)
     with ToldInOneLine(argument, f"calling {spec}()"):
@@ -56,9 +81,16 @@ def call_factory(spec: str, argument: str) -> Any:
 
 
 class ToldInOneLine:
-    """Tell whatever a user's own module or factory raises, SystemExit too, in one line.
+    """Turn any error of a user's module or factory, SystemExit too, into a one-line ValueError.
 
-    Ctrl-C passes, and so do errors of our own.
+    KeyboardInterrupt (Ctrl-C) and errors raised by this package pass unchanged.
+
+    Parameters
+    ----------
+    argument : str
+        Name of the argument in the message.
+    what : str
+        Description of the step that failed: ``"calling package.module:factory()"``.
     """
 
     def __init__(self, argument: str, what: str) -> None:
@@ -80,7 +112,7 @@ class ToldInOneLine:
             file = Path(frame.f_code.co_filename)
             others = (Path(__file__).parents[1], Path(importlib.__file__).parents[1])
             installed = "site-packages" in file.parts or any(map(file.is_relative_to, others))
-            if file.suffix == ".py" and not installed:  # a line of the user's own
+            if file.suffix == ".py" and not installed:  # a line of the user's code
                 where = f", {file.name} line {line}"
         text = " ".join(first_line(error).split())
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Class numbers out of whatever people label their samples with; and if there are none, why.
+"""Class numbers from the labels that a data set has, or the reason why there are none.
 
-What can mean one thing only is converted, and said: numbers with a decimal point, a column, one-hot
-rows, true and false. What cannot be is told in one line with what to do, and never passed over: an
-accuracy that is missing has a reason beside it.
+Labels with only one possible meaning are converted, and the conversion is recorded: numbers with a
+decimal point, a column, one-hot rows, true and false. Others are rejected with a reason of one
+line that says what to do; a missing accuracy always has its reason beside it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_LARGEST = 2**31  # of a class number: outputs are fewer, and float64 tells them apart
+_LARGEST = 2**31
+"""Class numbers must be below this in magnitude. Any limit far above the number of outputs and
+below 2^53, up to which float64 represents whole numbers exactly, would do. Chosen by hand."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,9 +24,9 @@ class Labels:
     Attributes
     ----------
     classes : ndarray of int64, shape (n_samples,), or None
-        A class number for each sample, from 0.
+        Class number of each sample, from 0.
     note : str
-        What was converted; empty if nothing was.
+        Conversion that was made; empty if there was none.
     reason : str
         Why there are no class numbers; empty if there are.
     """
@@ -35,12 +37,17 @@ class Labels:
 
 
 def class_numbers(y: np.ndarray | None) -> Labels:
-    """Read class numbers off labels, whatever network they are for.
+    """Read class numbers from labels, without regard to a network.
 
     Parameters
     ----------
     y : ndarray or None, shape (n_samples, ...)
         Finite numbers, or true and false.
+
+    Returns
+    -------
+    Labels
+        Class numbers, or the reason why there are none.
     """
     if y is None:
         return Labels(None, reason="the data has no labels")
@@ -66,9 +73,14 @@ def class_labels(y: np.ndarray | None, outputs: tuple[int, ...]) -> Labels:
     Parameters
     ----------
     y : ndarray or None, shape (n_samples, ...)
-        As for `class_numbers`.
+        Finite numbers, or true and false.
     outputs : tuple of int
         Shape of the network's output for one sample.
+
+    Returns
+    -------
+    Labels
+        Class numbers, or the reason why there are none.
     """
     found = class_numbers(y)
     if y is None or found.classes is None:
@@ -84,7 +96,20 @@ def class_labels(y: np.ndarray | None, outputs: tuple[int, ...]) -> Labels:
 
 
 def unfit_range(classes: np.ndarray, outputs: int) -> str:
-    """Say why class numbers are not those of a network's outputs; nothing if they are."""
+    """Say why class numbers do not fit the number of a network's outputs.
+
+    Parameters
+    ----------
+    classes : ndarray of int64, shape (n_samples,)
+        Class numbers.
+    outputs : int
+        Number of outputs.
+
+    Returns
+    -------
+    str
+        Reason; empty where they fit.
+    """
     low, high = int(classes.min()), int(classes.max())
     if low >= 0 and high < outputs:
         return ""

@@ -1,7 +1,7 @@
 """Arrays from files: npz, npy, the idx files of MNIST.
 
-Files are taken for hostile: headers are compared with file sizes before memory is taken, and
-nothing is unpickled.
+Files are treated as untrusted: headers are compared with file sizes before memory is allocated,
+and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -20,20 +20,39 @@ import numpy as np
 from retrain.files import READ_ERRORS, first_line
 
 _DEFLATE_LIMIT = 1032
-"""No deflate stream expands by more than this, so a larger claim in a header is a lie."""
-
+"""Largest ratio of the unpacked to the packed size of a deflate stream, a property of the format
+(1032:1). A header that claims more is false. A smaller value would refuse very regular data."""
 
 _LONGEST = 2**48
-"""No axis of an array in a file is as long: with this bound, lengths and their products stay
-printable, and numpy's own integers hold them."""
+"""Length from which an axis of an array is refused as a false header. With this limit lengths and
+their products fit numpy's integers and stay printable. Chosen by hand, far above any real file."""
 
 
 _MOST_AXES = 32
-"""numpy's own limit is 64; networks take samples of four axes or so."""
+"""Largest number of axes of an array. Networks take samples of about four axes, and numpy's own
+limit is 32 or 64 depending on its version. Chosen by hand."""
 
 
 def existing_file(path: Path) -> Path:
-    """Return the path of a file that exists; refuse any other by name."""
+    """Return the path of a file that exists; refuse any other by name.
+
+    Parameters
+    ----------
+    path : Path
+        Path to check.
+
+    Returns
+    -------
+    Path
+        The same path.
+
+    Raises
+    ------
+    FileNotFoundError
+        If nothing exists there.
+    ValueError
+        If it is not a file.
+    """
     if not path.exists():
         raise FileNotFoundError(f"data: there is no file {str(path)!r}")
     if not path.is_file():
@@ -42,7 +61,27 @@ def existing_file(path: Path) -> Path:
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read ``x`` and ``y`` of an npz file."""
+    """Read ``x`` and ``y`` of an npz file.
+
+    Parameters
+    ----------
+    path : Path
+        File.
+
+    Returns
+    -------
+    x : ndarray
+        Samples.
+    y : ndarray or None
+        Labels; None where the file has none.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file does not exist.
+    ValueError
+        If the file is damaged, encrypted or has no array ``x``.
+    """
     existing_file(path)
     arrays = {}
     try:
@@ -82,7 +121,29 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
 
 
 def read_npy(file: IO[bytes], size: int, name: str, limit: int | None) -> np.ndarray:
-    """Read one array; its header must account for every byte of `size`."""
+    """Read one array; its header must account for every byte of `size`.
+
+    Parameters
+    ----------
+    file : binary file
+        File at the beginning of the array.
+    size : int
+        Number of bytes that the array and its header take.
+    name : str
+        Name in messages.
+    limit : int or None
+        Number of entries of the first axis to read; None for all.
+
+    Returns
+    -------
+    ndarray
+        The array, in the dtype of the file.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged or truncated, or holds anything but real numbers.
+    """
     try:
         version = np.lib.format.read_magic(file)
         if version == (1, 0):
@@ -92,7 +153,7 @@ def read_npy(file: IO[bytes], size: int, name: str, limit: int | None) -> np.nda
         else:
             raise ValueError(f"version {version} is for structured arrays")
     except (zlib.error, lzma.LZMAError, zipfile.BadZipFile, OSError):
-        raise  # of the archive around it
+        raise  # an error of the archive around it, which the caller reports
     except READ_ERRORS as error:
         raise ValueError(
             f"data: {name!r} is not a readable .npy array ({first_line(error)})"
@@ -130,7 +191,31 @@ def _read_exactly(file: IO[bytes], size: int, name: str) -> bytearray:
 
 
 def read_mnist(folder: Path, prefix: str, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Read images, scaled to [0, 1] with a channel axis, and their labels."""
+    """Read images, scaled to [0, 1] with a channel axis, and their labels.
+
+    Parameters
+    ----------
+    folder : Path
+        Directory with the idx files, gzipped or not.
+    prefix : {"train", "t10k"}
+        Beginning of the files' names.
+    limit : int or None
+        Number of images to read; None for all.
+
+    Returns
+    -------
+    images : ndarray of float32, shape (n_samples, 1, 28, 28)
+        Images.
+    labels : ndarray of int64, shape (n_samples,)
+        Digits.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the directory or a file does not exist.
+    ValueError
+        If a file is damaged.
+    """
     images = _idx(_idx_path(folder, f"{prefix}-images", 3), 3, limit)
     labels = _idx(_idx_path(folder, f"{prefix}-labels", 1), 1, limit)
     return images[:, None].astype(np.float32) / np.float32(255), labels.astype(np.int64)

@@ -1,7 +1,7 @@
 """Data sources: samples (and labels) from files, from scikit-learn, from a function, from batches.
 
-Everything ends as one `Data`: finite floating-point samples, first axis the sample. Torch tensors
-and loaders are recognised by what they can do; this module does not import torch.
+Every source becomes one `Data`: finite floating-point samples, first axis the sample. Torch tensors
+and loaders are recognised by their methods; this module does not import torch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from retrain.data.readers import existing_file, read_mnist, read_npy, read_npz
 FORMS = (
     "FILE.npz, FILE.npy, mnist:DIR, mnist-test:DIR, digits, digits-test or package.module:factory"
 )
+"""The forms of a data source, as messages and the command line's help list them."""
 
 
 def load_data(
@@ -41,19 +42,22 @@ def load_data(
     Parameters
     ----------
     source : str or Path
-        ``FILE.npz`` (arrays ``x`` and, if there are labels, ``y``), ``FILE.npy``; ``mnist:DIR`` or
-        ``mnist-test:DIR`` (the idx files, gzipped or not, scaled to [0, 1], 1 x 28 x 28);
-        ``digits`` or ``digits-test`` (scikit-learn's digits scaled to [0, 1], 1 x 8 x 8, a fixed
-        split of 1437 and 360); ``package.module:factory``, a callable that returns x or (x, y).
+        Data source, one of ``FILE.npz`` (arrays ``x`` and, if there are labels, ``y``);
+        ``FILE.npy``; ``mnist:DIR`` or ``mnist-test:DIR`` (the idx files, gzipped or not, scaled to
+        [0, 1], 1 x 28 x 28); ``digits`` or ``digits-test`` (scikit-learn's digits scaled to [0, 1],
+        1 x 8 x 8, a fixed split of 1437 and 360); ``package.module:factory``, a callable that
+        returns x or (x, y).
     limit : int, optional
-        Take the first `limit` samples only.
+        Number of samples to use, counted from the first; all of them by default.
     normalise : str or (mean, std), optional
-        Replace x by (x - mean) / std. Numbers, or one number a channel (axis 1 of x); as text
-        ``MEAN,STD``, or with k channels k means, then k standard deviations.
+        Replacement of x by (x - mean) / std, with one number each, or one per channel (axis 1 of
+        x); as text ``MEAN,STD``, or with k channels k means, then k standard deviations.
 
     Returns
     -------
     Data
+        Finite samples in float32 or float64, first axis the sample, and their labels if there are
+        any.
 
     Raises
     ------
@@ -62,6 +66,18 @@ def load_data(
     ValueError
         If the source is not understood, truncated, pickled, empty, not numeric, not finite, or if
         its labels do not match; one line that says which.
+
+    Notes
+    -----
+    The samples used are held in memory at once; files are read only as far as `limit` needs where
+    the format allows it.
+
+    Examples
+    --------
+    >>> import retrain
+    >>> data = retrain.load_data("digits", limit=10)
+    >>> data.x.shape, data.y.shape
+    ((10, 1, 8, 8), (10,))
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, wanted a positive number of samples")
@@ -72,7 +88,7 @@ def load_data(
 
 
 def as_data(data: Any, *, name: str | None = None) -> Data:
-    """Make a `Data` of whatever holds samples.
+    """Make a `Data` of any object that holds samples.
 
     Parameters
     ----------
@@ -82,12 +98,19 @@ def as_data(data: Any, *, name: str | None = None) -> Data:
         a list, a generator), each an array or tensor, or a tuple whose first two entries are x
         and y. All batches are gathered in memory.
     name : str, optional
-        What to call it.
+        Name in messages and records; by default the name of the object's type.
+
+    Returns
+    -------
+    Data
+        Finite samples in float32 or float64, and their labels if there are any.
 
     Raises
     ------
     ValueError
-        As `load_data`; or if a batch is not understood.
+        If the object or a batch is of an unknown type, or for the reasons of `load_data`.
+    FileNotFoundError
+        If a file that a text or path names does not exist.
     """
     if isinstance(data, Data):
         return data
@@ -109,7 +132,7 @@ def as_data(data: Any, *, name: str | None = None) -> Data:
 
 
 def _read(source: str, limit: int | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read a source's arrays as they are; `limit` only spares reading what is not wanted."""
+    """Read a source's arrays as they are; with `limit`, reading the rest of a file is avoided."""
     kind, _, rest = source.partition(":")
     if source in ("digits", "digits-test"):
         return _digits(test=source == "digits-test")
@@ -129,16 +152,10 @@ def _read(source: str, limit: int | None) -> tuple[np.ndarray, np.ndarray | None
 
 
 def _digits(*, test: bool) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # half a second, so only when asked for
+    from sklearn.datasets import load_digits  # the import takes half a second
 
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     chosen = order[1437:] if test else order[:1437]
     x = (digits.images[chosen, None] / 16).astype(np.float32)
     return x, digits.target[chosen].astype(np.int64)
-
-
-# --- objects ------------------------------------------------------------------------------------
-
-
-# --- checks -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Numbers by layer: one for all, or one for each name or shell pattern."""
+"""Numbers per layer: one for all layers, or one for each name or shell pattern."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 MOST_THREADS = 4096
-"""More threads or workers than any machine has cores; beyond, their libraries end in odd ways."""
+"""Largest number of threads or workers accepted. More than any machine has cores; far beyond it the
+thread libraries fail in unclear ways. Chosen by hand."""
 
 Amount = float | Mapping[str, float]
 """One number for all layers, or numbers by layer name or shell pattern."""
@@ -16,10 +17,24 @@ Amount = float | Mapping[str, float]
 def amount_for(amount: Amount, name: str, argument: str) -> float:
     """Look up a layer's number: by its name, or by the first shell pattern that matches it.
 
+    Parameters
+    ----------
+    amount : float or mapping from str to float
+        One number for all layers, or numbers by layer name or shell pattern.
+    name : str
+        Name of the layer.
+    argument : str
+        Name of the argument in the error message.
+
+    Returns
+    -------
+    float
+        Number for this layer.
+
     Raises
     ------
     ValueError
-        If there is none.
+        If the mapping has no entry for the layer.
     """
     if not isinstance(amount, Mapping):
         return float(amount)
@@ -32,12 +47,21 @@ def amount_for(amount: Amount, name: str, argument: str) -> float:
 
 
 def check_amount(argument: str, amount: Amount | None, largest: float) -> None:
-    """Check one number, or a mapping's.
+    """Check one number, or each number of a mapping.
+
+    Parameters
+    ----------
+    argument : str
+        Name of the argument in the error message.
+    amount : float, mapping from str to float, or None
+        Numbers to check; None passes.
+    largest : float
+        Largest number allowed; infinity for no limit.
 
     Raises
     ------
     ValueError
-        If one is not in [0, largest], or there is none.
+        If a number is not finite or not in [0, largest], or a mapping is empty.
     """
     if amount is None:
         return
@@ -51,7 +75,16 @@ def check_amount(argument: str, amount: Amount | None, largest: float) -> None:
 
 
 def check_parallel(jobs: int, threads: int | None, seed: int) -> None:
-    """Check a run's jobs, its threads (None: by the machine's cores) and its seed.
+    """Check the number of jobs and of threads, and the seed, of a run.
+
+    Parameters
+    ----------
+    jobs : int
+        Number of layers solved at the same time.
+    threads : int or None
+        Number of threads per job; None for the machine's cores divided by `jobs`.
+    seed : int
+        Seed of random choices.
 
     Raises
     ------
@@ -65,10 +98,21 @@ def check_parallel(jobs: int, threads: int | None, seed: int) -> None:
             raise ValueError(f"{name}: want at most {MOST_THREADS}, got {value!r}")
     if seed < 0:
         raise ValueError(f"seed: want a number >= 0, got {seed!r}")
-    if seed >= 2**63:  # torch takes none beyond
+    if seed >= 2**63:  # torch accepts no larger seed
         raise ValueError(f"seed: want a number below 2^63, got {seed!r}")
 
 
 def layers_named(amount: Amount | None) -> list[str] | None:
-    """Layers that an amount names, as shell patterns; None when it names none."""
+    """Layers that an amount names, as shell patterns; None when it names none.
+
+    Parameters
+    ----------
+    amount : float, mapping from str to float, or None
+        Numbers per layer.
+
+    Returns
+    -------
+    list of str or None
+        Shell patterns of the layers that the mapping names; None where it is not a mapping.
+    """
     return list(amount) if isinstance(amount, Mapping) else None

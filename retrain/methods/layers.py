@@ -9,7 +9,19 @@ from solvers.arrays import like, to_numpy
 
 
 def chosen(stream: LayerStream, layers: Sequence[str] | None) -> list[LayerSpec]:
-    """Specs of the layers to retrain in execution order: the named ones, or all that can be.
+    """Return the layers to retrain: the named ones, or all that can be.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Network.
+    layers : sequence of str or None
+        Names of the layers; None for all that can be retrained.
+
+    Returns
+    -------
+    list of LayerSpec
+        Layers in execution order.
 
     Raises
     ------
@@ -26,6 +38,16 @@ def chosen(stream: LayerStream, layers: Sequence[str] | None) -> list[LayerSpec]
 
 
 def commit(stream: LayerStream, name: str, weights: Sequence[Array]) -> None:
-    """Commit a layer's weights, one matrix a group, from whatever namespace they are in."""
+    """Commit a layer's weights, converted to the stream's array type.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Network whose weights are replaced.
+    name : str
+        Name of the layer.
+    weights : sequence of array, shape (n_in [+ 1], n_out) each
+        One weight matrix per group, numpy or torch.
+    """
     for group, weight in enumerate(weights):
         stream.commit(name, like(to_numpy(weight), stream.weight(name, group)), group)

@@ -18,7 +18,22 @@ if TYPE_CHECKING:
 
 
 def labels_for(stream: LayerStream, y: np.ndarray | None) -> Labels:
-    """Read class numbers for a stream's network, whose first outputs tell how many there are."""
+    """Read class numbers for the network of a stream.
+
+    The number of classes is taken from the shape of the dense network's first batch of outputs.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Network on the data that the labels belong to.
+    y : ndarray or None, shape (n_samples, ...)
+        Labels as the data has them.
+
+    Returns
+    -------
+    Labels
+        Class numbers, or the reason why there are none.
+    """
     if y is None:
         return class_numbers(y)
     outputs = next(iter(stream.outputs(dense=True)))
@@ -29,14 +44,39 @@ _log = logging.getLogger(__name__)
 
 
 def copy_weights(source: LayerStream, target: LayerStream, names: Sequence[str]) -> None:
-    """Commit one stream's weights of the named layers to another stream of the same network."""
+    """Commit one stream's weights of the named layers to another stream of the same network.
+
+    Parameters
+    ----------
+    source : LayerStream
+        Stream whose current weights are read.
+    target : LayerStream
+        Stream whose weights are replaced.
+    names : sequence of str
+        Names of the layers.
+    """
     for name in names:
         for group in range(layer(source, name).groups):
             target.commit(name, source.weight(name, group), group)
 
 
 def accuracies(stream: LayerStream, data: Data) -> dict[str, Any]:
-    """Accuracy before and after; None with the `reason`, and `labels` where they were converted."""
+    """Measure the accuracy of the dense and of the retrained network.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Both networks on the data.
+    data : Data
+        Data of that stream, with its labels.
+
+    Returns
+    -------
+    dict
+        ``before`` (dense) and ``after`` (retrained): share of samples in [0, 1] classified
+        correctly, or None, with the ``reason`` beside them; ``labels`` says how labels were
+        converted, if they were.
+    """
     labels = labels_for(stream, data.y)
     said = {"labels": labels.note, "reason": labels.reason}
     return {

@@ -7,9 +7,9 @@
       checkpoint.pt, history.jsonl   instead of layers/, in a training run: as of its last epoch
       model.safetensors     the finished network
 
-A layer's file appears by one rename when the layer is done, so a killed run loses at most the layer
-in hand. The same command resumes; a command that differs in anything that could change a weight is
-refused. A lock held by a process dies with it.
+The file of a layer appears by one rename when the layer is done, so a killed run loses at most the
+layer it was working on. The same command resumes; a command that differs in anything that could
+change a weight is refused. The lock of a process that ends is released by the operating system.
 """
 
 from __future__ import annotations
@@ -44,14 +44,20 @@ from retrain.stream.layer_report import LayerReport, LayerResult
 from retrain.stream.stream import LayerSpec, LayerStream
 from solvers.arrays import to_numpy
 
+# Names of the files and the folder of a run directory. They are part of the run format: a directory
+# with other names is not found or not resumed.
 RUN_FILE = "run.json"
 MODEL_FILE = "model.safetensors"
 EXPORT_FILE = "model.pt2"
 CHECKPOINT_FILE = "checkpoint.pt"
 HISTORY_FILE = "history.jsonl"
 LAYERS = "layers"
+
 FORMAT = 1
-_DIGEST = "sha256"  # key of the digest in a layer's report
+"""Number of the run format in `run.json`. Directories with another number are refused; it is
+increased when a record can no longer be read as before."""
+
+_DIGEST = "sha256"  # key of the digest in a layer's report, part of the run format
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,28 @@ class RunDirectory:
     names: tuple[str, ...]
 
     def layer_path(self, name: str) -> Path:
-        """File of a layer: numbered, so that no name of a stranger's becomes a path."""
+        """Return the path of a layer's file: numbered, so that no layer name is part of a path.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer, one of `names`.
+
+        Returns
+        -------
+        Path
+            ``DIR/layers/NNN.safetensors``; the file need not exist.
+        """
         return self.path / LAYERS / f"{self.names.index(name):03d}.safetensors"
 
     def write_layer(self, result: LayerResult) -> None:
-        """Save a finished layer in one step."""
+        """Save a finished layer: the file appears complete or not at all.
+
+        Parameters
+        ----------
+        result : LayerResult
+            Weights and report of the layer.
+        """
         tensors = {
             f"weight.{group}": np.ascontiguousarray(to_numpy(weight))
             for group, weight in enumerate(result.weights)
@@ -85,7 +108,17 @@ class RunDirectory:
         write_whole(self.layer_path(result.report.name), content)
 
     def read_layer(self, spec: LayerSpec) -> LayerResult | None:
-        """Read a finished layer; None when it is not finished.
+        """Read a finished layer.
+
+        Parameters
+        ----------
+        spec : LayerSpec
+            Layer as the network has it, to check the file against.
+
+        Returns
+        -------
+        LayerResult or None
+            Weights and report; None when the layer is not finished.
 
         Raises
         ------
@@ -106,10 +139,21 @@ class RunDirectory:
     def finished(self, stream: LayerStream) -> dict[str, LayerResult]:
         """Read all finished layers by name, in execution order.
 
+        Parameters
+        ----------
+        stream : LayerStream
+            Network of the run.
+
+        Returns
+        -------
+        dict from str to LayerResult
+            Finished layers by name.
+
         Raises
         ------
         ValueError
-            As `read_layer`; or if a layer's numbers are not of the network's type.
+            If a file is damaged or has another layer's shape, or a layer's weights are not of the
+            network's dtype.
         """
         results = {}
         for spec in stream.layers:
@@ -124,7 +168,13 @@ class RunDirectory:
         return results
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        """Write run.json."""
+        """Write run.json, complete or not at all.
+
+        Parameters
+        ----------
+        record : mapping
+            JSON values; the format number is added.
+        """
         write_json(self.path / RUN_FILE, {"format": FORMAT, **record})
 
 
@@ -156,7 +206,7 @@ def _read_layer(path: Path, spec: LayerSpec) -> LayerResult:
 
 
 def _digest(report: Mapping[str, Any], weights: Iterable[np.ndarray]) -> str:
-    """Hash a layer's report and weights: a certificate must not stand beside altered weights."""
+    """Hash a layer's report and weights, so that altered weights are noticed."""
     digest = hashlib.sha256(json.dumps(report, sort_keys=True).encode())
     for weight in weights:
         digest.update(np.ascontiguousarray(weight).data)
@@ -166,9 +216,15 @@ def _digest(report: Mapping[str, Any], weights: Iterable[np.ndarray]) -> str:
 def check_out(out: str | Path | None) -> None:
     """Refuse an empty text for a directory, which would mean the current one.
 
+    Parameters
+    ----------
+    out : str, Path or None
+        Run directory as the caller gave it.
+
     Raises
     ------
     ValueError
+        If it is an empty text.
     """
     if out == "":
         raise ValueError("out: got '', want a directory ('.' is the current one)")
@@ -183,11 +239,17 @@ def open_run(
     Parameters
     ----------
     path : str or Path
-        The directory; made if it does not exist.
+        Run directory; created if it does not exist.
     identity : mapping
-        All that could change a weight: `retrain.runs.identity` and the method's own. JSON values.
+        Everything that could change a weight: `retrain.runs.identity` and the method's own entries.
+        JSON values.
     names : tuple of str
-        The network's layers in execution order; none in a training run.
+        Names of the network's layers in execution order; empty in a training run.
+
+    Yields
+    ------
+    RunDirectory
+        Locked directory.
 
     Raises
     ------
@@ -195,7 +257,7 @@ def open_run(
         If the directory belongs to another run (the message lists what differs), holds something
         else, or is in use.
     OSError
-        If it cannot be made or written.
+        If it cannot be created or written.
 
     Notes
     -----
@@ -246,10 +308,20 @@ def open_run(
 def read_record(path: str | Path) -> dict[str, Any]:
     """Read run.json of a run directory.
 
+    Parameters
+    ----------
+    path : str or Path
+        Run directory.
+
+    Returns
+    -------
+    dict
+        JSON values of ``run.json``; only its format and its state have been checked.
+
     Raises
     ------
     ValueError
-        If there is none, it is damaged, or it is not of this package.
+        If the file does not exist, is damaged, or was not written by this package.
     """
     file = Path(path) / RUN_FILE
     if not file.is_file():
@@ -265,12 +337,22 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def read_if_finished(path: Path | None) -> dict[str, Any] | None:
-    """Read run.json of a finished run; None where there is no directory or the run is not done.
+    """Read run.json of a finished run.
+
+    Parameters
+    ----------
+    path : Path or None
+        Run directory.
+
+    Returns
+    -------
+    dict or None
+        JSON values; None where there is no directory or the run is not finished.
 
     Raises
     ------
     ValueError
-        As `read_record`.
+        If the file is damaged or was not written by this package.
     """
     if path is None or not (path / RUN_FILE).is_file():
         return None
@@ -286,7 +368,7 @@ class _Head(msgspec.Struct, frozen=True):
 
 
 def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run that another command began, saying what differs."""
+    """Refuse to resume a run that another command began, saying what differs."""
     before = read_record(directory).get("identity", {})
     now = json.loads(json.dumps(plain(identity)))
     differing = differences(before, now)
@@ -298,14 +380,14 @@ def _check_identity(directory: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _is_temporary(path: Path) -> bool:
-    """Whether a file is one that `write_whole` had not moved to its place."""
+    """Tell whether a file is a temporary file of `write_whole`."""
     files = (RUN_FILE, MODEL_FILE, EXPORT_FILE, CHECKPOINT_FILE, HISTORY_FILE)
     ours = "|".join([*map(re.escape, files), r"\d+\.safetensors"])
     return re.fullmatch(rf"\.({ours})\.\d+\.tmp", path.name) is not None
 
 
 def _empty_part(entry: Path) -> bool:
-    """Whether an entry is there in a run that is killed before it has said what it is."""
+    """Tell whether an entry is one that a run killed at its very beginning leaves."""
     if entry.name == LAYERS and entry.is_dir():
         return not any(entry.iterdir())
     return entry.name == "lock" or _is_temporary(entry)
@@ -320,11 +402,11 @@ def _sweep(directory: Path) -> None:
 
 
 def _withdraw(directory: Path, there: bool) -> None:
-    """Take back a new run that failed with nothing finished; the directory too if it is ours."""
+    """Remove a new run that failed with nothing finished, and the directory if it is new."""
     layers = directory / LAYERS
     if (layers.is_dir() and any(layers.iterdir())) or (directory / CHECKPOINT_FILE).exists():
         return
-    with suppress(OSError):  # the error on its way matters more
+    with suppress(OSError):  # the error that is being raised matters more
         (directory / RUN_FILE).unlink(missing_ok=True)
         (directory / HISTORY_FILE).unlink(missing_ok=True)
         if layers.is_dir():

@@ -32,19 +32,19 @@ class LayerMethod:
     Attributes
     ----------
     name : str
-        As the record has it: ``"net-trim"``, ``"lobs"``.
+        Name in the record: ``"net-trim"``, ``"lobs"``.
     settings : dict
-        The options as JSON values, for the record and the identity.
+        Options as JSON values, for the record and the identity.
     layers : sequence of str or None
-        Layers that the options name, where the request names none.
+        Layers that the options name, used where the request names none.
     steps : callable
         (stream, names, finished weights by layer) -> iterator of LayerResult.
     oversized : callable
-        Says why a layer cannot be solved in the memory allowed, or None.
+        (stream, spec) -> reason why a layer cannot be solved in the memory allowed, or None.
     direct : callable
         (stream, reports) -> the method's own bound on the calibration rows.
     theorems : callable or None
-        (stream, passage) -> what the method's paper proves, in numbers, as JSON values.
+        (stream, passage) -> the bounds of the method's paper as JSON values.
     """
 
     name: str
@@ -66,13 +66,14 @@ def drive(method: LayerMethod, request: Request) -> Run:
     Parameters
     ----------
     method : LayerMethod
-        What is done to each layer.
+        Method applied to each layer.
     request : Request
-        To which network, on which data, and where it is written.
+        Network, data, layers and run directory.
 
     Returns
     -------
     Run
+        Network, report per layer, bounds and record.
 
     Raises
     ------
@@ -172,7 +173,7 @@ def _retrain(
 def _prove(
     method: LayerMethod, stream: LayerStream, direct: Direct
 ) -> tuple[OutputBound, dict[str, Any] | None]:
-    """Send the data through both networks once: the run's bound, and the paper's own numbers."""
+    """Send the data through both networks once: the run's bound and the paper's bounds."""
     passage = stream.passage()
     bound = output_bound(stream, passage=passage, direct=direct)
     return bound, None if method.theorems is None else method.theorems(stream, passage)

@@ -1,9 +1,9 @@
-"""One relative epsilon for a whole network, found: for a sparsity, or for a drop of accuracy.
+"""The search for one relative epsilon for a whole network: by its sparsity or its accuracy.
 
 Every trial is a Net-Trim run of its own at one relative epsilon, in ``DIR/layers/trial-1``,
-``DIR/layers/trial-2``, ...; DIR holds the outcome, the trial that was chosen, with all of them in
-its ``run.json``. Which epsilon comes next depends on the trials before alone, so the same command
-resumes a search as it resumes a run.
+``DIR/layers/trial-2``, ...; DIR holds the chosen trial's outcome, and its ``run.json`` lists all
+trials. The next epsilon depends only on the trials before it, so the same command resumes a search
+as it resumes a run.
 """
 
 from __future__ import annotations
@@ -31,27 +31,51 @@ from solvers.path.root import next_place
 
 _log = logging.getLogger(__name__)
 
-SMALLEST, LARGEST = 1e-4, 1.0  # relative epsilons: at 1 the first layer may as well be zero
+SMALLEST, LARGEST = 1e-4, 1.0
+"""Range of the relative epsilons that a search tries. The largest is derived: at 1 a layer of zeros
+is feasible, so more cannot prune more. The smallest is chosen by hand: below it next to nothing is
+pruned; a smaller value makes a hopeless search longer."""
+
 _STRIDE = math.log(3.0)
-_NEAREST = 1e-4  # relative change of epsilon below which sparsities are not told apart
-_MET = 1e-4  # a sparsity this near is met
-_FACTOR, _RATIO = 2.0, 1.05  # of a drop: steps of epsilon to bracket it, and when to stop
+"""Longest step of log epsilon while a sparsity is not bracketed. A longer step brackets with fewer
+trials but leaves a wider bracket to narrow. Chosen by hand."""
+
+_NEAREST = 1e-4
+"""Width of the bracket in log epsilon below which the search for a sparsity ends. A smaller value
+spends trials on changes of single weights; a larger one misses the sparsity by more. Chosen by
+hand."""
+
+_MET = 1e-4
+"""Share of the weights by which the zeros may miss the count wanted for the search to end. A
+smaller value costs more trials; a larger one gives a less exact sparsity. Chosen by hand."""
+
+_FACTOR, _RATIO = 2.0, 1.05
+"""Of a search for a drop: the factor between relative epsilons until the drop is bracketed, and the
+ratio of the bracket's ends at which the search ends. A larger factor brackets with fewer trials and
+leaves a wider bracket. A smaller ratio costs more trials, and accuracies are too uneven to gain
+from it; a larger one prunes less than possible. Chosen by hand."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What one relative epsilon is searched for: exactly one of the two.
+    """Aim of a search for one relative epsilon: a sparsity or a drop, exactly one of the two.
 
     Attributes
     ----------
     first : float
-        Relative epsilon to begin with.
+        Relative epsilon of the first trial.
     sparsity : float or None
-        Zeros over weights of all retrained layers together.
+        Zeros over weights in [0, 1], of all retrained layers together.
     max_drop : float or None
-        Points of held-out accuracy that may be lost; the sparsest trial within is chosen.
+        Held-out accuracy that may be lost, in percentage points; the sparsest trial within it is
+        chosen.
     max_trials : int
-        Networks retrained at most.
+        Largest number of networks retrained.
+
+    Raises
+    ------
+    ValueError
+        If a value is out of range, or both or neither of the aims are given.
     """
 
     first: float = 0.05
@@ -72,20 +96,21 @@ class Goal:
 
 @dataclass(frozen=True)
 class Trial:
-    """One relative epsilon and what it gave.
+    """One relative epsilon and its outcome.
 
     Attributes
     ----------
     relative_epsilon : float
-        Of every layer (parallel), of the first (cascade).
+        Relative epsilon of every layer (parallel scheme) or of the first layer (cascade).
     zeros, weights : int
-        Of the retrained layers.
+        Zeros and prunable weights of all retrained layers.
     drop : float or None
-        Points of held-out accuracy lost (after fine-tuning, where there is any); None without.
+        Held-out accuracy lost, in percentage points, after fine-tuning where there is any; None
+        where there is no accuracy.
     certified : bool
-        Whether every layer is.
+        Whether every layer is certified.
     seconds : float
-        Wall time.
+        Wall time of the trial.
     """
 
     relative_epsilon: float
@@ -102,7 +127,18 @@ class Trial:
 
     @staticmethod
     def of(record: Mapping[str, Any]) -> Trial:
-        """Read a trial off its run's record."""
+        """Read a trial from the record of its run.
+
+        Parameters
+        ----------
+        record : mapping
+            JSON values of the trial's ``run.json``.
+
+        Returns
+        -------
+        Trial
+            Epsilon, zeros, drop, certification and seconds of that run.
+        """
         held_out = record["accuracy"].get("held_out")
         drop = None
         if held_out is not None and held_out["before"] is not None:
@@ -124,12 +160,28 @@ def goal_of(
     max_drop: float | None,
     max_trials: int,
 ) -> Goal | None:
-    """What one epsilon is to be searched for; None where none is.
+    """Determine the aim of the search that the options ask for.
+
+    Parameters
+    ----------
+    options : NetTrimOptions
+        Options of the run.
+    sparsity_of : {"layer", "network"}
+        Whether the sparsity is that of each layer or of the whole network.
+    max_drop : float or None
+        Held-out accuracy that may be lost, in percentage points.
+    max_trials : int
+        Largest number of networks retrained.
+
+    Returns
+    -------
+    Goal or None
+        Aim of the search; None where the options need no search.
 
     Raises
     ------
     ValueError
-        If what is asked for contradicts itself.
+        If the options contradict each other.
     """
     if sparsity_of not in ("layer", "network"):
         raise ValueError(f"sparsity_of: want 'layer' or 'network', got {sparsity_of!r}")
@@ -153,16 +205,31 @@ def goal_of(
 
 
 OnTrial = Callable[[Trial, Goal], None]
+"""Receives each trial as soon as it is done, and the goal."""
+
 RunAt = Callable[[float, Request], Run]
 """Retrains the network at a relative epsilon, as a request asks."""
 
 
 def next_epsilon(goal: Goal, trials: Sequence[Trial]) -> float | None:
-    """Choose the next relative epsilon; None when the search is over. There is one trial at least.
+    """Choose the next relative epsilon.
 
-    For a sparsity, the root of the surplus zeros over log epsilon (see `solvers.path.root`). For a
-    drop, steps by 2 until it is bracketed, then halves of the bracket until it is 5 % wide:
-    accuracies are too uneven for more.
+    For a sparsity: the root of the surplus of zeros as a function of log epsilon
+    (`solvers.path.root`). For a drop: steps by a factor of 2 until the limit is bracketed, then
+    bisection on the logarithm until the bracket is 5 % wide; accuracies are too uneven for a finer
+    one.
+
+    Parameters
+    ----------
+    goal : Goal
+        Aim of the search.
+    trials : sequence of Trial
+        Trials so far, at least one, in their order.
+
+    Returns
+    -------
+    float or None
+        Next relative epsilon, within [`SMALLEST`, `LARGEST`]; None when the search is over.
     """
     if len(trials) >= goal.max_trials:
         return None
@@ -189,10 +256,22 @@ def next_epsilon(goal: Goal, trials: Sequence[Trial]) -> float | None:
 
 
 def choose(goal: Goal, trials: Sequence[Trial]) -> int:
-    """Number of the trial that is the outcome, from 0.
+    """Choose the trial that is the outcome of the search.
 
-    The one nearest to the sparsity; or the sparsest within the drop, and if none is within, the one
-    with the smallest drop.
+    For a sparsity, the trial nearest to it. For a drop, the sparsest trial within it; if there is
+    none, the trial with the smallest drop.
+
+    Parameters
+    ----------
+    goal : Goal
+        Aim of the search.
+    trials : sequence of Trial
+        All trials, at least one.
+
+    Returns
+    -------
+    int
+        Index of the trial, from 0.
     """
     numbers = range(len(trials))
     if goal.sparsity is not None:
@@ -217,28 +296,34 @@ def search_epsilon(
     Parameters
     ----------
     goal : Goal
-        What to look for.
+        Aim of the search.
     run_at : callable
-        Retrains the network at a relative epsilon.
+        Function that retrains the network at a relative epsilon, as a request asks.
     request : Request
-        What is retrained, on what, judged on what, and where it is written.
+        Network, data, held-out data and run directory.
     stream : LayerStream
-        The dense network on the calibration data.
+        Dense network on the calibration data.
     settings : mapping
-        The method's options as JSON values, for the directory's identity.
+        Options of the method as JSON values, for the directory's identity.
     on_trial : callable or None
-        Called with each trial as it is done, and the goal.
+        Function called with each trial as soon as it is done, and with the goal.
 
     Returns
     -------
     Run
-        The chosen trial's, its record with ``search`` beside the rest: the goal, what was got,
-        whether it was met, and all trials.
+        Run of the chosen trial; its record has ``search`` too: the goal, what was reached, whether
+        the goal was met, and all trials.
 
     Raises
     ------
     ValueError
         If the directory is invalid.
+
+    Notes
+    -----
+    Cost: up to ``goal.max_trials`` runs, and one more of the chosen trial where its network is no
+    longer in memory (with a run directory, the layers of that run are read rather than solved).
+    Memory: one trial's network besides the dense one.
     """
     started = time.perf_counter()
     target = request.out
@@ -257,7 +342,7 @@ def search_epsilon(
         if target is not None:
             directory = stack.enter_context(open_run(target, identity, ()))
         trials: list[Trial] = []
-        kept: tuple[int, Run] | None = None  # only the chosen one so far: networks may be large
+        kept: tuple[int, Run] | None = None  # the best trial so far only: networks may be large
         epsilon: float | None = min(max(goal.first, SMALLEST), LARGEST)
         while epsilon is not None:
             number = len(trials)
@@ -293,11 +378,19 @@ def search_epsilon(
 
 
 def check_classes(subject: Subject, held_out: Data | None) -> None:
-    """Refuse held-out data on which no accuracy can drop.
+    """Refuse held-out data that gives no accuracy, for a search that limits a drop of accuracy.
+
+    Parameters
+    ----------
+    subject : Subject
+        Network.
+    held_out : Data or None
+        Held-out data.
 
     Raises
     ------
     ValueError
+        If there is no held-out data, or its labels are not classes.
     """
     wanted = "max_drop: wants held-out data (evaluate) with a class for each sample"
     if held_out is None:
@@ -309,11 +402,12 @@ def check_classes(subject: Subject, held_out: Data | None) -> None:
 
 def _within(goal: Goal, trial: Trial) -> bool:
     assert goal.max_drop is not None
-    return _drop(trial) <= goal.max_drop + 1e-9  # differences of shares are rounded
+    # 1e-9 percentage points cover the rounding of a difference of two shares.
+    return _drop(trial) <= goal.max_drop + 1e-9
 
 
 def _drop(trial: Trial) -> float:
-    """Points lost; without an accuracy (outputs that are no classes) all of them."""
+    """Percentage points lost; infinity where there is no accuracy (outputs are not classes)."""
     return math.inf if trial.drop is None else trial.drop
 
 
@@ -322,7 +416,7 @@ def _place(target: Path | None, number: int) -> Path | None:
 
 
 def _finished(place: Path | None, epsilon: float) -> dict[str, Any] | None:
-    """Record of a trial that is done; what else it depends on is in the directory's identity."""
+    """Read the record of a finished trial; the directory's identity covers what else matters."""
     record = read_if_finished(place)
     if record is None or place is None:
         return None

@@ -1,9 +1,9 @@
-"""The identity of a run: everything that could change a weight, as JSON values a person can read.
+"""The identity of a run: everything that could change a weight, as readable JSON values.
 
-What the network and the data are, their stream says (`retrain.stream.stream.LayerStream.identity`).
-Here is the rest: the machine, the packages, and what decides the last bits of a sum. Where an
-effect can be read off a library, the effect is recorded, not the environment variable behind it:
-where OPENBLAS_CORETYPE names the kernels that OpenBLAS would choose anyway, the run is the same.
+The stream describes the network and the data (`retrain.stream.stream.LayerStream.identity`). This
+module describes the rest: the machine, the packages, and what decides the last bits of a sum. Where
+a library reports an effect, the effect is recorded rather than the environment variable behind it:
+if OPENBLAS_CORETYPE names the kernels that OpenBLAS would choose anyway, the run is the same.
 Paths, the order of imports, the language and the seed of Python's hashes are left out, since they
 change no weight.
 """
@@ -33,11 +33,14 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from retrain.stream.stream import LayerStream
 
 _NO_NUMBERS = ("filelock", "matplotlib", "msgspec", "rich")
-"""Dependencies that lock, check records, draw and print: no number of a network passes through."""
+"""Dependencies that only lock, check records, draw or print; their versions change no weight and
+are left out of the identity. A package listed here by mistake would hide a change of versions."""
 
 _UNSEEN_SOURCES = ("cli", "report", "verify")
-"""Rooms of `retrain` whose code no weight depends on; what options mean is in the identity."""
+"""Subpackages of `retrain` whose code changes no weight; their sources are left out of the hash,
+so that a run resumes after they change. The options they pass on are in the identity."""
 
+# Settings of numba that change the machine code it compiles, and so the last bits.
 _NUMBA_SETTINGS = (
     "CPU_NAME",
     "CPU_FEATURES",
@@ -76,16 +79,18 @@ VARIABLES = (
     "GLIBC_TUNABLES",
     "LD_PRELOAD",
 )
-"""Variables that can change last bits and whose effect no library tells in full."""
+"""Environment variables that can change the last bits and whose effect no library reports in full.
+Collected from the libraries' manuals; a variable that is missing here lets a run resume under other
+arithmetic."""
 
 
 def run_identity(stream: LayerStream) -> dict[str, Any]:
-    """Return what of a run's identity does not depend on its method.
+    """Return the part of a run's identity that does not depend on its method.
 
     Parameters
     ----------
     stream : LayerStream
-        The network, as it was given, on the calibration data.
+        Dense network on the calibration data.
 
     Returns
     -------
@@ -102,14 +107,20 @@ def run_identity(stream: LayerStream) -> dict[str, Any]:
 
 
 def surroundings(device: str, *, with_torch: bool) -> dict[str, Any]:
-    """Return the machine, the packages, and what decides the last bits, as JSON values.
+    """Describe the machine, the packages, and what decides the last bits of a result.
 
     Parameters
     ----------
     device : str
-        Where torch computes.
+        Device on which torch computes.
     with_torch : bool
-        Whether torch computes at all; where it does not, it may be loaded or not.
+        Whether torch computes at all; without it, whether torch is loaded makes no difference.
+
+    Returns
+    -------
+    dict
+        JSON values: ``device``, ``cores``, ``versions``, ``code of retrain and solvers`` (a hash),
+        ``kernels`` and ``environment``.
     """
     return {
         "device": device,
@@ -127,6 +138,11 @@ def versions() -> Mapping[str, str]:
 
     These are its dependencies as its metadata declares them, so a new one is never forgotten, and
     llvmlite, which numba compiles with. Looked up once: what this process has loaded stays.
+
+    Returns
+    -------
+    mapping from str to str
+        Version by name of the package, ``python`` included. Read-only.
     """
     names = {"llvmlite", "retrain"}
     for requirement in requires("retrain") or ():
@@ -139,10 +155,10 @@ def versions() -> Mapping[str, str]:
 
 @lru_cache(maxsize=1)
 def _sources() -> str:
-    """SHA-256 of this package's code.
+    """Hash this package's code (SHA-256).
 
-    Between two releases the version stays, and so it cannot tell a checkout from a changed one. A
-    developer who resumes with other code is refused once too often rather than once too little.
+    The version does not change between two releases, so it cannot tell an edited checkout from the
+    original. A developer who resumes with other code is refused rather once too often.
     """
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
@@ -156,7 +172,7 @@ def _sources() -> str:
 
 
 def _kernels(device: str, with_torch: bool) -> dict[str, Any]:
-    """Return which kernels the libraries chose, by their own account and by what they compute."""
+    """Return the kernels that the libraries report, and hashes of what they compute."""
     features = np.show_config(mode="dicts") or {}
     config = numba.config
     host = llvmlite.binding
@@ -171,7 +187,8 @@ def _kernels(device: str, with_torch: bool) -> dict[str, Any]:
         },
     }
     if with_torch:
-        with threadpool_limits(joblib.cpu_count()):  # MKL follows, unless it was told a number
+        # MKL follows the limit, unless its own number of threads is set.
+        with threadpool_limits(joblib.cpu_count()):
             found["torch"] = _torch_settings(device)
     with threadpool_limits(1):
         found["numpy's last bits"] = _numpy_bits()
@@ -183,8 +200,8 @@ def _kernels(device: str, with_torch: bool) -> dict[str, Any]:
 def _blas() -> dict[str, str]:
     """Name the BLAS libraries that numpy and scipy use, each with the kernels that it chose.
 
-    Other packages bring libraries of their own, which are loaded or not as the program that calls
-    us pleases, and compute nothing here.
+    Libraries that other packages bring are left out: whether they are loaded depends on the calling
+    program, and they compute nothing here.
     """
     found: dict[str, list[str]] = {}
     for library in threadpool_info():
@@ -199,9 +216,10 @@ def _blas() -> dict[str, str]:
 
 
 def _numpy_bits() -> str:
-    """Hash what numpy and scipy make of fixed numbers: products, factors, functions, sums.
+    """Hash what numpy and scipy compute from fixed numbers: products, factors, functions, sums.
 
-    Small enough that one thread does each, so that the number of threads does not matter.
+    The arrays are small enough that one thread computes each, so the number of threads does not
+    matter.
     """
     digest = hashlib.sha256()
     for dtype in (np.float32, np.float64):
@@ -231,7 +249,7 @@ def _numpy_bits() -> str:
 
 
 def _torch_settings(device: str) -> dict[str, Any]:
-    """Return torch's own account of how it computes here."""
+    """Return torch's own report of how it computes on this machine."""
     import torch
 
     threads = re.search(r"mkl_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())
@@ -263,7 +281,7 @@ def _torch_settings(device: str) -> dict[str, Any]:
 
 
 def _torch_bits(device: str) -> str:
-    """Hash what torch makes of fixed numbers on a device: layers, activations, sums, factors."""
+    """Hash what torch computes from fixed numbers: layers, activations, sums, factors."""
     import torch
     from torch.nn import functional
 
@@ -301,7 +319,7 @@ def _activations() -> tuple[Callable[[Any], Any], ...]:
 
 
 def _numbers(count: int, dtype: Any) -> np.ndarray:
-    """Numbers between -1.3 and 1.3 that are the same everywhere: integer steps, one division."""
+    """Return numbers between -1.3 and 1.3 that are equal on every machine: one division."""
     return ((np.arange(count) * 7919 % 263 - 131) / 101).astype(dtype)
 
 
@@ -311,22 +329,31 @@ def _digest(text: str) -> str:
 
 # --- what differs ---------------------------------------------------------------------------------
 
-_TOLD = 4  # differences that a message names; the others are counted
-_LONGEST = 72  # characters of a value in a message
+_TOLD = 4  # number of differences that a message names; the rest are counted. Chosen by hand
+_LONGEST = 72  # characters of a value that a message shows; chosen by hand, about a line
+
 _HASHES = ("computation", "training", "weights", "network and data")
-"""What follows from other entries, or says less than they do, is told after them, in this order."""
+"""Entries that follow from others, or say less than they do. Messages name them last, in this
+order."""
+
 _ADDED = ("weights", "computation", "data", "kernels", "environment", "code of retrain and solvers",
           "arrays", "batch size", "tensor names", "training")  # fmt: skip
-"""Entries that every identity has now, and those of earlier versions lack."""
+"""Entries that every identity has now and that identities of earlier versions may lack. Where one
+is missing, the message says so instead of naming a difference."""
 
 
 def differences(before: Any, now: Any) -> str:
-    """Say in words where two identities differ; empty where they do not.
+    """Describe where two identities differ.
 
     Parameters
     ----------
     before, now : JSON values
         The recorded identity and that of the command at hand.
+
+    Returns
+    -------
+    str
+        Up to four differences in words, separated by semicolons; empty where there are none.
     """
     if not isinstance(before, Mapping):
         return "it has no identity"
@@ -379,7 +406,7 @@ def _cut(text: str, start: int) -> str:
 
 
 def _said(value: Any) -> str:
-    """A value as JSON; a hash by its beginning."""
+    """Write a value as JSON, a hash by its first digits."""
     if value is None:
         return "not set"
     text = json.dumps(value, ensure_ascii=False)

@@ -3,10 +3,10 @@
     OUT/
       trials/WEIGHT/        a training with few epochs for each weight that the search tried
       knees/WEIGHT/         a training with all epochs at each knee
-      search.json           what the trainings came to, and the knees
+      search.json           outcomes of the trainings, and the knees
 
-All of them resume. A search that was killed and is called again reads what is finished, goes on
-with what was not, and so proposes and finds the same.
+Every training resumes. A search that was killed and is called again reads the finished trainings,
+resumes the unfinished ones, and therefore proposes the same weights and finds the same knees.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ Strategy = Callable[[Train], list[Outcome]]
 
 @dataclass(frozen=True, eq=False)
 class KneeSearch:
-    """What a search came to.
+    """Outcome of a knee search.
 
     Attributes
     ----------
     outcomes : list of Outcome
-        Of all trainings, in their order.
+        Outcomes of all trainings, in their order.
     by_trade_off, by_chord : Knee
-        The two criteria's knees, each with its reason where there is none.
+        Knees by the two criteria, each with its reason where there is none.
     runs : dict of float to TrainedRun
-        The full trainings, by the weight of the knee; a knee whose training diverges has none.
+        Full trainings by the weight of the knee; a knee whose training diverges has no entry.
     """
 
     outcomes: list[Outcome]
@@ -65,33 +65,35 @@ def search_knee(
     data: Any = None,
     test: Any = None,
 ) -> KneeSearch:
-    """Search for the knee with few epochs, and train with all of the recipe's there.
+    """Search for the knee with short trainings, then train with all epochs at the knee.
 
     Parameters
     ----------
     recipe : Recipe
-        Of weighted intra-training pruning. Its trade-off is replaced.
-    out : path
+        Recipe of weighted intra-training pruning. Its trade-off is replaced.
+    out : str or Path
         Directory of the search.
     strategy : callable
-        Which weights to train: ``partial(bisection, interval=(1e-5, 0.1), levels=6, budget=20)``.
+        Search over the weights: ``partial(bisection, interval=(1e-5, 0.1), levels=6, budget=20)``.
     epochs : int
-        Of a trial.
+        Number of epochs of each trial.
     jobs : int, optional
-        Trainings at a time, in processes of their own.
+        Number of trainings at the same time, each in a process of its own.
     threads : int, optional
-        Of torch in each training. Part of the runs' identity, as it changes the last bits.
-    data, test : optional
-        As for `retrain.runs.training.train`.
+        Number of torch threads in each training. Part of the runs' identity, since it changes the
+        last bits.
+    data, test : array, tensor, pair (x, y), DataLoader or Data, optional
+        Data to train and to test on, as for `retrain.runs.training.train`.
 
     Returns
     -------
     KneeSearch
+        Outcomes of the trials, knees, and full trainings.
 
     Raises
     ------
     ValueError
-        If the recipe is of another method, or an argument or a run directory unfit.
+        If the recipe is of another method, or an argument or a run directory is invalid.
 
     Notes
     -----
@@ -128,7 +130,25 @@ def trainer(
     data: Any = None,
     test: Any = None,
 ) -> Train:
-    """Return the function that a search trains with: a run directory for each weight.
+    """Make the function that a search trains with; it uses one run directory per weight.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Recipe of weighted intra-training pruning, with the epochs of a trial.
+    folder : Path
+        Directory that holds the run directories.
+    jobs : int, optional
+        Number of trainings at the same time, each in a process of its own.
+    threads : int, optional
+        Number of torch threads in each training.
+    data, test : array, tensor, pair (x, y), DataLoader or Data, optional
+        Data to train and to test on, as for `retrain.runs.training.train`.
+
+    Returns
+    -------
+    callable
+        (weights) -> list of Outcome, one per weight, in their order.
 
     Raises
     ------
@@ -173,7 +193,7 @@ def _trial(
     changed = recipe.changed({"method.trade_off": trade_off_of(weight)})
     with _threads(threads):
         try:
-            # repr tells any two weights apart, and is the same again.
+            # repr is unique for each weight and the same in every process.
             return run_training(changed, folder / repr(float(weight)), data=data, test=test)
         except FloatingPointError:
             return None

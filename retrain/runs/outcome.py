@@ -18,10 +18,24 @@ if TYPE_CHECKING:
 
 
 OnLayer = Callable[[LayerReport, int], None]
+"""Receives the report of each layer as soon as the layer is done, and the number of layers."""
 
 
 def counting(on_layer: OnLayer | None, runs: int) -> OnLayer | None:
-    """Tell how many layers there are in all of so many runs."""
+    """Make a callback that multiplies the number of layers by the number of runs.
+
+    Parameters
+    ----------
+    on_layer : callable or None
+        Callback with a LayerReport and the number of layers.
+    runs : int
+        Number of runs over the same layers.
+
+    Returns
+    -------
+    callable or None
+        Callback for each single run; None where `on_layer` is None.
+    """
     if on_layer is None:
         return None
     return lambda report, total: on_layer(report, total * runs)
@@ -34,16 +48,16 @@ class Run:
     Attributes
     ----------
     model : torch.nn.Module or Chain
-        The retrained network, of the kind that was given.
+        Retrained network, of the kind that was given.
     layers : tuple of LayerReport
-        What became of each layer.
+        Outcome of each retrained layer.
     bounds : dict of OutputBound
         Output deviation, bound beside measured: ``"calibration"`` and, with held-out data,
-        ``"held_out"``. Of the retrained network before any fine-tuning.
+        ``"held_out"``. Both concern the retrained network before any fine-tuning.
     record : dict
-        All that ``run.json`` holds: options, versions, totals, accuracies, seconds.
+        JSON values of ``run.json``: options, versions, totals, accuracies, seconds.
     directory : Path or None
-        Where the run was written, if anywhere.
+        Run directory; None where nothing was written.
     """
 
     model: Any
@@ -80,7 +94,19 @@ class Run:
 
 
 def totals(reports: Sequence[LayerReport]) -> dict[str, Any]:
-    """Sum up the retrained layers."""
+    """Sum up the retrained layers.
+
+    Parameters
+    ----------
+    reports : sequence of LayerReport
+        Reports of all retrained layers, at least one.
+
+    Returns
+    -------
+    dict
+        JSON values: ``weights``, ``zeros_before``, ``zeros``, ``sparsity``, ``certified``,
+        ``solve_seconds``.
+    """
     weights = sum(report.weights for report in reports)
     zeros = sum(report.zeros for report in reports)
     return {
@@ -94,12 +120,26 @@ def totals(reports: Sequence[LayerReport]) -> dict[str, Any]:
 
 
 def read_run(directory: Path, record: dict[str, Any], model: Any = None) -> Run:
-    """Read a finished run back; `record` is what its directory's ``run.json`` holds.
+    """Read a finished run from its directory.
+
+    Parameters
+    ----------
+    directory : Path
+        Run directory.
+    record : dict
+        JSON values of its ``run.json``.
+    model : torch.nn.Module, optional
+        Architecture of the network, where the run could not describe it.
+
+    Returns
+    -------
+    Run
+        Run as `retrain.net_trim` or `retrain.lobs` returned it.
 
     Raises
     ------
     ValueError
-        If a file is damaged, or the network's architecture must be given as `model` and is not.
+        If a file is damaged, or the architecture is needed and `model` is not given.
     """
     checked = check_finished(record, f"run: {directory / RUN_FILE}")
     return Run(

@@ -1,9 +1,9 @@
-"""What can be refused is refused here, before the first layer is solved.
+"""Everything that can be refused is refused here, before the first layer is solved.
 
-A run takes long, and most of what can end it badly is known when it begins: held-out data that the
-network does not take, labels that fine-tuning cannot use, tensors that cannot be saved, a disk that
-is too full. Each is tried where it is cheap to try: by one pass over the data, by one step of
-training on a copy, by looking.
+A run takes long, and most causes of failure are known when it begins: held-out data that the
+network does not accept, labels that fine-tuning cannot use, tensors that cannot be saved, a disk
+that is too full. Each is tested where that is cheap: by one pass over the data, by one training
+step on a copy, or by looking at the disk.
 """
 
 from __future__ import annotations
@@ -26,26 +26,28 @@ from retrain.stream.stream import LayerSpec, LayerStream, layer
 _log = logging.getLogger(__name__)
 
 Oversized = Callable[[LayerStream, LayerSpec], str | None]
-"""Says why a layer cannot be solved in the memory allowed, with the way out; None where it can."""
+"""Returns why a layer cannot be solved in the memory allowed, with the remedy; None if it can."""
 
 _SPARE = 1.2
-"""Room on the disk that a run wants, relative to the weights it writes: for headers and records."""
+"""Free space on the disk that a run needs, relative to the bytes of the weights it writes. The
+surplus is for headers and records; a smaller value risks a full disk during the run, a larger one
+refuses disks that would do. Chosen by hand."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A run that may begin: the network on the calibration data and on held-out data, the layers.
+    """A run that may begin: the network on calibration and held-out data, and the layers.
 
     Attributes
     ----------
     stream : LayerStream
-        On the calibration data.
+        Network on the calibration data.
     held_out : LayerStream or None
-        On the held-out data.
+        Network on the held-out data.
     names : list of str
-        Layers to retrain.
-    left : dict
-        Layers that were selected and are left as they are all the same, each with the reason.
+        Names of the layers to retrain.
+    left : dict from str to str
+        Layers that were selected but are not retrained, each with the reason.
     """
 
     stream: Any
@@ -55,14 +57,19 @@ class Prepared:
 
 
 def prepare(request: Request, oversized: Oversized) -> Prepared:
-    """Open a network on its data, and refuse what would end the run later.
+    """Open a network on its data, and refuse whatever would end the run later.
 
     Parameters
     ----------
     request : Request
-        What is retrained, on what, judged on what, and where; the directory need not exist.
+        Network, data, held-out data and run directory; the directory need not exist.
     oversized : callable
-        Says why the method cannot solve a layer in the memory allowed, or None.
+        (stream, spec) -> reason why the method cannot solve a layer in the memory allowed, or None.
+
+    Returns
+    -------
+    Prepared
+        Streams, and the layers to retrain.
 
     Raises
     ------
@@ -70,6 +77,11 @@ def prepare(request: Request, oversized: Oversized) -> Prepared:
         If something is invalid; the message names the argument.
     OSError
         If the disk has too little room.
+
+    Notes
+    -----
+    Cost: one pass of each data set through the dense network; with fine-tuning, up to two training
+    steps on a copy.
     """
     data, held_out = request.data, request.held_out
     _log.info("reading: the network on %s (%d samples)", data.name, len(data))
@@ -97,9 +109,10 @@ def _fitting(
     layers: str | Sequence[str] | None,
     oversized: Oversized,
 ) -> tuple[list[str], dict[str, str]]:
-    """Part the layers into those that fit into memory and those that are left, with the reason.
+    """Separate the layers that fit into memory from those that do not, with the reason.
 
-    A layer that was asked for by its name is not left out in silence, and neither are all.
+    A layer that was named without a wildcard, or all layers, are never left out silently: then this
+    raises.
     """
     reasons = {name: oversized(stream, layer(stream, name)) for name in names}
     left = {name: reason for name, reason in reasons.items() if reason is not None}
@@ -114,7 +127,21 @@ def select(
     chosen: str | Sequence[str] | None,
     skip: str | Sequence[str] | None,
 ) -> list[str]:
-    """Names of the layers to retrain: those that can be, match `chosen` and do not match `skip`.
+    """Select the layers to retrain: those that can be, match `chosen` and do not match `skip`.
+
+    Parameters
+    ----------
+    layers : sequence of LayerSpec
+        All layers of the network.
+    chosen : str, sequence of str or None
+        Shell patterns of layer names, as a text separated by commas; all layers without it.
+    skip : str, sequence of str or None
+        Shell patterns of layer names to leave out.
+
+    Returns
+    -------
+    list of str
+        Names of the layers, in execution order.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What `run.json` of a finished run holds, as types: whoever reads one has it checked first."""
+"""What `run.json` of a finished run holds, as types: every reader has the file checked first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,21 @@ from retrain.stream.layer_report import LayerReport
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """Sums over the retrained layers."""
+    """Sums over the retrained layers.
+
+    Attributes
+    ----------
+    weights : int
+        Number of prunable weights.
+    zeros_before, zeros : int
+        Number of weights that are exactly zero in the dense and in the retrained network.
+    sparsity : float
+        Zeros over weights.
+    certified : bool
+        Whether every layer is certified.
+    solve_seconds : float
+        Wall time of stating and solving, in seconds.
+    """
 
     weights: Positive
     zeros_before: Count
@@ -24,7 +38,19 @@ class Totals(msgspec.Struct, frozen=True):
 
 
 class Accuracy(msgspec.Struct, frozen=True):
-    """Shares of samples classified rightly; `reason` says why there are none."""
+    """Shares of samples that are classified correctly.
+
+    Attributes
+    ----------
+    before, after : float or None
+        Accuracy in [0, 1] of the dense and of the retrained network; None without classes.
+    fine_tuned : float or None
+        Accuracy in [0, 1] after fine-tuning; None without it.
+    labels : str or None
+        Conversion of the labels, if there was one.
+    reason : str or None
+        Why there is no accuracy.
+    """
 
     before: float | None
     after: float | None
@@ -34,7 +60,15 @@ class Accuracy(msgspec.Struct, frozen=True):
 
 
 class Left(msgspec.Struct, frozen=True):
-    """A layer that was not retrained."""
+    """A layer that was not retrained.
+
+    Attributes
+    ----------
+    name, kind : str
+        Name and kind of the layer, as in `LayerSpec`.
+    reason : str
+        Why it was not retrained.
+    """
 
     name: str
     kind: str
@@ -42,14 +76,36 @@ class Left(msgspec.Struct, frozen=True):
 
 
 class ChainModel(msgspec.Struct, frozen=True, tag_field="kind", tag="chain"):
-    """How a chain of arrays is built again."""
+    """How a chain of arrays is built again.
+
+    Attributes
+    ----------
+    biases : list of bool
+        Whether each layer has a bias row.
+    follows : list of {"relu", "linear"}
+        Activation after each layer.
+    """
 
     biases: list[bool]
     follows: list[Literal["relu", "linear"]]
 
 
 class Dense(msgspec.Struct, frozen=True):
-    """A layer of a chain that was read off the shapes in a file."""
+    """A layer of a chain that was derived from the shapes in a file.
+
+    Attributes
+    ----------
+    name : str
+        Dotted name of the layer in the module.
+    shape : tuple of int
+        (n_in, n_out).
+    bias : bool
+        Whether it has a bias.
+    dtype : str
+        Torch's name of its dtype.
+    activation : str
+        Activation after it.
+    """
 
     name: str
     shape: tuple[Positive, Positive]
@@ -59,7 +115,24 @@ class Dense(msgspec.Struct, frozen=True):
 
 
 class ModuleModel(msgspec.Struct, frozen=True, tag_field="kind", tag="module"):
-    """How a torch module is built again."""
+    """How a torch module is built again.
+
+    Attributes
+    ----------
+    names : dict from str to str
+        Name in the file by name in the module, of every tensor.
+    plain : bool
+        Whether `retrain.adapters.files.load.load_model` can rebuild the network from its file
+        alone.
+    path : str or None
+        File that the network was read from.
+    note : str
+        Assumptions that were made on reading that file.
+    description : dict or None
+        Architecture as `retrain.adapters.files.description` writes it; None where it cannot.
+    dense_layers : list of Dense
+        Layers of a chain that was derived from the shapes in a file; empty for other networks.
+    """
 
     names: dict[str, str]
     plain: bool
@@ -70,7 +143,21 @@ class ModuleModel(msgspec.Struct, frozen=True, tag_field="kind", tag="module"):
 
 
 class Theorem(msgspec.Struct, frozen=True):
-    """Theorem 3.2 of L-OBS in numbers."""
+    """Theorem 3.2 of L-OBS in numbers.
+
+    Attributes
+    ----------
+    rows : int
+        Number of samples.
+    measured : float or None
+        |Yhat - Y|_F of the outputs; None where it is not finite.
+    spectral, frobenius : float or None
+        Bounds of theorem 3.2 on it, with either norm.
+    reason : str or None
+        Why there is no bound.
+    defect : str or None
+        Message about a bound below the measured value; None as it should be.
+    """
 
     rows: Positive
     measured: float | None
@@ -85,7 +172,21 @@ class Theorem(msgspec.Struct, frozen=True):
 
 
 class Tried(msgspec.Struct, frozen=True):
-    """A trial of a search for one epsilon."""
+    """A trial of a search for one epsilon.
+
+    Attributes
+    ----------
+    relative_epsilon : float
+        Relative epsilon of the trial.
+    zeros, weights : int
+        Zeros and prunable weights of all retrained layers.
+    drop : float or None
+        Held-out accuracy lost, in percentage points.
+    certified : bool
+        Whether every layer is certified.
+    seconds : float
+        Wall time.
+    """
 
     relative_epsilon: float
     zeros: Count
@@ -96,7 +197,17 @@ class Tried(msgspec.Struct, frozen=True):
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """What was searched for: a sparsity, or a drop of accuracy."""
+    """Aim of a search: a sparsity, or a drop of accuracy.
+
+    Attributes
+    ----------
+    sparsity : float
+        Zeros over weights; absent in a search for a drop.
+    zeros : int
+        The same as a count; absent in a search for a drop.
+    max_drop : float
+        Held-out accuracy that may be lost, in percentage points; absent in a search for a sparsity.
+    """
 
     sparsity: float | UnsetType = UNSET
     zeros: Count | UnsetType = UNSET
@@ -104,7 +215,17 @@ class Asked(msgspec.Struct, frozen=True):
 
 
 class Got(msgspec.Struct, frozen=True):
-    """What was found."""
+    """Result of a search.
+
+    Attributes
+    ----------
+    sparsity : float
+        Zeros over weights of the chosen trial.
+    zeros : int
+        The same as a count; absent in a search for a drop.
+    drop : float or None
+        Held-out accuracy lost, in percentage points; absent in a search for a sparsity.
+    """
 
     sparsity: float
     zeros: Count | UnsetType = UNSET
@@ -112,7 +233,23 @@ class Got(msgspec.Struct, frozen=True):
 
 
 class Search(msgspec.Struct, frozen=True):
-    """A search for one epsilon."""
+    """A search for one epsilon.
+
+    Attributes
+    ----------
+    asked : Asked
+        Aim of the search.
+    got : Got
+        Result of the chosen trial.
+    met : bool
+        Whether the result meets the aim.
+    relative_epsilon : float
+        Relative epsilon of the chosen trial.
+    chosen : int
+        Number of the chosen trial, from 1.
+    trials : list of Tried
+        All trials in their order.
+    """
 
     asked: Asked
     got: Got
@@ -129,14 +266,54 @@ class Search(msgspec.Struct, frozen=True):
 
 
 class Stage(msgspec.Struct, frozen=True):
-    """One stage of an iterative run."""
+    """One stage of an iterative run.
+
+    Attributes
+    ----------
+    totals : Totals
+        Sums over the layers of the stage.
+    accuracy : dict from str to Accuracy
+        Accuracies by data set.
+    """
 
     totals: Totals
     accuracy: dict[str, Accuracy]
 
 
 class RunRecord(msgspec.Struct, frozen=True):
-    """The record of a finished retraining run, but for `layers` and `bounds`."""
+    """The record of a finished retraining run (`check_finished` checks `layers` and `bounds`).
+
+    Attributes
+    ----------
+    state : {"finished"}
+        State of the run.
+    method : str
+        ``"net-trim"`` or ``"lobs"``.
+    identity : dict
+        Everything that could change a weight.
+    model : ChainModel or ModuleModel
+        Description from which the network is built again.
+    layers : list of dict
+        Report of each layer, as JSON values.
+    bounds : dict from str to dict
+        Output bound by data set, as JSON values.
+    totals : Totals
+        Sums over the retrained layers.
+    accuracy : dict from str to Accuracy
+        Accuracies by data set.
+    left : list of Left
+        Layers that were not retrained.
+    options : dict
+        Options of the method, as JSON values.
+    seconds : float
+        Wall time of the run.
+    theorems : dict from str to Theorem
+        Bounds of the method's paper by data set; empty where there are none.
+    search : Search or None
+        Search for one epsilon, if there was one.
+    stages : list of Stage
+        Stages of an iterative run; empty for others.
+    """
 
     state: Literal["finished"]
     method: str
@@ -155,7 +332,17 @@ class RunRecord(msgspec.Struct, frozen=True):
 
 
 class Checked(msgspec.Struct, frozen=True):
-    """What a finished run's record says, in types."""
+    """The record of a finished run, with its parts as types.
+
+    Attributes
+    ----------
+    record : RunRecord
+        The record.
+    layers : tuple of LayerReport
+        Reports of the layers.
+    bounds : dict from str to OutputBound
+        Output bounds by data set.
+    """
 
     record: RunRecord
     layers: tuple[LayerReport, ...]
@@ -168,9 +355,14 @@ def check_finished(record: dict[str, Any], what: str) -> Checked:
     Parameters
     ----------
     record : dict
-        As `retrain.runs.directory.read_record` gives it.
+        JSON values, as `retrain.runs.directory.read_record` returns them.
     what : str
-        How messages begin: ``run: DIR/run.json``.
+        Beginning of messages: ``run: DIR/run.json``.
+
+    Returns
+    -------
+    Checked
+        The record, the layer reports and the bounds as types.
 
     Raises
     ------

@@ -14,17 +14,18 @@ from retrain.runs.outcome import OnLayer
 from retrain.runs.subject import Subject, subject_of
 
 _MOST_EPOCHS = 10**6
-"""Epochs of fine-tuning at most. A larger number is taken for a slip: no run would end."""
+"""Largest number of epochs of fine-tuning. More are refused as a typing error, since such a run
+would not end. Chosen by hand."""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a caller asks of a run, whatever the method. Made by `request_of`.
+    """What a caller asks of a run, whatever the method. Built by `request_of`.
 
     Attributes
     ----------
     subject : Subject
-        The network.
+        Network.
     data : Data
         Calibration samples.
     held_out : Data or None
@@ -32,13 +33,14 @@ class Request:
     layers, skip : str, sequence of str, or None
         Shell patterns of the layers to retrain, and to leave out.
     fine_tune : int
-        Epochs of training after pruning.
+        Number of epochs of training after pruning.
     device : str or None
-        Where torch computes.
+        Device on which torch computes.
     out : Path or None
-        The run directory.
+        Run directory.
     on_layer : callable or None
-        Called with each LayerReport as its layer is done, and the number of layers.
+        Function called with each LayerReport as soon as its layer is done, and the number of
+        layers.
     """
 
     subject: Subject
@@ -52,16 +54,55 @@ class Request:
     on_layer: OnLayer | None
 
     def of(self, network: Any, out: Path | None, on_layer: OnLayer | None) -> Request:
-        """Ask the same of another network, in another directory."""
+        """Ask the same for another network, in another directory.
+
+        Parameters
+        ----------
+        network : torch.nn.Module, Chain or LoadedModel
+            Network.
+        out : Path or None
+            Run directory.
+        on_layer : callable or None
+            Function called with each LayerReport, and the number of layers.
+
+        Returns
+        -------
+        Request
+            New request; this one is not changed.
+        """
         subject = subject_of(network, self.device)
         return replace(self, subject=subject, out=out, on_layer=on_layer)
 
     def at(self, out: Path | None, on_layer: OnLayer | None) -> Request:
-        """Ask the same in another directory."""
+        """Ask the same in another directory.
+
+        Parameters
+        ----------
+        out : Path or None
+            Run directory.
+        on_layer : callable or None
+            Function called with each LayerReport, and the number of layers.
+
+        Returns
+        -------
+        Request
+            New request; this one is not changed.
+        """
         return replace(self, out=out, on_layer=on_layer)
 
     def choosing(self, layers: str | Sequence[str] | None) -> Request:
-        """Ask for the layers given, where the request itself names none."""
+        """Ask for the layers given, where the request itself names none.
+
+        Parameters
+        ----------
+        layers : str, sequence of str or None
+            Shell patterns of the layers to retrain.
+
+        Returns
+        -------
+        Request
+            New request; this one where it names layers itself.
+        """
         return self if self.layers is not None else replace(self, layers=layers)
 
 
@@ -77,12 +118,36 @@ def request_of(
     out: str | Path | None,
     on_layer: OnLayer | None,
 ) -> Request:
-    """Read the arguments that all methods share; `retrain.net_trim` says what each may be.
+    """Read the arguments that all methods share; `retrain.net_trim` describes them in full.
+
+    Parameters
+    ----------
+    model : torch.nn.Module, Chain or LoadedModel
+        Network.
+    data : array, tensor, DataLoader, Data, or anything that yields batches
+        Calibration samples.
+    evaluate : like `data`, or None
+        Held-out samples.
+    layers, skip : str, sequence of str or None
+        Shell patterns of the layers to retrain, and to leave out.
+    fine_tune : int
+        Number of epochs of training after pruning, from 0 to 10^6.
+    device : str or None
+        Device on which torch computes.
+    out : str, Path or None
+        Run directory.
+    on_layer : callable or None
+        Function called with each LayerReport, and the number of layers.
+
+    Returns
+    -------
+    Request
+        Arguments as types, the data in memory.
 
     Raises
     ------
     ValueError
-        If one is invalid.
+        If an argument is invalid; the message names it.
     """
     check_out(out)
     if fine_tune < 0:

@@ -34,10 +34,28 @@ def plan_stages(
 ) -> list[LobsOptions]:
     """Return the options of every stage.
 
+    Parameters
+    ----------
+    options : LobsOptions or None
+        Options that all stages share.
+    sparsity : float, mapping, or a sequence of those, or None
+        Fraction of weights to remove, one entry per stage or the last stage's.
+    tolerance : float, mapping, or a sequence of those, or None
+        Largest root mean squared error of a layer's response, one entry per stage or one for all.
+    stages : int or None
+        Number of stages; by default as many as there are entries.
+    settings : mapping
+        Fields of `LobsOptions` that replace those of `options`.
+
+    Returns
+    -------
+    list of LobsOptions
+        Options of each stage, in their order.
+
     Raises
     ------
     ValueError
-        If an option is unknown or unfit, or an N:M pattern is to have several stages.
+        If an option is unknown or invalid, or an N:M pattern is to have several stages.
     """
     unknown = sorted(set(settings) - set(LobsOptions.__dataclass_fields__))
     if unknown:
@@ -72,7 +90,18 @@ def _plain(amount: Amount) -> Amount:
 
 
 def lobs_method(options: LobsOptions) -> LayerMethod:
-    """L-OBS with its options, as `drive` takes a method."""
+    """Make the L-OBS method with its options, in the form that `drive` takes.
+
+    Parameters
+    ----------
+    options : LobsOptions
+        Options of the method.
+
+    Returns
+    -------
+    LayerMethod
+        Method bound to the options.
+    """
     return LayerMethod(
         name="lobs",
         settings=_settings(options),
@@ -91,16 +120,23 @@ def run_stages(plan: Sequence[LobsOptions], model: Any, request: Request) -> Run
     Parameters
     ----------
     plan : sequence of LobsOptions
-        The options of each stage.
+        Options of each stage.
     model : torch.nn.Module, Chain or LoadedModel
-        The dense network.
+        Dense network.
     request : Request
-        What the caller asks of the whole.
+        Request for the whole run.
 
     Returns
     -------
     Run
         Layers and accuracies from the dense network to the last stage's; bounds of the last stage.
+
+    Raises
+    ------
+    ValueError
+        If an option of any stage is invalid for this network; nothing has been pruned then.
+    OSError
+        If the run directory cannot be written.
     """
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -151,10 +187,10 @@ def _settings(options: LobsOptions) -> dict[str, Any]:
 
 
 def _finished(asked: Request, network: Any, options: LobsOptions) -> Run | None:
-    """Read a stage that is done back, announcing its layers; None where it is not done.
+    """Read back a stage that is done, reporting its layers; None where it is not done.
 
-    Whether the directory holds this very stage is asked of the network, the data and the options;
-    what else the stage depends on, the directory above has in its identity.
+    The network, the data and the options tell whether the directory holds this stage; everything
+    else that the stage depends on is in the identity of the directory above.
     """
     record = read_if_finished(asked.out)
     if record is None or asked.out is None:
@@ -184,7 +220,7 @@ def _is_loaded(model: Any) -> bool:
 
 
 def _with_module(given: Any, network: Any) -> Any:
-    """Put a stage's network in the place of the one given, under the same file's names."""
+    """Replace the network of a loaded model by a stage's network, under the same file's names."""
     return replace(given, module=network) if _is_loaded(given) else network
 
 

@@ -1,7 +1,7 @@
-"""What is retrained: a chain of arrays or a torch module, behind one face.
+"""The network that is retrained, a chain of arrays or a torch module, behind one interface.
 
-The only place outside `adapters` and `trainers` that knows there are two kinds of network; it
-imports torch only when it is given a torch module.
+The only place outside `adapters` and `trainers` that knows that there are two kinds of network. It
+imports torch only for a torch module.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ from solvers.arrays import to_numpy
 
 @contextmanager
 def apart_from_caller() -> Iterator[None]:
-    """Compute apart from the modes that the caller has set in torch, if they have imported it."""
+    """Compute independently of the modes that the caller has set in torch, if torch is imported.
+
+    Yields
+    ------
+    None
+        Nothing; the caller's modes are restored afterwards.
+    """
     if "torch" not in sys.modules:
         yield
         return
@@ -45,7 +51,15 @@ def apart_from_caller() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class FineTuned:
-    """A network trained after pruning, and its accuracies by data set."""
+    """A network trained after pruning, and its accuracies.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+        Trained network.
+    accuracies : dict from str to float
+        Accuracy in [0, 1] by data set: ``"calibration"``, ``"held_out"``.
+    """
 
     model: Any
     accuracies: dict[str, float]
@@ -55,47 +69,155 @@ class Subject(Protocol):
     """A network that a run retrains."""
 
     def stream(self, data: Data) -> Any:
-        """Open the network on a data set."""
+        """Open the network on a data set.
+
+        Parameters
+        ----------
+        data : Data
+            Samples in memory.
+
+        Returns
+        -------
+        LayerStream
+            Network on these samples.
+        """
         ...
 
     def model(self, stream: Any) -> Any:
-        """Return the stream's current network, of the kind that was given."""
+        """Return the stream's current network, of the kind that was given.
+
+        Parameters
+        ----------
+        stream : LayerStream
+            Stream that `stream` returned.
+
+        Returns
+        -------
+        torch.nn.Module or Chain
+            Network with the current weights.
+        """
         ...
 
     def identity(self, *, training: bool) -> dict[str, Any]:
-        """What a run depends on that no stream knows: JSON values for its identity."""
+        """Return the entries of a run's identity that a stream does not know.
+
+        Parameters
+        ----------
+        training : bool
+            Whether the run trains the network too (fine-tuning).
+
+        Returns
+        -------
+        dict
+            JSON values.
+        """
         ...
 
     def check_fine_tune(self, stream: Any, data: Data) -> None:
-        """Raise ValueError if `fine_tune` could not train on this data."""
+        """Raise ValueError if `fine_tune` could not train on this data.
+
+        Parameters
+        ----------
+        stream : LayerStream
+            Stream that `stream` returned.
+        data : Data
+            Samples and labels to train on.
+
+        Raises
+        ------
+        ValueError
+            If the network, the data or the labels do not allow training.
+        """
         ...
 
     def check_save(self, stream: Any) -> None:
-        """Raise ValueError if `save` could not write the network."""
+        """Raise ValueError if `save` could not write the network.
+
+        Parameters
+        ----------
+        stream : LayerStream
+            Stream that `stream` returned.
+
+        Raises
+        ------
+        ValueError
+            If a tensor cannot be written.
+        """
         ...
 
     def fine_tune(
         self, stream: Any, data: Data, epochs: int, held_out: Data | None, seed: int
     ) -> FineTuned:
-        """Train the current network, zeros kept at zero."""
+        """Train the current network, with zeros kept at zero.
+
+        Parameters
+        ----------
+        stream : LayerStream
+            Stream that `stream` returned.
+        data : Data
+            Samples and labels to train on.
+        epochs : int
+            Number of epochs.
+        held_out : Data or None
+            Samples and labels for a second accuracy.
+        seed : int
+            Seed of the order of samples.
+
+        Returns
+        -------
+        FineTuned
+            Trained network and its accuracies.
+        """
         ...
 
     def save(self, model: Any, directory: Path) -> None:
-        """Write model.safetensors."""
+        """Write model.safetensors into a run directory.
+
+        Parameters
+        ----------
+        model : torch.nn.Module or Chain
+            Network to save.
+        directory : Path
+            Run directory.
+        """
         ...
 
     def describe(self, stream: Any) -> dict[str, Any]:
-        """Return what `reopen` needs, as JSON values."""
+        """Describe the network for `reopen`.
+
+        Parameters
+        ----------
+        stream : LayerStream
+            Stream that `stream` returned.
+
+        Returns
+        -------
+        dict
+            JSON values.
+        """
         ...
 
 
 def subject_of(model: Any, device: str | None = None) -> Subject:
-    """Open a model; DataParallel, torch.compile and the like around a module are taken off.
+    """Wrap a model; DataParallel, torch.compile and similar wrappers around a module are removed.
+
+    Parameters
+    ----------
+    model : torch.nn.Module, Chain or LoadedModel
+        Network.
+    device : str, optional
+        Device on which torch computes; by default the device of the module.
+
+    Returns
+    -------
+    Subject
+        Network behind the common interface.
 
     Raises
     ------
     ValueError
-        If it is neither a Chain nor a torch module nor a loaded model, or the device is none.
+        If the model is neither a Chain nor a torch module nor a loaded model, or the device is not
+        available.
     """
     if isinstance(model, Chain):
         if device not in (None, "cpu"):
@@ -118,7 +240,18 @@ def subject_of(model: Any, device: str | None = None) -> Subject:
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that torch does not know or cannot compute on here."""
+    """Refuse a device that torch does not know or cannot compute on here.
+
+    Parameters
+    ----------
+    device : str
+        Torch's name of a device.
+
+    Raises
+    ------
+    ValueError
+        If the device is unknown or not available on this machine.
+    """
     import torch
 
     try:
@@ -129,7 +262,21 @@ def check_device(device: str) -> None:
 
 
 def reopen(described: ChainModel | ModuleModel, directory: Path, model: Any = None) -> Any:
-    """Build a finished run's network from its directory.
+    """Rebuild a finished run's network from its directory.
+
+    Parameters
+    ----------
+    described : ChainModel or ModuleModel
+        Description of the network in the run's record.
+    directory : Path
+        Run directory.
+    model : torch.nn.Module, optional
+        Architecture; a copy is filled with the run's weights.
+
+    Returns
+    -------
+    torch.nn.Module or Chain
+        Network with the run's weights.
 
     Raises
     ------
@@ -165,7 +312,7 @@ def reopen(described: ChainModel | ModuleModel, directory: Path, model: Any = No
 
 
 def _dense_chain(layers: list[Dense]) -> Any:
-    """Build the chain that --arch auto had read, whose code no user has."""
+    """Build the chain that ``--arch auto`` had read, for which the user has no code."""
     import torch
 
     from retrain.adapters.files.dense import DenseChain, DenseLayer
@@ -229,7 +376,9 @@ class _ChainSubject:
 
 
 BATCH = 64
-"""Samples per step of fine-tuning, the default of `retrain.trainers.loop.masked.fine_tune`."""
+"""Number of samples per step of fine-tuning, the default of
+`retrain.trainers.loop.masked.fine_tune`. Larger batches take fewer, smoother steps and more memory.
+A convention, not tuned."""
 
 
 def _pair(model: Any, stream: Any, source: Data) -> tuple[Any, Any]:
@@ -287,7 +436,7 @@ class _ModuleSubject:
         self._try_step(stream, data)
 
     def _try_step(self, stream: Any, data: Data) -> None:
-        """Train a copy for one batch of each size that there will be, which may fail."""
+        """Train a copy for one batch of each size that will occur, to find errors early."""
         from retrain.trainers.loop.masked import fine_tune
 
         model = self.model(stream)

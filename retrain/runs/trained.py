@@ -17,6 +17,7 @@ from retrain.files import Count, Positive, parse_json, read_as
 from retrain.runs.directory import HISTORY_FILE, MODEL_FILE, RUN_FILE
 
 KIND = "training"
+"""Value of ``kind`` in the `run.json` of a training run, part of the run format."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,16 +27,16 @@ class TrainedRun:
     Attributes
     ----------
     model : nn.Module
-        The finished network, plain: layers of torch's own. On the CPU, in evaluation mode.
+        Finished network made of torch's own layers, on the CPU and in evaluation mode.
     history : list of dict
-        A record an epoch, as `history.jsonl` has them: ``epoch`` (from 1), ``loss``, ``penalty``,
-        ``accuracy``, ``test_loss``, ``test_accuracy``, ``learning_rate``, ``parameters``,
-        ``operations``, ``parameters_pruned``, ``operations_pruned``, ``load``, ``dense_load``,
-        ``seconds``, ``method`` (what the method says of the network).
+        One record per epoch, as `history.jsonl` has them: ``epoch`` (from 1), ``loss``,
+        ``penalty``, ``accuracy``, ``test_loss``, ``test_accuracy``, ``learning_rate``,
+        ``parameters``, ``operations``, ``parameters_pruned``, ``operations_pruned``, ``load``,
+        ``dense_load``, ``seconds``, ``method`` (what the method reports of the network).
     record : dict
-        All that ``run.json`` holds.
+        JSON values of ``run.json``.
     directory : Path or None
-        Where the run was written, if anywhere.
+        Run directory; None where nothing was written.
     """
 
     model: Any
@@ -45,7 +46,7 @@ class TrainedRun:
 
     @property
     def test_accuracy(self) -> float | None:
-        """Of the finished network; None without test data, or where targets are no classes."""
+        """Accuracy of the finished network in [0, 1]; None without test data or without classes."""
         value: float | None = self.record["test"]["accuracy"] if self.record["test"] else None
         return value
 
@@ -133,15 +134,21 @@ def load_trained(directory: Path, record: Mapping[str, Any], model: Any = None) 
     Parameters
     ----------
     directory : Path
+        Run directory.
     record : mapping
-        Its run.json.
+        JSON values of its ``run.json``.
     model : nn.Module, optional
-        The architecture, where the run could not describe it; a copy is filled.
+        Architecture, where the run could not describe it; a copy is filled.
+
+    Returns
+    -------
+    TrainedRun
+        Network, history and record.
 
     Raises
     ------
     ValueError
-        If a file is missing or damaged, or the architecture is wanted.
+        If a file is missing or damaged, or the architecture is needed and `model` is not given.
     """
     from retrain.adapters.files.description import load_described
     from retrain.adapters.files.load import fill
@@ -168,12 +175,24 @@ def load_trained(directory: Path, record: Mapping[str, Any], model: Any = None) 
 
 
 def read_history(directory: Path, epochs: int) -> list[dict[str, Any]]:
-    """Read the first `epochs` records of a run's history; a killed run may have written one more.
+    """Read the first records of a run's history; a killed run may have written one record more.
+
+    Parameters
+    ----------
+    directory : Path
+        Run directory.
+    epochs : int
+        Number of records.
+
+    Returns
+    -------
+    list of dict
+        One record per epoch.
 
     Raises
     ------
     ValueError
-        If they are not there.
+        If the file has fewer records, or one is damaged or out of order.
     """
     path = directory / HISTORY_FILE
     lines = path.read_bytes().splitlines() if path.exists() else []
@@ -190,7 +209,18 @@ def read_history(directory: Path, epochs: int) -> list[dict[str, Any]]:
 
 
 def history_bytes(history: list[dict[str, Any]]) -> bytes:
-    """Return a history as `history.jsonl` holds it: a JSON object a line."""
+    """Serialise a history for `history.jsonl`: one JSON object per line.
+
+    Parameters
+    ----------
+    history : list of dict
+        One record per epoch.
+
+    Returns
+    -------
+    bytes
+        UTF-8 text.
+    """
     from retrain.files import plain
 
     lines = (json.dumps(plain(entry), allow_nan=False) + "\n" for entry in history)

@@ -1,13 +1,13 @@
-"""Train by a recipe: start or resume, an epoch at a time, and save a plain network.
+"""Train by a recipe: start or resume, one epoch at a time, and save a plain network.
 
     DIR/
       lock, run.json        as of every run (`retrain.runs.directory`): identity first, results last
       history.jsonl         one line per epoch
-      checkpoint.pt         all of the training after the last epoch
+      checkpoint.pt         the complete state of the training after the last epoch
       model.safetensors     the finished network's tensors; run.json has its architecture
       model.pt2             the same as an exported program, when asked for
 
-A killed run loses at most the epoch in hand, and the same command goes on to the same result.
+A killed run loses at most the current epoch, and the same command continues to the same result.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ from retrain.trainers.recipes.recipe import Recipe, parse_recipe, read_recipe
 from retrain.trainers.recipes.start import Pair, Start, start
 
 OnEpoch = Callable[[dict[str, Any], int], None]
+"""Receives the record of each epoch, and the largest number of epochs that the run can have."""
 
 
 @apart()
@@ -87,35 +88,60 @@ def train(
     Parameters
     ----------
     recipe : Recipe, mapping, str or Path
-        A recipe, its tables, a TOML file, or a built-in recipe's name.
-    out : path, optional
-        Run directory: written every epoch, resumed by the same call. Without one nothing is
+        Recipe, its tables as a mapping, the path of a TOML file, or the name of a built-in recipe.
+    out : str or Path, optional
+        Run directory: written after every epoch, resumed by the same call. Without it nothing is
         written.
-    data, test : optional
-        What to train and test on, as `retrain.net_trim` takes data, instead of what the recipe
-        names; taken as they are, without its limit and normalisation.
-    changes : mapping, optional
-        Entries of the recipe to replace, ``{"training.epochs": 3}``; None removes one.
+    data, test : array, tensor, pair (x, y), DataLoader or Data, optional
+        Data to train and to test on, in the forms that `retrain.net_trim` takes, in place of those
+        that the recipe names; used as they are, without the recipe's limit and normalisation.
+    changes : mapping from str to object, optional
+        Entries of the recipe to replace, ``{"training.epochs": 3}``; None removes an entry.
     export : bool, optional
-        Write ``model.pt2`` too, an exported program. Wants `out`.
+        Whether to write ``model.pt2``, an exported program, too. Needs `out`.
     on_epoch : callable, optional
-        Called with each record of the history, also those of epochs done before, and the number of
-        epochs there will be at most.
+        Function called with the record of each epoch, those done before a resume included, and with
+        the largest number of epochs that the run can have.
 
     Returns
     -------
     TrainedRun
-        In a parallel run only the first process writes; the others return the same network.
+        Finished network, history and record. In a parallel run only the first process writes; the
+        others return the same network.
 
     Raises
     ------
     ValueError
-        If the recipe, the data, or the run directory is unfit; the message names it. Nothing of an
-        earlier run is touched.
+        If the recipe, the data, or the run directory is invalid; the message names it. Nothing of
+        an earlier run is touched.
     FloatingPointError
         If the loss or a parameter is not finite; the checkpoint of the epoch before stays.
     OSError
-        If the run directory cannot be written. Finished epochs are kept, and the call resumes.
+        If the run directory cannot be written. Finished epochs are kept, and the same call resumes.
+
+    Notes
+    -----
+    Cost: ``training.epochs`` epochs of ordinary training, the method's own work, one evaluation on
+    the test data and one checkpoint per epoch. Memory: the data, the network, the optimiser's state
+    and the activations of one batch.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import retrain
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.standard_normal((40, 8))
+    >>> y = (x[:, 0] > 0).astype(int)
+    >>> recipe = {
+    ...     "title": "a small dense network",
+    ...     "data": {},
+    ...     "model": {"architecture": "dense", "widths": [8, 6, 2]},
+    ...     "training": {"epochs": 2},
+    ...     "optimizer": {"name": "adam"},
+    ... }
+    >>> run = retrain.train(recipe, data=(x, y))
+    >>> [record["epoch"] for record in run.history]
+    [1, 2]
     """
     check_out(out)
     if isinstance(recipe, Recipe):
@@ -140,7 +166,35 @@ def run_training(
     export: bool = False,
     on_epoch: OnEpoch | None = None,
 ) -> TrainedRun:
-    """Train by a recipe; `train` says the rest."""
+    """Train by a recipe that has been read; `train` describes the arguments in full.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Recipe to train by.
+    out : str or Path, optional
+        Run directory; without it nothing is written.
+    data, test : array, tensor, pair (x, y), DataLoader or Data, optional
+        Data to train and to test on, in place of those that the recipe names.
+    export : bool, optional
+        Whether to write ``model.pt2``, an exported program, too.
+    on_epoch : callable, optional
+        Function called with the record of each epoch, and the largest number of epochs.
+
+    Returns
+    -------
+    TrainedRun
+        Finished network, history and record.
+
+    Raises
+    ------
+    ValueError
+        If the recipe, the data, or the run directory is invalid.
+    FloatingPointError
+        If the loss or a parameter is not finite.
+    OSError
+        If the run directory cannot be written.
+    """
     check_device(recipe.training.device)
     with ExitStack() as stack:
         part, device = stack.enter_context(processes(torch.device(recipe.training.device)))
@@ -163,7 +217,7 @@ def run_training(
 
 
 class _Run:
-    """A training run under way."""
+    """A training run in progress."""
 
     def __init__(
         self,
@@ -193,7 +247,7 @@ class _Run:
             )
 
     def others(self) -> dict[str, Stateful]:
-        """Return what has state beside the training: the order of samples, torch's generators."""
+        """Return the states beside the training's own: the order of samples, torch's generators."""
         states: dict[str, Stateful] = {
             "sampler": GeneratorState(self.sampler),
             "generator": GeneratorState(torch.default_generator),
@@ -207,7 +261,7 @@ class _Run:
         return states
 
     def resume(self) -> None:
-        """Go to where the run's checkpoint is, if it has one."""
+        """Continue from the run's checkpoint, if it has one."""
         path = None if self.directory is None else self.directory.path
         found = None if path is None else read_checkpoint(path / CHECKPOINT_FILE)
         entries = shared(None if found is None else entries_of(found))
@@ -230,7 +284,7 @@ class _Run:
                 self.on_epoch(line, self.setting.epochs)
 
     def fit(self) -> None:
-        """Train the epochs that are left, each followed by its line and its checkpoint."""
+        """Train the remaining epochs, each followed by its line and its checkpoint."""
         if self.ended:
             return
         training, calls = self.training, self.training.callbacks
@@ -270,7 +324,7 @@ class _Run:
             raise FloatingPointError(f"{error}; {kept}") from error
 
     def _note(self, epoch: Epoch) -> None:
-        """Write an epoch's line, then its checkpoint: a line too many is dropped on resuming."""
+        """Write an epoch's line, then its checkpoint; on resuming, a surplus line is dropped."""
         training, test = self.training, self.begun.test
         tested = (None, None) if test is None else assess(training.model, test, training.loss)
         said = training.describe()
@@ -301,7 +355,7 @@ class _Run:
         begun, dense = self.begun, self.begun.dense
         part_batch_norms(self.training.model)
         network = self.method.finish(self.training).eval()
-        said = self.training.describe()  # of what is left after the last pruning
+        said = self.training.describe()  # after the last pruning
         final = cost(network, begun.sample)
         sets = {"train": begun.data, "test": begun.test}
         figures = {
@@ -349,7 +403,7 @@ def _zeros(network: nn.Module) -> dict[str, int]:
 def _figures(
     network: nn.Module, pair: Pair | None, training: Training, labels: str
 ) -> dict[str, Any] | None:
-    """Return what a network does on a data set; how its labels were read, or why no accuracy."""
+    """Evaluate a network on a data set; say how labels were read, or why there is no accuracy."""
     if pair is None:
         return None
     loss, accuracy = assess(network, pair, training.loss)
@@ -363,7 +417,7 @@ def _is_finished(path: Path) -> bool:
 
 
 def _again(path: Path, begun: Start, export: bool, on_epoch: OnEpoch | None) -> TrainedRun:
-    """Return a run that is finished already."""
+    """Return a run that is already finished."""
     record = read_record(path)
     model = record.get("model")
     described = isinstance(model, Mapping) and model.get("description") is not None

@@ -43,18 +43,32 @@ class Chain:
 
     Attributes
     ----------
-    weights : tuple of array
-        One (n_in, n_out) matrix a layer, (n_in + 1, n_out) with the bias last for a layer that has
-        one. Numpy or torch, float32 or float64, all alike.
+    weights : tuple of array, shape (n_in, n_out) or (n_in + 1, n_out) each
+        One weight matrix per layer; a layer with a bias has it as the last row. Numpy or torch,
+        float32 or float64, all of the same kind.
     biases : tuple of bool
-        Whether each layer has a bias row.
+        Whether each layer has a bias row; by default none has.
     follows : tuple of {"relu", "linear"}
-        What each layer's response meets. By default a ReLU everywhere but after the last layer.
+        Activation after each layer. By default a ReLU after every layer but the last.
 
     Raises
     ------
     ValueError
-        If widths do not chain, a matrix is empty or not finite, or the tuples' lengths differ.
+        If consecutive widths differ, a matrix is empty or not finite, or the tuples' lengths
+        differ.
+
+    Notes
+    -----
+    The arrays are not copied: memory is that of the weights given. Building a chain reads every
+    weight once, to check that it is finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import retrain
+    >>> chain = retrain.Chain((np.ones((4, 3)), np.ones((4, 2))), biases=(False, True))
+    >>> len(chain), chain.shape(1), chain.follows
+    (2, (3, 2), ('relu', 'linear'))
     """
 
     weights: tuple[Array, ...]
@@ -97,17 +111,54 @@ class Chain:
         return len(self.weights)
 
     def links(self, index: int) -> Array:
-        """Return a layer's weights without the bias row."""
+        """Return a layer's weights without the bias row.
+
+        Parameters
+        ----------
+        index : int
+            Number of the layer, from 0.
+
+        Returns
+        -------
+        array, shape (n_in, n_out)
+            View of the weights.
+        """
         return self.weights[index][:-1, :] if self.biases[index] else self.weights[index]
 
     def shape(self, index: int) -> tuple[int, int]:
-        """(n_in, n_out) of a layer, the bias row not counted."""
+        """Return the size of a layer; the bias row is not counted.
+
+        Parameters
+        ----------
+        index : int
+            Number of the layer, from 0.
+
+        Returns
+        -------
+        tuple of int
+            (n_in, n_out).
+        """
         rows, columns = self.weights[index].shape
         return rows - int(self.biases[index]), columns
 
 
 def response(chain: Chain, index: int, inputs: Array) -> Array:
-    """Return a layer's pre-activation response to `inputs` (n_samples, n_in), bias included."""
+    """Compute a layer's response before the activation, bias included.
+
+    Parameters
+    ----------
+    chain : Chain
+        Network.
+    index : int
+        Number of the layer, from 0.
+    inputs : array, shape (n_samples, n_in)
+        Inputs of the layer, without a column of ones.
+
+    Returns
+    -------
+    array, shape (n_samples, n_out)
+        Response.
+    """
     weight = chain.weights[index]
     if not chain.biases[index]:
         return inputs @ weight
@@ -115,7 +166,20 @@ def response(chain: Chain, index: int, inputs: Array) -> Array:
 
 
 def activate(follows: Follows, values: Array) -> Array:
-    """Apply what follows a layer: the ReLU or nothing."""
+    """Apply the activation after a layer: the ReLU or nothing.
+
+    Parameters
+    ----------
+    follows : {"relu", "linear"}
+        Activation.
+    values : array
+        Response, of any shape.
+
+    Returns
+    -------
+    array
+        Activated response, of the same shape; `values` itself for ``"linear"``.
+    """
     if follows == "linear":
         return values
     xp = array_namespace(values)
@@ -128,9 +192,18 @@ def forward(chain: Chain, inputs: Array) -> list[Array]:
     Parameters
     ----------
     chain : Chain
-        The network.
+        Network.
     inputs : array, shape (n_samples, n_in)
-        X, one sample a row.
+        X, one sample per row.
+
+    Returns
+    -------
+    list of array, shape (n_samples, n_out) each
+        Activated response of every layer, in execution order.
+
+    References
+    ----------
+    Aghasi et al., Net-Trim (2017), eq. (1).
     """
     outcomes = []
     for index in range(len(chain)):
@@ -142,14 +215,19 @@ def forward(chain: Chain, inputs: Array) -> list[Array]:
 def link_normalise(chain: Chain) -> tuple[Chain, np.ndarray]:
     """Scale every layer's weights to entry-wise ``|W_l|_1 = 1``.
 
-    Since ``max(a x, 0) = a max(x, 0)`` for a > 0, the normalised network's outcomes are the given
-    one's, divided by the product of the scales so far:
+    Since ``max(a x, 0) = a max(x, 0)`` for a > 0, the normalised network's outcomes are those of
+    the original network divided by the product of the scales so far:
 
         W'_l = W_l / s_l,   b'_l = b_l / (s_1 ... s_l),   s_l = |W_l|_1,
         Y'^(l) = Y^(l) / (s_1 ... s_l).
 
     (The bias adds to a response already divided by all earlier scales, so it needs all of them. The
-    paper has no biases, and its section 2 counts the product from 0 with an index too many.)
+    paper has no biases, and the product in its section 2 starts at index 0, one index too many.)
+
+    Parameters
+    ----------
+    chain : Chain
+        Network.
 
     Returns
     -------
@@ -179,7 +257,25 @@ def link_normalise(chain: Chain) -> tuple[Chain, np.ndarray]:
 
 
 def link_denormalise(chain: Chain, scales: np.ndarray) -> Chain:
-    """Undo `link_normalise`: W_l = s_l W'_l, b_l = (s_1 ... s_l) b'_l."""
+    """Undo `link_normalise`: W_l = s_l W'_l, b_l = (s_1 ... s_l) b'_l.
+
+    Parameters
+    ----------
+    chain : Chain
+        Link-normalised network.
+    scales : ndarray, shape (L,)
+        s_l, as `link_normalise` returned them.
+
+    Returns
+    -------
+    Chain
+        Network in the original scale.
+
+    Raises
+    ------
+    ValueError
+        If there is not one scale per layer.
+    """
     if len(scales) != len(chain):
         raise ValueError(f"scales: want {len(chain)}, one a layer, got {len(scales)}")
     return _rescale(chain, 1 / np.asarray(scales))
@@ -198,7 +294,21 @@ def _rescale(chain: Chain, scales: np.ndarray) -> Chain:
 
 
 def spectral_norm(weight: Array) -> float:
-    """Largest singular value of a weight matrix, in float64, rounded up beyond the SVD's error."""
+    """Compute the largest singular value of a weight matrix, rounded up beyond the SVD's error.
+
+    LAPACK's singular values are off by a small multiple of eps max(n_in, n_out); ten times that is
+    added.
+
+    Parameters
+    ----------
+    weight : array, shape (n_in, n_out)
+        Weight matrix without the bias row.
+
+    Returns
+    -------
+    float
+        Upper bound on the spectral norm, in float64.
+    """
     matrix = to_numpy(weight).astype(np.float64)
     return float(np.linalg.norm(matrix, 2) * (1 + 10 * max(matrix.shape) * 2.0**-52))
 
@@ -209,11 +319,11 @@ class ChainStream:
     Parameters
     ----------
     chain : Chain
-        The network. It is not changed: `commit` replaces weights of a copy, `chain`.
+        Network. It is not changed: `commit` replaces weights of a copy, `chain`.
     inputs : array, shape (n_samples, n_in)
-        The data, of the weights' namespace and device; cast to their dtype.
+        Data, of the weights' namespace and device; cast to their dtype.
     batch_size : int
-        Samples a batch.
+        Number of samples per batch. Larger batches take more memory and fewer calls.
 
     Raises
     ------
@@ -254,17 +364,17 @@ class ChainStream:
 
     @property
     def device(self) -> Any:
-        """Where the arrays are."""
+        """Device of the arrays."""
         return device(self._inputs)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The given weights, what stands between them, and the data: JSON values."""
+        """The dense weights, the operations between them, and the data, as JSON values."""
         return self._identity
 
     @property
     def layers(self) -> Sequence[LayerSpec]:
-        """One dense layer a weight matrix, named "0", "1", ..."""
+        """One dense layer per weight matrix, named "0", "1", ..."""
         return [
             LayerSpec(
                 name=str(index),
@@ -280,18 +390,59 @@ class ChainStream:
         return int(layer(self, name).name)
 
     def weight(self, name: str, group: int = 0, *, dense: bool = False) -> Array:
-        """Weight matrix, as it is now or, `dense`, as it was given."""
+        """Return a layer's weight matrix.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        group : int, optional
+            Index of the group; a chain has one group per layer, 0.
+        dense : bool, optional
+            Whether to return the dense network's weight instead of the current one.
+
+        Returns
+        -------
+        array, shape (n_in [+ 1], n_out)
+            Weight matrix, the bias last; not a copy.
+        """
         return (self.dense if dense else self.chain).weights[self._index(name)]
 
     def count(self, name: str) -> int:
-        """One row a sample."""
+        """Return the number of rows: one per sample.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+
+        Returns
+        -------
+        int
+            Number of samples.
+        """
         self._index(name)
         return self._inputs.shape[0]
 
     def batches(
         self, name: str, group: int = 0, *, rows: np.ndarray | None = None
     ) -> Iterator[LayerBatch]:
-        """Run both networks up to the layer, batch by batch."""
+        """Run both networks up to the layer, batch by batch.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        group : int, optional
+            Index of the group; a chain has one group per layer, 0.
+        rows : ndarray of int, optional
+            Sorted row numbers; all rows by default.
+
+        Yields
+        ------
+        LayerBatch
+            Aligned rows of the current and the dense network.
+        """
         index = self._index(name)
         xp = array_namespace(self._inputs)
         chosen = np.arange(self.count(name)) if rows is None else np.asarray(rows)
@@ -308,7 +459,22 @@ class ChainStream:
             yield LayerBatch(current, dense, responses, part)
 
     def commit(self, name: str, weight: Array, group: int = 0) -> None:
-        """Replace a layer's weight in `chain`."""
+        """Replace a layer's weight in `chain`.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        weight : array, shape (n_in [+ 1], n_out)
+            New weight, the bias last; cast to the layer's dtype.
+        group : int, optional
+            Index of the group; a chain has one group per layer, 0.
+
+        Raises
+        ------
+        ValueError
+            If the weight has another shape.
+        """
         index = self._index(name)
         old = self.chain.weights[index]
         if tuple(weight.shape) != tuple(old.shape):
@@ -318,7 +484,20 @@ class ChainStream:
         self.chain = replace(self.chain, weights=tuple(weights))
 
     def gain(self, name: str, *, norm: Norm = "spectral") -> Gain:
-        """Product of the later layers' norms, without their bias rows: the ReLU is 1-Lipschitz."""
+        """Compute the product of the later layers' norms without bias rows (ReLU is 1-Lipschitz).
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        norm : {"spectral", "frobenius"}
+            Norm of the later layers' weights.
+
+        Returns
+        -------
+        Gain
+            Factor; None with the reason where the product overflows.
+        """
         value = _gains(self.chain, spectral_norm if norm == "spectral" else frobenius)[
             self._index(name)
         ]
@@ -327,20 +506,44 @@ class ChainStream:
         return Gain(value)
 
     def outputs(self, *, dense: bool) -> Iterator[Array]:
-        """Yield Y^(L), batch by batch, of the given network or the current one."""
+        """Yield Y^(L), batch by batch.
+
+        Parameters
+        ----------
+        dense : bool
+            Whether the dense network computes it, or the current one.
+
+        Yields
+        ------
+        array, shape (samples, n_out)
+            Outputs of one batch.
+        """
         chain = self.dense if dense else self.chain
         for start in range(0, self._inputs.shape[0], self._batch_size):
             yield forward(chain, self._inputs[start : start + self._batch_size, :])[-1]
 
     def output_layer(self) -> tuple[str | None, str]:
-        """Name the last layer."""
+        """Name the last layer, whose activated response is the output.
+
+        Returns
+        -------
+        name : str
+            Name of the last layer.
+        reason : str
+            Empty.
+        """
         return str(len(self.dense) - 1), ""
 
     def passage(self) -> Passage:
-        """Send the data through both networks once, in their own type and in float64.
+        """Send the data through both networks once, in their own dtype and in float64.
 
-        `retrain.adapters.network.passage` says what is measured and why; a chain's nodes are its
-        layers.
+        `retrain.adapters.network.passage` describes what is measured and why; the nodes of a chain
+        are its layers.
+
+        Returns
+        -------
+        Passage
+            Deviations, discrepancies and the allowance for rounding.
         """
         chains = (self.dense, self.chain)
         wide = tuple(
@@ -396,7 +599,7 @@ class ChainStream:
 
 
 def _gains(chain: Chain, measure: Callable[[Array], float]) -> list[float]:
-    """Product of the norms of the layers after each one."""
+    """Compute the product of the norms of the layers after each one."""
     products = [1.0]
     for index in range(len(chain) - 1, 0, -1):
         products.append(compound(measure(chain.links(index)), products[-1]))
@@ -435,7 +638,7 @@ def _allowance(chain: Chain, index: int, inputs: Array) -> float:
 
 
 def _loss(chain: Chain, index: int, inputs: Array) -> float:
-    """Bound how far a layer's response in its own type is from the exact one on its inputs."""
+    """Bound the distance of a layer's response in its own dtype from the exact one."""
     wide = replace(chain, weights=tuple(map(_widened, chain.weights)))
     exact = response(wide, index, _widened(inputs))
     given = _widened(response(chain, index, inputs))

@@ -1,4 +1,4 @@
-"""What a run knows of each layer it retrained."""
+"""The report of each retrained layer, as a run and its record hold it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from retrain.files import Count, Positive, Size, read_as
 from retrain.stream.stream import Array
 from solvers.result import Status
 
-_STATUSES = tuple(status.value for status in Status)
+_STATUSES = tuple(status.value for status in Status)  # valid values of a report's status
 
 
 @dataclass(frozen=True)
@@ -21,26 +21,31 @@ class LayerReport:
 
     Attributes
     ----------
-    name, kind, shape, follows
-        As in `retrain.stream.stream.LayerSpec`.
+    name, kind : str
+        Name and kind of the layer, as in `retrain.stream.stream.LayerSpec`.
+    shape : tuple of int
+        (n_in, n_out) of one group, without the bias row.
+    follows : {"relu", "linear"}
+        Operation after the response.
     method : str
-        What retrained it.
+        Method that retrained it: ``"net-trim"`` or ``"lobs"``.
     weights, zeros_before, zeros : int
-        Prunable weights, and how many of them were and are exactly zero.
+        Number of prunable weights, and of those that are exactly zero before and after.
     rows, total_rows : int
-        Rows the solve (and its certificate) used, of all the layer has on the data.
+        Number of rows that the solve (and its certificate) used, and that the layer has on the
+        data.
     status : str
         `solvers.Status` value, the worst over groups.
     certified : bool
         Whether the saved weights meet the certificate asked for.
     dense_units : int
-        Units that kept their old weights because theirs were not certified.
+        Number of units that kept their dense weights because the new ones were not certified.
     error, relative_error : float
         |activated response - target|_F over the rows used, absolute and relative to the targets.
     seconds : float
         Wall time of stating and solving.
     details : dict
-        Numbers of the method: epsilon, gap, violations, ... (JSON values only).
+        Figures of the method: epsilon, gap, violations, ... (JSON values only).
     """
 
     name: str
@@ -72,16 +77,22 @@ class LayerReport:
         return self.zeros / self.weights
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields, and the sparsity, as JSON values."""
+        """Return the fields, and the sparsity, as JSON values.
+
+        Returns
+        -------
+        dict
+            JSON values of all fields, and ``sparsity``.
+        """
         return {**asdict(self), "shape": list(self.shape), "sparsity": self.sparsity}
 
     def check_certificate(self) -> None:
-        """Check that a certified layer has the numbers that the run's direct bound is made of.
+        """Check that a certified layer has the figures that the run's direct bound needs.
 
         Raises
         ------
         ValueError
-            If one is missing, as in a layer of an older version.
+            If one is missing, as in a record of an older version.
         """
         if not self.certified or self.details.get("form") != "constrained":
             return
@@ -91,7 +102,21 @@ class LayerReport:
 
     @staticmethod
     def from_json(record: Any, what: str = "layer report", at: str = "") -> LayerReport:
-        """Read what `to_json` gave; `what` and `at` are as for `retrain.files.read_as`.
+        """Read the record that `to_json` returned.
+
+        Parameters
+        ----------
+        record : object
+            JSON values.
+        what : str
+            Beginning of messages, as for `retrain.files.read_as`.
+        at : str
+            Place of the record in what was read: ``layers[3]``.
+
+        Returns
+        -------
+        LayerReport
+            Report of the layer.
 
         Raises
         ------
@@ -146,7 +171,15 @@ class _LobsDetails(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, eq=False)
 class LayerResult:
-    """A layer's new weights, one matrix a group, as they were committed, and their report."""
+    """A layer's new weights, as they were committed, and their report.
+
+    Attributes
+    ----------
+    weights : sequence of array, shape (n_in [+ 1], n_out) each
+        Weight matrix per group.
+    report : LayerReport
+        Report of the layer.
+    """
 
     weights: Sequence[Array]
     report: LayerReport

@@ -1,10 +1,10 @@
-"""What a method sees of a network: layers, their weights, and batches of activations.
+"""The view that a method has of a network: layers, their weights, and batches of activations.
 
 Net-Trim, L-OBS, the bounds and the reports know a network only through `LayerStream`. The chain of
 arrays (`retrain.stream.chain`) and the torch adapters implement it; graphs, convolutions and
-transformers can, without a change in a method, because a method never asks how a layer's rows came
-about: a dense layer has one row a sample, a convolution one row a patch, an attention projection
-one row a token.
+transformers can, without a change in a method, because a method never asks where a layer's rows
+come from: a dense layer has one row per sample, a convolution one row per patch, an attention
+projection one row per token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ Array = Any
 """A numpy array or torch tensor. All arrays of one stream share a namespace and a device."""
 
 Follows = Literal["relu", "linear"]
+"""Operation after a layer's response; every operation but a ReLU counts as linear."""
+
 Norm = Literal["spectral", "frobenius"]
+"""Matrix norm from which a gain is computed; the Frobenius norm is never the smaller one."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,19 @@ class LayerSpec:
     Attributes
     ----------
     name : str
-        The layer's name in the network: for a torch module, its qualified name.
+        Name of the layer in the network: for a torch module, its qualified name.
     kind : str
-        ``"linear"``, ``"conv2d"``, or the class name of what cannot be retrained.
+        ``"linear"``, ``"conv2d"``, or the class name of a layer that cannot be retrained.
     shape : tuple of int
         ``(n_in, n_out)`` of one group's weight matrix, without the bias row.
     bias : bool
         Whether the layer has a bias. Then `LayerStream.weight` has ``n_in + 1`` rows, the bias
         last, and the batches' inputs a last column of ones.
     follows : {"relu", "linear"}
-        What the response meets next. Anything but a ReLU counts as linear: every entry of the
+        Operation after the response. Anything but a ReLU counts as linear: every entry of the
         response then matters.
     groups : int
-        How many weight matrices the layer holds (grouped convolutions); 1 otherwise.
+        Number of weight matrices of the layer (grouped convolutions); 1 otherwise.
     reason : str or None
         Why the layer cannot be retrained, or None when it can.
     """
@@ -71,13 +74,13 @@ class LayerBatch:
     Attributes
     ----------
     inputs : array, shape (rows, n_in [+ 1])
-        What the layer receives in the network as it is now, after every `LayerStream.commit`.
+        Inputs of the layer in the current network, after every `LayerStream.commit`.
     dense_inputs : array, shape (rows, n_in [+ 1])
-        What it receives in the network as it was given.
+        Inputs of the layer in the dense network.
     responses : array, shape (rows, n_out)
-        The given network's response, before the activation.
+        Dense network's response, before the activation.
     rows : ndarray of int64, shape (rows,)
-        Which of the layer's ``count(name)`` rows these are.
+        Row numbers, from 0 to ``count(name) - 1``.
     """
 
     inputs: Array
@@ -93,9 +96,9 @@ class Gain:
     Attributes
     ----------
     value : float or None
-        The factor, or None where there is no finite one.
+        Factor, dimensionless; None where no finite one is known.
     reason : str or None
-        Why there is none.
+        Why `value` is None.
     """
 
     value: float | None
@@ -103,13 +106,24 @@ class Gain:
 
 
 def compound(first: float, second: float) -> float:
-    """Multiply two Lipschitz factors; a product of positive ones never underflows to 0."""
+    """Multiply two Lipschitz factors; a product of positive ones never underflows to 0.
+
+    Parameters
+    ----------
+    first, second : float
+        Factors, at least 0.
+
+    Returns
+    -------
+    float
+        Product; at least the smallest normal float64 where both factors are positive.
+    """
     return max(first * second, sys.float_info.min) if first and second else 0.0
 
 
 @dataclass(frozen=True)
 class Passage:
-    """What one passage of all samples through both networks finds. All norms in float64.
+    """Measurements of one passage of all samples through both networks. All norms in float64.
 
     Attributes
     ----------
@@ -118,14 +132,14 @@ class Passage:
     measured : float
         |Yhat - Y|_F of the outputs, as both networks compute them.
     size : float
-        |Y|_F of the given network's outputs.
+        |Y|_F of the dense network's outputs.
     discrepancies : dict from str to float
-        By changed layer, |act(X What) - act(X W)|_F on the dense network's inputs X in float64.
+        |act(X What) - act(X W)|_F by changed layer, on the dense network's inputs X in float64.
     errors : dict from str to float
         The same before the activation, |X (What - W)|_F.
     rounding : float or None
-        What the arithmetic of the two networks can have contributed to the outputs' deviation, and
-        to a bound on it; see `retrain.bounds.outputs`. None where that has no bound.
+        Bound on the contribution of the two networks' arithmetic to the outputs' deviation, and to
+        a bound on it; see `retrain.bounds.outputs`. None where it has no bound.
     reason : str or None
         Why `rounding` is None.
     """
@@ -153,10 +167,10 @@ class LayerStream(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the run's results depend on here, by name, as JSON values.
+        """Everything in the network and the data that results depend on, as JSON values by name.
 
-        ``arrays`` ("numpy" or "torch": who computes), ``weights`` and ``data`` (hashes), and
-        ``computation``: the function that the given network is.
+        ``arrays`` ("numpy" or "torch": the library that computes), ``weights`` and ``data``
+        (hashes), and ``computation``: the function that the dense network computes.
         """
         ...
 
@@ -166,40 +180,133 @@ class LayerStream(Protocol):
         ...
 
     def weight(self, name: str, group: int = 0, *, dense: bool = False) -> Array:
-        """Weight matrix (n_in [+ 1], n_out), bias last: as it is now, or as given when `dense`."""
+        """Return a copy or view of a weight matrix.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        group : int, optional
+            Index of the group, from 0.
+        dense : bool, optional
+            Whether to return the dense network's weight instead of the current one.
+
+        Returns
+        -------
+        array, shape (n_in [+ 1], n_out)
+            Weight matrix, the bias last.
+        """
         ...
 
     def count(self, name: str) -> int:
-        """How many rows the layer has on this data."""
+        """Return the number of rows that the layer has on this data.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+
+        Returns
+        -------
+        int
+            Number of rows: samples times positions.
+        """
         ...
 
     def batches(
         self, name: str, group: int = 0, *, rows: np.ndarray | None = None
     ) -> Iterator[LayerBatch]:
-        """Yield the layer's rows in order; only the given sorted `rows` when there are any."""
+        """Yield the layer's rows in order.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        group : int, optional
+            Index of the group, from 0.
+        rows : ndarray of int, optional
+            Sorted row numbers; all rows by default.
+
+        Yields
+        ------
+        LayerBatch
+            Aligned rows of the current and the dense network.
+        """
         ...
 
     def commit(self, name: str, weight: Array, group: int = 0) -> None:
-        """Replace a weight, cast to the network's own dtype; later `inputs` are made with it."""
+        """Replace a weight, cast to the network's own dtype; later `inputs` are computed with it.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        weight : array, shape (n_in [+ 1], n_out)
+            New weight, the bias last.
+        group : int, optional
+            Index of the group, from 0.
+
+        Raises
+        ------
+        ValueError
+            If the weight has another shape, or the layer cannot be retrained.
+        """
         ...
 
     def gain(self, name: str, *, norm: Norm = "spectral") -> Gain:
-        """Lipschitz factor from the layer's output to the network's, with the current weights."""
+        """Bound the Lipschitz factor from the layer's output to the network's (current weights).
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        norm : {"spectral", "frobenius"}
+            Norm of the later layers' weights.
+
+        Returns
+        -------
+        Gain
+            Factor for Frobenius norms over the samples, or the reason why none is known.
+        """
         ...
 
     def outputs(self, *, dense: bool) -> Iterator[Array]:
-        """Yield the network's outputs batch by batch: of the given network, or of the current."""
+        """Yield the network's outputs batch by batch.
+
+        Parameters
+        ----------
+        dense : bool
+            Whether the dense network computes them, or the current one.
+
+        Yields
+        ------
+        array, shape (samples, ...)
+            Outputs of one batch.
+        """
         ...
 
     def passage(self) -> Passage:
-        """Send the data through both networks once; measure what the bounds are made of."""
+        """Send the data through both networks once, and measure what the bounds need.
+
+        Returns
+        -------
+        Passage
+            Deviations, discrepancies and the allowance for rounding.
+        """
         ...
 
     def output_layer(self) -> tuple[str | None, str]:
-        """Name the layer whose activated response is the network's output, or say why none is.
+        """Name the layer whose activated response is the network's output.
 
         Between the layer and the output there is an activation with slopes of at most 1 and
-        reshaping, nothing else; so what another layer contributes passes through this one.
+        reshaping, nothing else; so the contribution of every other layer passes through this one.
+
+        Returns
+        -------
+        name : str or None
+            Name of the layer; None where there is no such layer.
+        reason : str
+            Why there is none; empty with a name.
         """
         ...
 
@@ -207,10 +314,22 @@ class LayerStream(Protocol):
 def layer(stream: LayerStream, name: str) -> LayerSpec:
     """Return the spec of the layer called `name`.
 
+    Parameters
+    ----------
+    stream : LayerStream
+        Network.
+    name : str
+        Name of the layer.
+
+    Returns
+    -------
+    LayerSpec
+        Layer of that name.
+
     Raises
     ------
     ValueError
-        If the stream has no such layer.
+        If the stream has no layer of that name.
     """
     for spec in stream.layers:
         if spec.name == name:
@@ -220,7 +339,20 @@ def layer(stream: LayerStream, name: str) -> LayerSpec:
 
 
 def changed(stream: LayerStream, spec: LayerSpec) -> bool:
-    """Tell whether a layer's weights are no longer the given ones."""
+    """Tell whether a layer's current weights differ from the dense ones.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Network.
+    spec : LayerSpec
+        Layer.
+
+    Returns
+    -------
+    bool
+        Whether any entry of any group differs.
+    """
     pairs = (
         (stream.weight(spec.name, group), stream.weight(spec.name, group, dense=True))
         for group in range(spec.groups)
@@ -229,7 +361,18 @@ def changed(stream: LayerStream, spec: LayerSpec) -> bool:
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
-    """SHA-256 of a stream's `identity`."""
+    """Hash a stream's `identity`.
+
+    Parameters
+    ----------
+    identity : mapping
+        JSON values.
+
+    Returns
+    -------
+    str
+        SHA-256 of its sorted JSON, in hexadecimal.
+    """
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -241,23 +384,27 @@ def collect(
     Parameters
     ----------
     stream : LayerStream
-        The network and its data.
+        Network and its data.
     name : str
-        The layer.
+        Name of the layer.
     group : int, optional
-        The group of a grouped layer.
+        Index of the group, from 0.
     rows : ndarray of int64, optional
         Sorted row numbers; all rows by default.
 
     Returns
     -------
     LayerBatch
-        All (chosen) rows. Memory: rows x (2 n_in + n_out) numbers.
+        All (chosen) rows.
 
     Raises
     ------
     ValueError
-        If there is no row.
+        If the layer has no rows on this data.
+
+    Notes
+    -----
+    Memory: rows x (2 n_in + n_out) numbers.
     """
     parts = list(stream.batches(name, group, rows=rows))
     if not parts:
@@ -276,10 +423,24 @@ def collect(
 
 
 def sample_rows(count: int, limit: int, seed: int) -> np.ndarray | None:
-    """Choose `limit` of `count` rows by seed, sorted; None when all of them fit.
+    """Choose `limit` of `count` rows by seed.
 
-    The choice depends on nothing but the three numbers, so a layer's dense and current inputs, and
-    a resumed run, see the same rows.
+    The choice depends only on the three numbers, so a layer's dense and current inputs, and a
+    resumed run, use the same rows.
+
+    Parameters
+    ----------
+    count : int
+        Number of rows available.
+    limit : int
+        Largest number of rows to choose.
+    seed : int
+        Seed of the choice.
+
+    Returns
+    -------
+    ndarray of int64, shape (limit,), or None
+        Sorted row numbers; None when all rows fit.
     """
     if count <= limit:
         return None

@@ -16,6 +16,16 @@ class Sum(nn.Module):
     """Sum of branches on the same input: ``Sum(body, nn.Identity())`` is a residual block.
 
     The branches are children called "0", "1", ..., as in a Sequential.
+
+    Parameters
+    ----------
+    *branches : nn.Module
+        Modules that take the same input and return outputs of one shape; at least one.
+
+    Raises
+    ------
+    ValueError
+        If there is no branch.
     """
 
     def __init__(self, *branches: nn.Module) -> None:
@@ -26,7 +36,18 @@ class Sum(nn.Module):
             self.add_module(str(number), branch)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Add up the branches' outputs."""
+        """Add up the branches' outputs.
+
+        Parameters
+        ----------
+        inputs : Tensor
+            Input of every branch.
+
+        Returns
+        -------
+        Tensor
+            Sum of the outputs.
+        """
         first, *others = self.children()
         outputs: Tensor = first(inputs)
         for branch in others:
@@ -40,9 +61,14 @@ class PadChannels(nn.Module):
     Parameters
     ----------
     before, after : int
-        Zero channels put before and after those there are (axis 1).
+        Number of zero channels added before and after the input's channels (axis 1).
     stride : int, optional
-        Of the pixels kept, along every axis after the channels.
+        Distance between the pixels kept, along every axis after the channels.
+
+    Raises
+    ------
+    ValueError
+        If a number of channels is below 0 or the stride below 1.
     """
 
     def __init__(self, before: int, after: int, stride: int = 1) -> None:
@@ -52,12 +78,29 @@ class PadChannels(nn.Module):
         self.before, self.after, self.stride = before, after, stride
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map (B, C, ...) to (B, before + C + after, ...)."""
+        """Map (B, C, ...) to (B, before + C + after, ...).
+
+        Parameters
+        ----------
+        inputs : Tensor, shape (B, C, ...)
+            Input.
+
+        Returns
+        -------
+        Tensor, shape (B, before + C + after, ...)
+            Kept pixels with the zero channels.
+        """
         padding = [0, 0] * (inputs.ndim - 2) + [self.before, self.after]
         return functional.pad(_strided(inputs, self.stride), padding)
 
     def extra_repr(self) -> str:
-        """Say the arguments."""
+        """Write the arguments for the module's text.
+
+        Returns
+        -------
+        str
+            Arguments.
+        """
         return f"before={self.before}, after={self.after}, stride={self.stride}"
 
 
@@ -67,9 +110,14 @@ class StackChannels(nn.Module):
     Parameters
     ----------
     copies : int
-        How many.
+        Number of copies.
     stride : int, optional
-        As of `PadChannels`.
+        Distance between the pixels kept, along every axis after the channels.
+
+    Raises
+    ------
+    ValueError
+        If an argument is below 1.
     """
 
     def __init__(self, copies: int, stride: int = 1) -> None:
@@ -78,11 +126,28 @@ class StackChannels(nn.Module):
         self.copies, self.stride = copies, stride
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map (B, C, ...) to (B, copies C, ...)."""
+        """Map (B, C, ...) to (B, copies C, ...).
+
+        Parameters
+        ----------
+        inputs : Tensor, shape (B, C, ...)
+            Input.
+
+        Returns
+        -------
+        Tensor, shape (B, copies C, ...)
+            Stacked copies of the kept pixels.
+        """
         return torch.cat([_strided(inputs, self.stride)] * self.copies, dim=1)
 
     def extra_repr(self) -> str:
-        """Say the arguments."""
+        """Write the arguments for the module's text.
+
+        Returns
+        -------
+        str
+            Arguments.
+        """
         return f"copies={self.copies}, stride={self.stride}"
 
 

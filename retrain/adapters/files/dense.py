@@ -1,4 +1,4 @@
-"""Read a chain of dense layers off the tensors of a state dict that comes without code."""
+"""Read a chain of dense layers from the tensors of a state dict that comes without code."""
 
 from __future__ import annotations
 
@@ -21,16 +21,33 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "leaky_relu": nn.functional.leaky_relu,
 }
-"""What may stand between the layers of a chain that is read without code."""
+"""Activations between the layers of a chain that is read without code, by name."""
 
 WAY_OUT = "give the architecture with --arch package.module:factory"
+"""Remedy that ends the messages about files which do not determine a network."""
+
 _STEPS = 100_000
-"""How far the search for an order by shapes goes before it calls the order ambiguous."""
+"""Number of steps after which the search for an order by shapes gives up. A larger value takes
+longer on files with many equal layers. Chosen by hand."""
 
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """One layer of a `DenseChain`: its name, its size (n_in, n_out), and what follows it."""
+    """One layer of a `DenseChain`.
+
+    Attributes
+    ----------
+    name : str
+        Dotted name of the layer.
+    shape : tuple of int
+        (n_in, n_out).
+    bias : bool
+        Whether the layer has a bias.
+    dtype : torch.dtype
+        Type of its tensors.
+    activation : str
+        Activation after the layer, a key of `ACTIVATIONS`.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -45,12 +62,13 @@ class DenseChain(nn.Module):
     Parameters
     ----------
     layers : sequence of DenseLayer
-        In execution order. Their tensors are on the meta device until a state dict is assigned.
+        Layers in execution order. Their tensors are on the meta device until a state dict is
+        assigned.
 
     Raises
     ------
     ValueError
-        If a name cannot be a module's.
+        If a name cannot be the name of a module.
     """
 
     def __init__(self, layers: Sequence[DenseLayer]) -> None:
@@ -71,7 +89,18 @@ class DenseChain(nn.Module):
                 raise ValueError(f"model: {layer.name!r} cannot name a layer; {WAY_OUT}") from error
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Apply the layers to samples of any shape, (n_samples, ...)."""
+        """Apply the layers to samples of any shape, (n_samples, ...).
+
+        Parameters
+        ----------
+        inputs : Tensor, shape (n_samples, ...)
+            Samples, flattened first.
+
+        Returns
+        -------
+        Tensor, shape (n_samples, n_out)
+            Outputs of the last layer.
+        """
         values = torch.flatten(inputs, 1)
         for layer in self.dense_layers:
             values = ACTIVATIONS[layer.activation](self.get_submodule(layer.name)(values))
@@ -88,18 +117,19 @@ def read_chain(
 
     Parameters
     ----------
-    tensors : mapping
+    tensors : mapping from str to Tensor
         Tensors ``NAME.weight`` (n_out, n_in) and, where there is a bias, ``NAME.bias`` (n_out,).
     activation : str
-        What stands between two layers, a key of `ACTIVATIONS`; nothing follows the last.
+        Activation between two layers, a key of `ACTIVATIONS`; the last layer has none.
     ordered : bool
-        Whether the file's order means something; safetensors sorts by name.
+        Whether the order of `tensors` is meaningful; safetensors sorts by name.
 
     Returns
     -------
     chain : DenseChain
-    names : dict
-        The chain's tensor names, each with its name in `tensors`.
+        Chain with these tensors.
+    names : dict from str to str
+        Name in `tensors` by name in the chain.
 
     Raises
     ------
@@ -125,7 +155,7 @@ def read_chain(
 
 
 def _layer_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """By layer name, (n_in, n_out); every tensor must be a dense layer's weight or bias."""
+    """Return (n_in, n_out) by layer name; every tensor must be a dense layer's weight or bias."""
     shapes: dict[str, tuple[int, int]] = {}
     for name, tensor in tensors.items():
         prefix, _, leaf = name.rpartition(".")
@@ -184,9 +214,9 @@ def _is_chain(shapes: Sequence[tuple[int, int]]) -> bool:
 
 
 def _by_shapes(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
-    """Find up to two orders in which every layer takes what the one before it gives.
+    """Find up to two orders in which every layer's inputs are the previous layer's outputs.
 
-    Depth-first. A search that does not end counts as ambiguous: it returns what it was trying too.
+    Depth-first; raises ValueError where the search takes too many steps.
     """
     found: list[list[str]] = []
     stack: list[list[str]] = [[name] for name in shapes]

@@ -8,8 +8,8 @@
             "1": {"kind": "Identity"}}}}}
 
 `Sequential` and `Sum` (of branches on one input) hold modules by name; every other kind is a layer
-with the arguments that make it. Names of tensors in the state dict follow from the names here. Only
-what `LAYERS` lists is ever made, so that a description from a stranger runs no code of theirs.
+with its constructor's arguments. Names of tensors in the state dict follow from the names here.
+Only the classes in `LAYERS` are ever constructed, so an untrusted description runs no foreign code.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from retrain.adapters.files.blocks import PadChannels, StackChannels, Sum
 from retrain.adapters.files.load import fill
 from retrain.files import READ_ERRORS, first_line
 
+# Arguments of the layers' constructors; each is also an attribute of the layer.
 _CONVOLUTION = (
     "in_channels",
     "out_channels",
@@ -70,28 +71,58 @@ LAYERS: dict[type[nn.Module], tuple[str, ...]] = {
     PadChannels: ("before", "after", "stride"),
     StackChannels: ("copies", "stride"),
 }
-"""Layers that can be described, each with the arguments that make it again."""
+"""Layers that can be described, each with the constructor arguments that rebuild it."""
 
+# Modules that hold other modules by name.
 _CONTAINERS: dict[str, type[nn.Module]] = {"Sequential": nn.Sequential, "Sum": Sum}
+
 _DEEPEST = 32
+"""Largest depth of nested containers in a description that is built. Chosen by hand, far above any
+real network and below Python's limit of recursion."""
+
 _MOST = 100_000
+"""Largest number of modules in a description that is built: a larger one is refused as damaged.
+Chosen by hand."""
 
 
 def describe_module(module: nn.Module) -> dict[str, Any]:
     """Return a module's architecture as JSON values.
 
+    Parameters
+    ----------
+    module : nn.Module
+        Network; it is not changed.
+
+    Returns
+    -------
+    dict
+        JSON values.
+
     Raises
     ------
     ValueError
         If a module in it is of another kind than those of `LAYERS`, `Sequential` and `Sum`, or has
-        hooks, or has tensors and stands in two places; the message names it.
+        hooks, or has tensors and occurs twice; the message names it.
     """
     seen: dict[int, str] = {}
     return _describe(module, "", seen)
 
 
 def described(module: nn.Module) -> tuple[dict[str, Any] | None, str]:
-    """Return a module's description, or None and the reason why there is none."""
+    """Return a module's description, or the reason why there is none.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Network; it is not changed.
+
+    Returns
+    -------
+    description : dict or None
+        JSON values.
+    reason : str
+        Why there is no description; empty with one.
+    """
     try:
         return describe_module(module), ""
     except ValueError as error:
@@ -101,10 +132,20 @@ def described(module: nn.Module) -> tuple[dict[str, Any] | None, str]:
 def build_module(description: Mapping[str, Any]) -> nn.Module:
     """Build the module of a description; its tensors are on torch's meta device, without memory.
 
+    Parameters
+    ----------
+    description : mapping
+        JSON values that `describe_module` returned.
+
+    Returns
+    -------
+    nn.Module
+        Network without values.
+
     Raises
     ------
     ValueError
-        If it is not what `describe_module` gives.
+        If the description is not of that form, or is too large.
     """
     budget = [_MOST]
     with torch.device("meta"):
@@ -113,6 +154,18 @@ def build_module(description: Mapping[str, Any]) -> nn.Module:
 
 def load_described(description: Mapping[str, Any], path: str | Path) -> nn.Module:
     """Build the module of a description with the tensors of a file; in evaluation mode, on the CPU.
+
+    Parameters
+    ----------
+    description : mapping
+        JSON values that `describe_module` returned.
+    path : str or Path
+        File with the tensors, under the names of the module's state dict.
+
+    Returns
+    -------
+    nn.Module
+        Network with these tensors.
 
     Raises
     ------

@@ -17,18 +17,20 @@ def write_export(network: nn.Module, sample: Tensor, path: Path) -> None:
     Parameters
     ----------
     network : nn.Module
-        On the CPU, in evaluation mode.
+        Network on the CPU, in evaluation mode.
     sample : Tensor, shape (1, ...)
         One input.
     path : Path
-        The file; `torch.export.load` reads it.
+        File to write; `torch.export.load` reads it.
 
     Raises
     ------
     ValueError
         If torch.export cannot follow the network.
+    OSError
+        If the file cannot be written.
     """
-    samples = torch.cat([sample.cpu()] * 2)  # a dimension of 1 would be taken for a constant
+    samples = torch.cat([sample.cpu()] * 2)  # torch treats a dimension of 1 as a constant
     batch = torch.export.Dim("batch")
     try:
         program = torch.export.export(network, (samples,), dynamic_shapes=({0: batch},))

@@ -13,17 +13,20 @@ from retrain.adapters.files.dense import WAY_OUT, DenseChain, DenseLayer
 from retrain.adapters.network.tensors import FLOATS
 from retrain.files import READ_ERRORS, first_line
 
+# Operations of an exported program that a chain can have; any other is refused.
 _ACTIVATIONS = {
     torch.ops.aten.relu.default: "relu",
     torch.ops.aten.tanh.default: "tanh",
     torch.ops.aten.sigmoid.default: "sigmoid",
     torch.ops.aten.silu.default: "silu",
 }
+# Operations that can flatten samples; `_flattens` decides.
 _FLATTEN = (
     torch.ops.aten.flatten.using_ints,
     torch.ops.aten.view.default,
     torch.ops.aten.reshape.default,
 )
+# Operations that change nothing in evaluation.
 _IDENTITY = (
     torch.ops.aten.dropout.default,
     torch.ops.aten.clone.default,
@@ -33,14 +36,19 @@ _IDENTITY = (
 
 
 def load_exported(path: Path) -> tuple[DenseChain, dict[str, str]]:
-    """Load an exported program and take its chain of linear layers out; only for trusted files.
+    """Load an exported program as a chain of linear layers; only for trusted files.
+
+    Parameters
+    ----------
+    path : Path
+        File. Loading it can run code that is in it.
 
     Returns
     -------
     chain : DenseChain
-        With the program's tensor names.
-    names : dict
-        Those names, each with itself.
+        Chain with the program's tensors.
+    names : dict from str to str
+        The program's tensor names, each mapped to itself.
 
     Raises
     ------
@@ -65,7 +73,7 @@ def load_exported(path: Path) -> tuple[DenseChain, dict[str, str]]:
 
 
 def _layers(program: Any) -> tuple[list[DenseLayer], dict[str, Tensor]]:
-    """Walk the program from its input to its output; every step must be one that a chain has."""
+    """Walk the program from input to output; every step must be one that a chain can have."""
     signature = program.graph_signature
     parameters: dict[str, str] = dict(signature.inputs_to_parameters)
     if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:

@@ -1,4 +1,4 @@
-"""Load a saved network, taking the file for hostile.
+"""Load a saved network from a file that is treated as untrusted.
 
 Tensors are read to the CPU, from safetensors or through torch's weights-only unpickler, and checked
 before anything is built. Code runs only when the user names it: a factory (``--arch``), or an
@@ -35,13 +35,23 @@ from retrain.data.factories import call_factory
 from retrain.files import READ_ERRORS, first_line
 
 STATE_DICTS = (".pt", ".pth", ".th", ".bin", ".ckpt")
+"""Endings of files that hold a state dict as torch saves it; a convention."""
+
 _NESTED = ("state_dict", "model_state_dict", "model")
-_DEEPEST = 8  # levels of a checkpoint that are searched for tensors
+"""Usual keys of the state dict in a checkpoint, in the order in which they are tried."""
+
+_DEEPEST = 8
+"""Number of levels of a checkpoint that are searched for tensors. A larger value searches deeper
+and takes longer on files with other content. Chosen by hand."""
+
 _OTHERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+"""Types of tensors beside the weights (buffers) that are accepted."""
+
 _INSTEAD = (
     "save its state dict instead, torch.save(model.state_dict(), FILE), and "
     "give the architecture with --arch package.module:factory"
 )
+"""Remedy that ends the messages about files which hold code instead of tensors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +61,13 @@ class LoadedModel:
     Attributes
     ----------
     module : nn.Module
-        The network, on the CPU, in evaluation mode, in the file's types.
-    names : mapping
-        The module's tensor names, each with its name in the file: what to save it under.
+        Network on the CPU, in evaluation mode, in the dtypes of the file.
+    names : mapping from str to str
+        Name in the file by name in the module, for saving it again.
     path : Path
         The file.
     note : str
-        What was assumed, for the user to read; empty if nothing was.
+        Assumptions that were made, for the user to read; empty if there were none.
     """
 
     module: nn.Module
@@ -81,33 +91,33 @@ def load_model(
     ----------
     path : str or Path
         ``.safetensors``; a state dict ``.pt``, ``.pth``, ``.th``, ``.bin`` or ``.ckpt``; or an
-        exported program ``.pt2``. The state dict may be inside of a checkpoint, under
-        ``state_dict``, ``model_state_dict`` or ``model``, or as its only mapping of tensors. What
-        wrappers put into names (``module.``, ``_orig_mod.``) is dropped, and so is any prefix of
-        all names (``model.``) without which they fit `arch`.
+        exported program ``.pt2``. The state dict may be inside a checkpoint, under ``state_dict``,
+        ``model_state_dict`` or ``model``, or as its only mapping of tensors. Parts of names that
+        wrappers add (``module.``, ``_orig_mod.``) are removed, and so is any prefix of all names
+        (``model.``) without which they fit `arch`.
     arch : str, optional
-        ``"auto"`` reads a chain of dense layers off the shapes. ``package.module:factory`` names a
-        callable that builds the module; the tensors are then loaded into it. A wrapper around
-        it (DataParallel, torch.compile) is taken off.
+        ``"auto"`` derives a chain of dense layers from the shapes. ``package.module:factory`` names
+        a callable that builds the module; the tensors are then loaded into it. A wrapper around it
+        (DataParallel, torch.compile) is removed.
     activation : str, optional
-        What stands between the layers of a chain read with ``"auto"``.
+        Activation between the layers of a chain read with ``"auto"``.
     trust : bool, optional
-        Allow a ``.pt2``: loading one can run code that is in the file.
+        Whether a ``.pt2`` may be loaded, which can run code that is in the file.
     key : str, optional
-        Which mapping of tensors of a checkpoint to take: ``net``, or ``teacher.net`` of a nested
-        one.
+        Key of the mapping of tensors in a checkpoint: ``net``, or ``teacher.net`` of a nested one.
 
     Returns
     -------
     LoadedModel
+        Network, its names in the file, and the assumptions made.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If the file does not exist.
     ValueError
         If the file is truncated, holds other things than tensors, needs trust, does not fit the
-        architecture, is no chain, or has NaN or infinite weights. One line, with the way out.
+        architecture, is not a chain, or has NaN or infinite weights. One line, with the remedy.
     """
     path = Path(path)
     if not path.exists():
@@ -153,7 +163,17 @@ def load_model(
 
 
 def made_module(arch: str) -> nn.Module:
-    """Build the module that ``package.module:factory`` makes, without wrappers around it.
+    """Build the module of ``package.module:factory``, without wrappers around it.
+
+    Parameters
+    ----------
+    arch : str
+        ``package.module:factory``.
+
+    Returns
+    -------
+    nn.Module
+        Module that the factory returned.
 
     Raises
     ------
@@ -182,7 +202,7 @@ def _names_that_fit(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def _misfits(own: Collection[str], names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return the module's names that a file lacks, and those that it has besides."""
+    """Return the module's names that a file lacks, and the file's names that the module lacks."""
     # Files from before torch 0.4.1 lack this counter, which nothing in evaluation reads.
     missing = [n for n in own if n not in names and not n.endswith("num_batches_tracked")]
     return missing, [name for name in names if name not in own]
@@ -201,20 +221,21 @@ def read_tensors(path: Path, key: str | None = None) -> tuple[dict[str, Tensor],
     Parameters
     ----------
     path : Path
+        File.
     key : str, optional
-        As `load_model`.
+        Key of the mapping of tensors in a checkpoint, see `load_model`.
 
     Returns
     -------
-    tensors : dict
-        By their names in the file.
+    tensors : dict from str to Tensor
+        Tensors by their names in the file, on the CPU.
     ordered : bool
         Whether their order is that in which they were saved.
 
     Raises
     ------
     ValueError
-        As `load_model`.
+        If the file is damaged or holds other things than tensors, or the key does not exist.
     """
     tensors, ordered, _ = _tensors_and_key(path, key)
     return tensors, ordered
@@ -247,10 +268,10 @@ def _tensors_and_key(path: Path, key: str | None) -> tuple[dict[str, Tensor], bo
 
 
 def _chosen(content: object, key: str | None, path: Path) -> tuple[object, str]:
-    """Choose the mapping of tensors of a checkpoint, and say under which key it was.
+    """Choose the mapping of tensors in a checkpoint, and say under which key it was.
 
-    Without a key: what is under a usual one, else the only one; what is no checkpoint is returned
-    as it is, to be refused entry by entry.
+    Without a key: the mapping under a usual key, else the only one. Content that is not a
+    checkpoint is returned unchanged, and refused later entry by entry.
     """
     found = dict(_mappings(content, "", _DEEPEST))
     listed = ", ".join(name or "(the file itself)" for name in found) or "none"
@@ -362,16 +383,16 @@ def fill(model: nn.Module, path: str | Path, names: Mapping[str, str]) -> nn.Mod
     Parameters
     ----------
     model : nn.Module
-        The architecture; it is not changed.
+        Architecture; it is not changed.
     path : str or Path
-        A file that `retrain.adapters.files.save` wrote.
-    names : mapping
-        The module's tensor names, each with its name in the file (`LoadedModel.names`).
+        File that `retrain.adapters.files.save` wrote.
+    names : mapping from str to str
+        Name in the file by name in the module (`LoadedModel.names`).
 
     Returns
     -------
     nn.Module
-        In evaluation mode, on the CPU, in the file's types.
+        Copy with the file's tensors, in evaluation mode, on the CPU, in the file's dtypes.
 
     Raises
     ------
@@ -444,6 +465,6 @@ def _exported(path: Path, arch: str, trust: bool) -> LoadedModel:
 
 
 def _line(error: BaseException) -> str:
-    """Return the telling line of an error; torch's advice to load without safety is not it."""
+    """Return the informative line of an error, not torch's advice to load without safety."""
     told = re.search(r"WeightsUnpickler error:\s*(\S[^\n]*)", str(error))
     return told[1][:200] if told else first_line(error)

@@ -1,4 +1,4 @@
-"""Whether a network's tensors alone say what it computes."""
+"""Decide whether a network's tensors alone determine what it computes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,29 @@ from retrain.adapters.network.operations import operation, setting
 
 
 def is_plain(network: Network, model: nn.Module) -> bool:
-    """Whether `load_model` reads the same network off the model's saved tensors, without code.
+    """Tell whether `load_model` can rebuild the network from its saved tensors alone, without code.
 
     That is so for a chain of dense layers with ReLUs between them and nothing after the last, whose
-    samples are flattened first if at all, if names and shapes leave no doubt about the order.
+    samples are at most flattened first, if names and shapes determine the order.
+
+    Parameters
+    ----------
+    network : Network
+        Traced network.
+    model : nn.Module
+        Module that was traced, in evaluation mode.
+
+    Returns
+    -------
+    bool
+        Whether the tensors are enough.
     """
     if network.graph is None or any(found.spec.reason for found in network.layers):
         return False
     state = model.state_dict()
     try:
         chain, _ = read_chain(state, activation="relu", ordered=False)
-    except ValueError:  # other tensors, or an order that cannot be told
+    except ValueError:  # other tensors, or an ambiguous order
         return False
     names = [layer.name for layer in chain.dense_layers]
     return names == [found.spec.name for found in network.layers] and _is_chain(
@@ -31,7 +43,7 @@ def is_plain(network: Network, model: nn.Module) -> bool:
 
 
 def _is_chain(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> bool:
-    """Walk from the input to the output: dense layers, a ReLU between two, no other step."""
+    """Walk from the input to the output: dense layers, a ReLU between each two, no other step."""
     node = next(node for node in graph.nodes if node.op == "placeholder")
     layers, open_layer = 0, False  # open: nothing has followed the last layer yet
     while True:
@@ -51,7 +63,7 @@ def _is_chain(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _flattens(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node makes a row of every sample."""
+    """Tell whether a node makes one row of every sample."""
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     if name in ("view", "reshape"):
         return len(node.args) == 3

@@ -1,4 +1,4 @@
-"""Save a network as safetensors, whole or not at all."""
+"""Save a network as safetensors, complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from retrain.files import write_whole
 
 METADATA = {"format": "pt"}
-"""The one key that loaders ask for; with more of them the file's bytes would not repeat."""
+"""The only metadata of the file: loaders ask for this key, and with more keys the bytes of the file
+would not repeat."""
 
 
 def save_model(
@@ -24,11 +25,11 @@ def save_model(
     Parameters
     ----------
     module : nn.Module
-        The network, on any device.
+        Network, on any device.
     path : str or Path
-        The file; one that is there is replaced in one step, or stays if anything fails.
-    names : mapping, optional
-        The tensors to save and the name of each in the file (`LoadedModel.names`); by default the
+        File to write; an existing one is replaced in one step, or stays if anything fails.
+    names : mapping from str to str, optional
+        Tensors to save and the name of each in the file (`LoadedModel.names`); by default the
         whole state dict under its own names.
 
     Raises
@@ -48,14 +49,21 @@ def save_model(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Save tensors by name, in their own types; ones that share memory are written out each.
+    """Save tensors by name, in their own dtypes; tensors that share memory are written separately.
 
-    The bytes depend on names, types, shapes and values alone.
+    The bytes depend only on names, dtypes, shapes and values.
+
+    Parameters
+    ----------
+    tensors : mapping from str to Tensor
+        Tensors, on any device.
+    path : str or Path
+        File to write.
 
     Raises
     ------
     ValueError
-        If an entry is no tensor, or one that safetensors cannot hold (sparse, quantised, meta).
+        If an entry is not a tensor, or one that safetensors cannot hold (sparse, quantised, meta).
     OSError
         If the file cannot be written; then no partial file is left.
     """
@@ -65,12 +73,17 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 def check_tensors(tensors: Mapping[str, Any]) -> None:
-    """Refuse what `save_tensors` cannot write.
+    """Refuse tensors that `save_tensors` cannot write.
+
+    Parameters
+    ----------
+    tensors : mapping from str to Tensor
+        Tensors to check.
 
     Raises
     ------
     ValueError
-        As `save_tensors`.
+        If an entry is not a tensor, or one that safetensors cannot hold (sparse, quantised, meta).
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):

@@ -1,8 +1,8 @@
-"""Find the layers of a torch module: what they are, what follows them, and why some must stay.
+"""Find the layers of a torch module: kind, what follows, and why some cannot be retrained.
 
-The forward pass is traced symbolically (`torch.fx`), so modules, functions and methods, nested as
-they like, become one graph. A layer that this does not reach, or whose weights are not its own
-alone, is listed with the reason and left untouched.
+The forward pass is traced symbolically (`torch.fx`), so modules, functions and methods, however
+nested, become one graph. A layer that this does not reach, or that shares its weights, is listed
+with the reason and left unchanged.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from retrain.adapters.network.tensors import FLOATS
 from retrain.adapters.network.wrappers import check_plain_weights, unwrapped
 from retrain.stream.stream import Follows, LayerSpec
 
-# A ReLU commutes with whatever only moves entries about or picks the largest of some: since it is
-# monotone, relu(max(z)) = max(relu(z)). So a layer is followed by a ReLU across these, too.
+# A ReLU commutes with every operation that only moves entries or takes a maximum: since it is
+# monotone, relu(max(z)) = max(relu(z)). So a layer is followed by a ReLU also across these
+# operations (derived).
 _COMMUTE = ("identity", "move", "max_pool1d", "max_pool2d")
 
+# Errors that tracing a network's own code raises; each means that it cannot be traced.
 _TRACE_ERRORS = (
     fx.proxy.TraceError,
     TypeError,
@@ -44,15 +46,15 @@ class FoundLayer:
     Attributes
     ----------
     spec : LayerSpec
-        What a method sees of it.
+        Layer as a method sees it.
     module : str
-        Its class name.
+        Name of its class.
     parameters : int
-        How many numbers it holds, biases included.
+        Number of its parameters, biases included.
     meets : str
-        What its response meets next, in words: ``"relu"``, ``"BatchNorm2d (bn1)"``, ``"output"``.
+        Operation after its response, in words: ``"relu"``, ``"BatchNorm2d (bn1)"``, ``"output"``.
     detail : str
-        Kernel, stride and so on of a convolution; else empty.
+        Kernel, stride and so on of a convolution; empty otherwise.
     """
 
     spec: LayerSpec
@@ -64,16 +66,16 @@ class FoundLayer:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A module taken apart.
+    """A traced module and its layers.
 
     Attributes
     ----------
     layers : tuple of FoundLayer
         All modules with weights, in execution order; those not reached come last.
     graph : fx.Graph or None
-        The traced forward pass, or None if it cannot be traced.
-    nodes : mapping
-        By layer name, the node that calls it, for layers that are called once.
+        Traced forward pass; None if it cannot be traced.
+    nodes : mapping from str to fx.Node
+        Node that calls the layer, by layer name, for layers that are called once.
     """
 
     layers: tuple[FoundLayer, ...]
@@ -87,16 +89,17 @@ def layer_table(model: nn.Module) -> tuple[FoundLayer, ...]:
     Parameters
     ----------
     model : nn.Module
-        The network; it is not changed.
+        Network; it is not changed.
 
     Returns
     -------
     tuple of FoundLayer
+        All modules with weights.
 
     Raises
     ------
     ValueError
-        If it is no module or has no weights at all.
+        If it is not a module, is a single layer, or has no weights.
     """
     return find_layers(evaluation_copy(model)).layers
 
@@ -104,10 +107,20 @@ def layer_table(model: nn.Module) -> tuple[FoundLayer, ...]:
 def evaluation_copy(model: nn.Module) -> nn.Module:
     """Copy a module, without wrappers around it, and put the copy into evaluation mode.
 
+    Parameters
+    ----------
+    model : nn.Module
+        Network; it is not changed.
+
+    Returns
+    -------
+    nn.Module
+        Copy in evaluation mode.
+
     Raises
     ------
     ValueError
-        If it is no module, is a single bare layer, has weights that are computed at each call
+        If it is not a module, is a single layer, has weights that are computed at each call
         (pruning masks, weight norm), or cannot be copied.
     """
     if not isinstance(model, nn.Module):
@@ -124,7 +137,17 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
 
 
 def find_layers(model: nn.Module) -> Network:
-    """Take a module apart; it must be in evaluation mode (`evaluation_copy`).
+    """Trace a module and list its layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Network in evaluation mode (`evaluation_copy`).
+
+    Returns
+    -------
+    Network
+        Layers, graph and nodes.
 
     Raises
     ------
@@ -141,7 +164,7 @@ def find_layers(model: nn.Module) -> Network:
         raise ValueError(f"model: {type(model).__name__} has no weights")
 
     calls: dict[str, list[fx.Node]] = {name: [] for name in owners}
-    outside: dict[str, fx.Node] = {}  # weights read in some other way than by calling the module
+    outside: dict[str, fx.Node] = {}  # weights read without calling the module
     order: dict[str, int] = {}
     for position, node in enumerate(nodes):
         target = str(node.target)
@@ -173,7 +196,7 @@ def find_layers(model: nn.Module) -> Network:
 
 
 class _Proxy(fx.Proxy):
-    """A traced value that notes arithmetic in place as such; fx would note a new value."""
+    """A traced value that records in-place arithmetic as such; fx would record a new value."""
 
     def __iadd__(self, other: object) -> fx.Proxy:
         return self._in_place(operator.iadd, other)
@@ -197,7 +220,20 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> tuple[fx.Graph | None, str | None]:
-    """Trace the forward pass with its first argument; the others keep their defaults."""
+    """Trace the forward pass with its first argument; the other arguments keep their defaults.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Network.
+
+    Returns
+    -------
+    graph : fx.Graph or None
+        Traced forward pass.
+    reason : str or None
+        Why it cannot be traced; None with a graph.
+    """
     wanted = list(inspect.signature(model.forward).parameters.values())
     plain = [p for p in wanted if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     required = [p.name for p in plain if p.default is p.empty]
@@ -212,7 +248,7 @@ def trace(model: nn.Module) -> tuple[fx.Graph | None, str | None]:
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that hold parameters themselves; a parametrised one stands for what it holds."""
+    """Yield the modules that hold parameters; a parametrised one represents those inside it."""
     parametrised: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in parametrised):
@@ -225,7 +261,7 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _tied(owners: Mapping[str, nn.Module]) -> dict[str, str]:
-    """By layer name, another layer that holds the same parameter or the same memory."""
+    """Find, by layer name, another layer that holds the same parameter or the same memory."""
     holders: dict[int, list[str]] = {}
     for name, module in owners.items():
         for parameter in module.parameters(recurse=False):
@@ -262,7 +298,7 @@ def _describe_layer(name: str, module: nn.Module) -> FoundLayer:
 
 
 def _weights_reason(name: str, module: nn.Module, tied: Mapping[str, str]) -> str | None:
-    """Why a module's weights cannot be replaced, whatever the network does with them."""
+    """Say why a module's weights cannot be replaced, regardless of how the network uses them."""
     label = type(module).__name__
     parametrised = getattr(module, "parametrizations", None)
     if isinstance(parametrised, nn.ModuleDict):
@@ -293,7 +329,7 @@ def _use_reason(
     leaves: set[str],
     modules: Mapping[str, nn.Module],
 ) -> str | None:
-    """Why the way the network uses a layer forbids retraining it."""
+    """Say why the network's use of a layer prevents retraining it."""
     if name in outside:
         return "its weights are also used without calling it"
     if len(calls) > 1:
@@ -308,7 +344,7 @@ def _use_reason(
 
 
 def _next(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[str, Follows]:
-    """What a layer's response meets next."""
+    """Find the operation that follows a layer's response."""
     while True:
         users = [user for user in node.users if operation(user, modules) != "shape"]
         if len(users) != 1:

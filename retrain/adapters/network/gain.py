@@ -1,4 +1,4 @@
-"""How much a network can stretch a change of one layer's output: Lipschitz factors over its graph.
+"""Lipschitz factors over a network's graph, from a change of one layer's output to the output.
 
 All factors are for the Frobenius norm over a batch, in evaluation mode. A node whose inputs change
 by δ_1, δ_2, ... changes by at most sum_i f_i ||δ_i||, f_i its factor for input i. So a change at a
@@ -27,7 +27,9 @@ from retrain.adapters.network.patches import cover
 from retrain.stream.stream import Gain, compound
 
 Norms = Callable[[str, torch.Tensor | None], float]
+"""(layer name, factor per output channel or None) -> bound on the layer's norm as a map."""
 
+# Functions that fx records for in-place arithmetic (`retrain.adapters.network.find`).
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
@@ -42,18 +44,18 @@ def gains(
     Parameters
     ----------
     graph : fx.Graph
-        The traced network.
-    modules : mapping
-        Its modules by name, with the weights to bound.
+        Traced network.
+    modules : mapping from str to nn.Module
+        Modules of the network by name, with the weights to bound.
     norms : callable
-        ``norms(name, scale)``: a bound on the norm of a layer as a map, each output
-        channel multiplied by its entry of `scale`, where there is one.
-    shapes : mapping
+        ``norms(name, scale)``: bound on the norm of a layer as a map, each output channel
+        multiplied by its entry of `scale`, where there is one.
+    shapes : mapping from fx.Node
         For a batch of two samples, the shape of every tensor, and other values as they are.
 
     Returns
     -------
-    dict
+    dict from fx.Node to Gain
         G of each node. Its value is None, with the reason, where some operation on the way to the
         output has no finite factor. A ReLU has factor 1, so a layer's G is also the factor from
         its activated output.
@@ -75,12 +77,19 @@ def _as_gain(found: float | str) -> Gain:
 def output_source(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[fx.Node | None, str]:
     """Find the one node whose value, through its activation and reshaping only, is the output.
 
+    Parameters
+    ----------
+    graph : fx.Graph
+        Traced network.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
+
     Returns
     -------
     node : fx.Node or None
-        A call of a layer, or None where the output is made in another way.
+        Call of a layer; None where the output is computed in another way.
     reason : str
-        What stands in the way; empty with a node.
+        Operation that prevents it; empty with a node.
     """
     node = next(node for node in graph.nodes if node.op == "output")
     if not isinstance(node.args[0], fx.Node):
@@ -97,7 +106,7 @@ def output_source(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[fx
 
 
 def _is_size(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node is a size, or a part of one, and not a value of the network."""
+    """Tell whether a node is a size, or a part of one, rather than a value of the network."""
     if operation(node, modules) == "select":
         return _is_size(node.all_input_nodes[0], modules)
     return operation(node, modules) == "shape"
@@ -110,7 +119,7 @@ def _to_output(
     norms: Norms,
     shapes: Mapping[fx.Node, Any],
 ) -> float | str:
-    """G(node) from its users'; text where there is none."""
+    """Compute G(node) from the G of its users; a text says why none is known."""
     if node.op == "output":
         single = isinstance(node.args[0], fx.Node)
         return 1.0 if single else "the network's output is not one tensor"
@@ -141,7 +150,7 @@ def _to_output(
 def _only_scaled(
     node: fx.Node, modules: Mapping[str, nn.Module], shapes: Mapping[fx.Node, Any]
 ) -> fx.Node | None:
-    """Find the batch norm in evaluation mode that is all a layer's response meets, if it is."""
+    """Find the batch norm that is the only user of a layer's response, if there is one."""
     if operation(node, modules) != "layer" or len(node.users) != 1:
         return None
     user = next(iter(node.users))
@@ -152,18 +161,18 @@ def _only_scaled(
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One node of the graph, and which of its inputs is asked about.
+    """One node of the graph, and one of its inputs.
 
     Attributes
     ----------
     node, source : fx.Node
-        The node, and the input.
-    modules : mapping
-        The network's modules by name.
+        Node, and its input.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
     norms : Norms
-        As `gains` takes it.
-    shapes : mapping
-        As `gains` takes it.
+        Norms of the layers, as `gains` takes them.
+    shapes : mapping from fx.Node
+        Shapes of the values, as `gains` takes them.
     """
 
     node: fx.Node
@@ -173,12 +182,44 @@ class Call:
     shapes: Mapping[fx.Node, Any]
 
     def setting(self, position: int, name: str, default: Any) -> Any:
-        """A setting of the operation; where it is computed from a shape, its value."""
+        """Return a setting of the operation; where it is computed from a shape, its value.
+
+        Parameters
+        ----------
+        position : int
+            Position among the call's arguments, from 0.
+        name : str
+            Name of the argument, or of the module's attribute.
+        default : object
+            Value where it is not given.
+
+        Returns
+        -------
+        object
+            Value.
+        """
         found = setting(self.node, self.modules, position, name, default)
         return fx.map_arg(found, self.shapes.__getitem__)
 
     def sizes(self, dims: int, position: int, name: str, default: Any) -> tuple[int, ...]:
-        """A setting that has one number per dimension, or one for all."""
+        """Return a setting that has one number per dimension, or one for all.
+
+        Parameters
+        ----------
+        dims : int
+            Number of dimensions.
+        position : int
+            Position among the call's arguments, from 0.
+        name : str
+            Name of the argument, or of the module's attribute.
+        default : object
+            Value where it is not given.
+
+        Returns
+        -------
+        tuple of int
+            One number per dimension.
+        """
         value = self.setting(position, name, default)
         entries = tuple(value) if isinstance(value, tuple | list) else (value,)
         return entries * dims if len(entries) == 1 else entries
@@ -190,7 +231,7 @@ class Call:
 
     @property
     def label(self) -> str:
-        """The node's name for a person."""
+        """Name of the node for messages."""
         return describe(self.node, self.modules)
 
 
@@ -201,7 +242,26 @@ def factor(
     norms: Norms,
     shapes: Mapping[fx.Node, Any],
 ) -> float | str:
-    """Lipschitz factor of one node for one of its inputs, or text that says why there is none."""
+    """Compute the Lipschitz factor of one node for one of its inputs.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node.
+    source : fx.Node
+        Input of the node.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
+    norms : callable
+        Norms of the layers, as `gains` takes them.
+    shapes : mapping from fx.Node
+        Shapes of the values, as `gains` takes them.
+
+    Returns
+    -------
+    float or str
+        Factor, or the reason why none is known.
+    """
     call = Call(node, source, modules, norms, shapes)
     rule = RULES.get(operation(node, modules) or "")
     if rule is None:
@@ -210,10 +270,22 @@ def factor(
 
 
 def overwrites(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node works in place on a value with other users, or on a view.
+    """Tell whether a node works in place on a value with other users, or on a view.
 
-    Those users see what it wrote, a path that the graph does not show. That matters if it stretches
-    changes, or brings in those of another value.
+    Those users see what it wrote, a path that the graph does not show. That matters if the node
+    stretches changes, or adds those of another value.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
+
+    Returns
+    -------
+    bool
+        Whether it may overwrite a value that is used elsewhere.
     """
     if node.target not in _IN_PLACE and setting(node, modules, 99, "inplace", False) is not True:
         return False
@@ -222,14 +294,27 @@ def overwrites(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def describe(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
-    """Name a node for a person: its class or function, and a module's name."""
+    """Name a node for messages: its class or function, and a module's name.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
+
+    Returns
+    -------
+    str
+        ``"BatchNorm2d (bn1)"``, ``"softmax"``, ...
+    """
     if node.op == "call_module":
         return f"{type(modules[str(node.target)]).__name__} ({node.target})"
     return str(getattr(node.target, "__name__", node.target))
 
 
 def _layer(call: Call) -> float | str:
-    """The layer's norm as a map; no bound is known where its kind cannot read it (padding)."""
+    """Return the layer's norm as a map; none is known for some kinds of padding."""
     unfit = known_kind(call.module).unfit(call.module)
     if unfit is not None:
         return f"{call.node.target} {unfit.removeprefix('it ')}"
@@ -272,7 +357,7 @@ def _pad(call: Call) -> float | str:
 
 
 def _cat(call: Call) -> float:
-    """1 for each part that the source is."""
+    """Count the parts of the concatenation that are the source: each has factor 1."""
     parts = setting(call.node, call.modules, 0, "tensors", ())
     return float(list(cast("list[fx.Node]", parts)).count(call.source))
 
@@ -286,7 +371,18 @@ def _batch_norm(call: Call) -> float | str:
 
 
 def batch_norm_scale(layer: nn.Module) -> torch.Tensor:
-    """γ / sqrt(running variance + ε) by channel, in float64."""
+    """Compute γ / sqrt(running variance + ε) per channel.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        Batch norm with running statistics.
+
+    Returns
+    -------
+    Tensor of float64, shape (channels,)
+        Factors, with their signs.
+    """
     variance = cast("torch.Tensor", layer.running_var).to(torch.float64)
     scale = 1 / torch.sqrt(variance + cast("float", layer.eps))
     if isinstance(layer.weight, torch.Tensor):
@@ -331,7 +427,7 @@ def _windows(call: Call, dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _mean(call: Call) -> float | str:
-    """1 / sqrt(K) for a mean over K entries of a sample."""
+    """Return 1 / sqrt(K) for a mean over K entries per sample."""
     axes, shape = call.setting(1, "dim", None), call.shapes[call.source]
     axes = [axes] if isinstance(axes, int) else axes
     if axes is None or any(axis % len(shape) == 0 for axis in axes):
@@ -402,11 +498,13 @@ RULES: dict[str, float | Callable[[Call], float | str]] = {
     "random": lambda call: f"{call.label} is random",
 }
 """Lipschitz factor of each operation of `retrain.adapters.network.operations`: a number, or a rule
-that gives one (or, as text, why there is none). An operation without an entry has no known factor.
+that gives one (or, as text, why none is known). An operation without an entry has no known factor.
+The factors are derived: each is at least the operation's largest slope (for GELU and SiLU the
+numerical maximum, rounded up). A smaller factor would make bounds wrong, a larger one loose.
 """
 
-# What may stand between the last layer and the output for a bound on its response to be one on
-# the output: reshaping, and activations with slopes of at most 1.
+# Operations that may come between the last layer and the output if a bound on the layer's response
+# is to hold for the output: reshaping, and activations with slopes of at most 1.
 _KEEP = (
     "identity",
     "move",

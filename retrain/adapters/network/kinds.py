@@ -1,7 +1,7 @@
 """The kinds of layers that can be retrained: one table, one entry per kind.
 
 Everything that the package knows of a kind is in its entry: how its input and its response are laid
-out as rows, what its weight matrix and its norm as a map are, how a person reads it. To add a kind,
+out as rows, its weight matrix, its norm as a map, and its description for people. To add a kind,
 add an entry; no other file names one.
 
 The weights of every kind are a tensor whose first axis is the output channel, divided into equal
@@ -25,12 +25,12 @@ from solvers.arrays import norm as frobenius
 
 @dataclass(frozen=True)
 class Kind:
-    """What a kind of layer is.
+    """One kind of layer that can be retrained.
 
     Attributes
     ----------
     name : str
-        As reports have it: ``"linear"``.
+        Name in reports: ``"linear"``.
     shape : callable
         (module) -> (n_in, n_out) of one group's weight matrix, without the bias row.
     groups : callable
@@ -38,24 +38,25 @@ class Kind:
     by_sample : callable
         (values, samples) -> the same values with the samples as first axis.
     input_rows : callable
-        (module, values, group) -> rows (rows, n_in) of what the layer receives.
+        (module, values, group) -> rows (rows, n_in) of the layer's input.
     response_rows : callable
-        (module, values, group) -> rows (rows, n_out) of what it answers.
+        (module, values, group) -> rows (rows, n_out) of the layer's response.
     norm : callable
         (module, norm, scale) -> a bound on its norm as a map, bias aside, each output channel
         multiplied by its entry of `scale`, where that is not None.
     magnitude : callable
         (module) -> a factor F with |sum_i |x_i| |w_i||_F <= F |X|_F over all entries of a response.
     channel_axis : callable
-        (dimensions of a response) -> the axis that holds its output channels.
+        (number of axes of a response) -> the axis that holds its output channels.
     detail : callable
-        (module) -> kernel, stride and so on in words, or nothing.
+        (module) -> kernel, stride and so on in words, or an empty text.
     unfit : callable
-        (module) -> why it cannot be retrained, or None.
+        (module) -> reason why it cannot be retrained, or None.
     misfit : callable
-        (module, shape of an input) -> what it wants instead, or None where it can take it.
+        (module, shape of an input) -> the input that it needs instead, or None where the input
+        fits.
     input_axes : int or None
-        How many axes an input has, the samples first; None where the samples' rows may be laid out
+        Number of axes of an input, the samples first; None where the samples' rows may be laid out
         along any number of axes.
     """
 
@@ -148,33 +149,91 @@ KINDS: dict[type[nn.Module], Kind] = {
         input_axes=4,
     ),
 }
-"""By exact class: a subclass may compute something else."""
+"""Kinds by exact class: a subclass may compute something else."""
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """Return a module's kind, or None where it is of no kind that can be retrained."""
+    """Return a module's kind.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Module.
+
+    Returns
+    -------
+    Kind or None
+        Kind; None where the module cannot be retrained.
+    """
     return KINDS.get(type(module))
 
 
 def known_kind(module: nn.Module) -> Kind:
-    """Return the kind of a module that has one."""
+    """Return the kind of a module that is known to have one.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Module of a class in `KINDS`.
+
+    Returns
+    -------
+    Kind
+        Kind.
+    """
     return KINDS[type(module)]
 
 
 def matrix(module: nn.Module, group: int) -> Tensor:
-    """Return one group's weights as (n_in, n_out), without the bias; `write` puts them back."""
+    """Return one group's weights without the bias; `write` puts them back.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Layer.
+    group : int
+        Index of the group, from 0.
+
+    Returns
+    -------
+    Tensor, shape (n_in, n_out)
+        Weights, sharing memory with the module where the layout allows it.
+    """
     return _part(module, group).flatten(1).T
 
 
 def bias_of(module: nn.Module, group: int) -> Tensor:
-    """View one group's part of the bias."""
+    """View one group's part of the bias.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Layer with a bias.
+    group : int
+        Index of the group, from 0.
+
+    Returns
+    -------
+    Tensor, shape (n_out,)
+        View of the bias.
+    """
     bias = cast("Tensor", module.bias)
     width = len(bias) // known_kind(module).groups(module)
     return bias[group * width : (group + 1) * width]
 
 
 def write(module: nn.Module, group: int, weight: Tensor) -> None:
-    """Write a weight matrix (the bias last, if the layer has one) into the module's tensors."""
+    """Write a weight matrix into the module's tensors.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Layer; its tensors are changed.
+    group : int
+        Index of the group, from 0.
+    weight : Tensor, shape (n_in [+ 1], n_out)
+        Weights, with the bias last if the layer has one.
+    """
     n_in = len(weight) - (module.bias is not None)
     part = _part(module, group)
     with torch.no_grad():

@@ -1,16 +1,16 @@
-"""What a caller has switched in torch for a whole thread, set aside for as long as we compute.
+"""Set aside the modes that a caller has switched in torch, while this package computes.
 
 A verb gives the same result wherever it is called, and can train where the caller does not: inside
 ``torch.no_grad()``, ``torch.inference_mode()`` or ``torch.autocast``, under another default dtype
 or default device, under a mode that sees every call (``torch.device("meta")``, a counter of
 operations, fake tensors), in anomaly mode, and with less than float32's precision allowed in
 products (the rounding that the bounds contain is float32's). All of it, and the state of the
-generators that a data loader draws from, is as before when the context is left, also by an error.
-Tensors that are made inside, copies of inference tensors among them, are plain ones.
+generators that a data loader draws from, is restored when the context is left, also by an error.
+Tensors that are created inside, copies of inference tensors among them, are plain ones.
 
-Not touched: ``torch.use_deterministic_algorithms``, which promises the caller what we can keep. A
-network whose forward pass reads torch's default dtype or device gets float32 and the CPU there; it
-should name what it needs.
+Not changed: ``torch.use_deterministic_algorithms``, which this package can respect. A network whose
+forward pass reads torch's default dtype or device gets float32 and the CPU there; it should name
+the ones it needs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,18 @@ from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+"""Device types whose autocast is switched off. A type that is missing here keeps the caller's."""
 
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Compute as in a fresh interpreter, apart from the caller's modes; then restore them."""
+    """Compute as in a fresh interpreter, independently of the caller's modes; then restore them.
+
+    Yields
+    ------
+    None
+        Nothing.
+    """
     with ExitStack() as stack:
         stack.enter_context(_without_function_modes())
         stack.enter_context(_disable_current_modes())
@@ -48,7 +55,7 @@ def apart() -> Iterator[None]:
 
 @contextmanager
 def _without_function_modes() -> Iterator[None]:
-    """Take all modes off torch's stack: default devices, and whatever else overrides functions."""
+    """Remove all modes from torch's stack: default devices, and others that override functions."""
     modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
     try:
         yield
@@ -69,7 +76,7 @@ def _default_dtype() -> Iterator[None]:
 
 @contextmanager
 def _whole_precision() -> Iterator[None]:
-    """Let no product of float32 be computed with fewer bits (TF32, bfloat16).
+    """Have products of float32 computed with all their bits (no TF32, no bfloat16).
 
     Torch has an older and a newer set of settings for that, and parts of it (`torch.export`) raise
     where the two disagree. So both are set, and both put back; the older ones cannot be read where

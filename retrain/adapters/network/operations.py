@@ -1,7 +1,7 @@
-"""What the nodes of a traced network do, in one small vocabulary.
+"""Names for the operations of a traced network, in one small vocabulary.
 
 A ReLU can be a module, a function or a method; `operation` gives all three one name, so that the
-search for what follows a layer and the Lipschitz factors speak of operations only.
+search for what follows a layer and the Lipschitz factors refer to operations only.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ MODULES: dict[type[nn.Module], str] = {
     nn.Softmax: "softmax",
     nn.LogSoftmax: "log_softmax",
 }
-"""Modules by exact class: a subclass may compute something else."""
+"""Operation by exact class of a module: a subclass may compute something else."""
 
+# Operation by function. Functions that are missing here have no known Lipschitz factor.
 FUNCTIONS: dict[Any, str] = {
     functional.relu: "relu",
     functional.relu_: "relu",
@@ -113,6 +114,7 @@ FUNCTIONS: dict[Any, str] = {
     getattr: "getattr",
 }
 
+# Operation by name of a tensor's method.
 METHODS: dict[str, str] = {
     "relu": "relu",
     "relu_": "relu",
@@ -144,12 +146,24 @@ METHODS: dict[str, str] = {
 
 
 def operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
-    """Name what a node computes, or None where this vocabulary has no word for it.
+    """Name what a node computes.
 
     Every layer of `retrain.adapters.network.kinds` is a ``"layer"``.
 
-    The network is in evaluation mode: dropout modules are the identity, and a functional dropout is
-    too unless it was told to train, which makes it ``"random"``.
+    The network is in evaluation mode: dropout modules are the identity, and so is a functional
+    dropout unless its call asks for training, which makes it ``"random"``.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
+
+    Returns
+    -------
+    str or None
+        Name of the operation; None where it is not in this vocabulary.
     """
     if node.op == "call_module":
         module = modules[str(node.target)]
@@ -160,7 +174,7 @@ def operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
         return None
     name = FUNCTIONS.get(node.target)
     if name == "dropout":
-        # torch.dropout wants `train` said; torch.nn.functional's dropouts train by default.
+        # torch.dropout requires `train`; torch.nn.functional's dropouts train by default.
         default = node.target is torch.dropout
         training = argument(node, 2, "train" if default else "training", True)
         return "identity" if training is False or argument(node, 1, "p", 0.5) == 0 else "random"
@@ -170,7 +184,24 @@ def operation(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    """Return a call's argument, given by position or by name."""
+    """Return a call's argument, given by position or by name.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Call of a function or method.
+    position : int
+        Position among the arguments, from 0.
+    name : str
+        Name of the argument.
+    default : object
+        Value where it is not given.
+
+    Returns
+    -------
+    object
+        Value.
+    """
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name, default)
@@ -179,7 +210,26 @@ def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
 def setting(
     node: fx.Node, modules: Mapping[str, nn.Module], position: int, name: str, default: Any
 ) -> Any:
-    """Return a setting of an operation, be it a module's attribute or a call's argument."""
+    """Return a setting of an operation: a module's attribute or a call's argument.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node.
+    modules : mapping from str to nn.Module
+        Modules of the network by name.
+    position : int
+        Position among the call's arguments, from 0.
+    name : str
+        Name of the argument, or of the module's attribute.
+    default : object
+        Value where it is not given.
+
+    Returns
+    -------
+    object
+        Value.
+    """
     if node.op == "call_module":
         return getattr(modules[str(node.target)], name, default)
     return argument(node, position, name, default)

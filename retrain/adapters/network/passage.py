@@ -1,7 +1,7 @@
-"""One passage of the data through the given and the retrained network, for the bounds.
+"""One passage of the data through the dense and the retrained network, for the bounds.
 
-Both networks run twice, in their own type and in float64. Let Y and Yhat be the exact outputs, Y64
-and Yhat64 those in float64, Yown and Yhatown those in the networks' own type. In float64 node v of
+Both networks run twice, in their own dtype and in float64. Let Y and Yhat be the exact outputs, Y64
+and Yhat64 those in float64, Yown and Yhatown those in the networks' own dtype. In float64 node v of
 the graph is off by at most eta_v (`_allowance`) on the values that it receives. Replacing the nodes
 one after the other, from the last to the first, with G(v) the factors of
 `retrain.adapters.network.gain`,
@@ -13,12 +13,12 @@ bounds
 
     |Yhat - Y|_F  <=  sum_j e_j Ghat(j) + sum_v eta_v (G(v) + Ghat(v)).
 
-What the networks' own arithmetic adds to that is measured, end to end: |Yown - Y64|_F and
-|Yhatown - Yhat64|_F. So float32's rounding counts with what it does to these outputs, hidden values
-that cancel or underflow included, and not with what it might do at worst.
+The contribution of the networks' own arithmetic is measured, end to end: |Yown - Y64|_F and
+|Yhatown - Yhat64|_F. So float32's rounding counts with its effect on these outputs, hidden values
+that cancel or underflow included, rather than with its worst case.
 
-The direct bound speaks of the last layer on the inputs that it received in the own type. How far
-its own response is from the exact one on these inputs is measured in the same way.
+The direct bound concerns the last layer on the inputs that it received in the own dtype. The
+distance of its own response from the exact one on these inputs is measured in the same way.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from solvers.arrays import norm
 
 _log = logging.getLogger(__name__)
 
-# These only move values about, pick some, or change their sign: they round nothing.
+# Operations without rounding: they only move values, select some, or change their sign (derived).
 _EXACT = (
     "relu",
     "identity",
@@ -55,13 +55,18 @@ _EXACT = (
     "pad",
     "cat",
 )
-_ROUNDOFF = 2.0**-53  # unit roundoff of float64
-_UNDERFLOW = 2.0**-1074  # float64's smallest number: the error of a product that underflows
-# Roundings of one term of an elementwise operation: exp, a division and a product stay below.
+_ROUNDOFF = 2.0**-53  # unit roundoff of float64 (derived from its 53 bits)
+_UNDERFLOW = 2.0**-1074  # smallest positive float64: the error of a product that underflows
+
 _TERMS = 8
-# The graph and the network's own forward pass may differ by the order of sums only. Beyond this
-# share of the outputs' norm, the graph is not what the network computes.
+"""Roundings counted per entry of an elementwise operation. An exp, a division and a product have
+fewer. A smaller number could make a bound wrong, a larger one loosens it slightly. Chosen by hand
+with a margin."""
+
 _SAME = 1e-3
+"""Relative difference of the outputs beyond which the traced graph does not represent the network.
+The two may differ by the order of sums only, which in float32 stays far below. A smaller value
+gives up bounds for rounding; a larger one trusts a wrong graph. Chosen by hand."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,15 +75,17 @@ class Networks:
 
     Attributes
     ----------
-    dense, current : nn.Module
-        As the layers are solved: half types in float32.
+    dense : nn.Module
+        Dense network, as its layers are solved: half types in float32.
+    current : nn.Module
+        Retrained network, likewise.
     own : tuple of callable, or None
         The same two in the types that they are saved in, each a function of a batch; None where
         those are the types that they are solved in.
     graph : fx.Graph
-        Their forward pass.
-    shapes : mapping
-        As `retrain.adapters.network.gain.gains` takes it.
+        Traced forward pass of both.
+    shapes : mapping from fx.Node
+        Shapes of the values, as `retrain.adapters.network.gain.gains` takes them.
     """
 
     dense: nn.Module
@@ -97,7 +104,22 @@ def measure_outputs(
     samples: Iterable[Tensor],
     reason: str | None,
 ) -> Passage:
-    """Measure the outputs alone: of networks that did not change, or have no graph (`reason`)."""
+    """Measure the outputs alone, for networks that are equal or have no graph.
+
+    Parameters
+    ----------
+    networks : tuple of callable
+        Forward passes of the dense and of the current network, in evaluation mode.
+    samples : iterable of Tensor
+        Batches of inputs.
+    reason : str or None
+        Why rounding has no bound; None for equal networks.
+
+    Returns
+    -------
+    Passage
+        Deviation of the outputs, without discrepancies.
+    """
     moved, size, rows = 0.0, 0.0, 0
     for batch in samples:
         with torch.no_grad():
@@ -115,24 +137,34 @@ def measure(
     last: str | None,
     samples: Iterable[Tensor],
 ) -> Passage:
-    """Send samples through both networks, in their own types and in float64.
+    """Send samples through both networks, in their own dtypes and in float64.
 
     Parameters
     ----------
     networks : Networks
         The two networks.
     changed : mapping from str to {"relu", "linear"}
-        The layers whose weights differ, and what follows each.
+        Activation after each layer whose weights differ, by layer name.
     gains : Gains
         Factors to the output.
     last : str or None
-        The layer whose response is the output, if there is one.
+        Name of the layer whose response is the output, if there is one.
     samples : iterable of Tensor
         Batches of inputs.
 
     Returns
     -------
     Passage
+        Deviations, discrepancies and the allowance for rounding.
+
+    Notes
+    -----
+    Cost: two forward passes in the own dtype and up to two in float64 per batch. Memory: copies of
+    both networks in float64, and the live values of one batch.
+
+    References
+    ----------
+    Higham, Accuracy and Stability of Numerical Algorithms, section 3.1 (sums of products).
     """
     walk = _Walk(networks, changed, gains)
     reason = walk.unfollowed
@@ -188,7 +220,7 @@ def _rest(
 
 @contextmanager
 def _received(network: nn.Module, name: str | None) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect what a layer receives and answers."""
+    """Collect the inputs and responses of a layer."""
     seen: list[tuple[Tensor, Tensor]] = []
     if name is None:
         yield seen
@@ -219,9 +251,9 @@ class _Walk:
     discrepancy, error : dict from str to float
         e_j by changed layer, over all batches so far, and the same before the activation.
     overflow : str
-        The first node with a value that is not finite, or empty.
+        Name of the first node with a value that is not finite, or empty.
     unfollowed : str or None
-        Which node's rounding has no bound at the output, and why.
+        Name of the node whose rounding has no bound at the output, with the reason.
     """
 
     def __init__(self, networks: Networks, changed: Mapping[str, Follows], gains: Gains) -> None:
@@ -249,9 +281,10 @@ class _Walk:
         self.overflow = ""
 
     def _downstream(self) -> set[fx.Node]:
-        """The nodes whose values differ between the networks; the others are computed once.
+        """Return the nodes whose values differ between the networks; the others are computed once.
 
-        All, where a node overwrites a value that others see: the networks must not share it then.
+        All nodes, where a node overwrites a value with other users: the networks must not share it
+        then.
         """
         if any(overwrites(node, self._modules[0]) for node in self._graph.nodes):
             return set(self._graph.nodes)
@@ -291,7 +324,7 @@ class _Walk:
 
         def value_of(parent: fx.Node) -> Any:
             value = self._value(parent, values, which)
-            # A node that works in place, unseen, works on a copy: both networks share values.
+            # An in-place node gets a copy, since both networks share values.
             return value.clone() if in_place and isinstance(value, Tensor) else value
 
         in_place = len(self._below) < len(self._graph.nodes) and _works_in_place(node, modules)
@@ -341,7 +374,7 @@ class _Walk:
         total = 0.0
         for node, lost in self._losses[0].items():
             factors = cast("float", given[node].value), cast("float", gains[node].value)
-            # Where the networks do not differ, the second was not run: it lost as much.
+            # Where the networks do not differ the second was not run: its loss is the same.
             again = self._losses[1][node] if node in self._below else lost
             total += lost * sum(factors) + again * factors[1]
         return total
@@ -393,7 +426,7 @@ class _Walk:
         return lost
 
     def _factor(self, node: fx.Node, source: fx.Node, which: int) -> float:
-        """Factor of an operation that is no layer; infinity where there is none."""
+        """Factor of an operation other than a layer; infinity where none is known."""
         found = factor(node, source, self._modules[which], lambda *_: math.inf, self._shapes)
         return math.inf if isinstance(found, str) else found
 
@@ -425,7 +458,7 @@ def _works_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return named or setting(node, modules, 99, "inplace", False) is True
 
 
-_AUGMENTED = ("iadd", "isub", "imul", "itruediv")
+_AUGMENTED = ("iadd", "isub", "imul", "itruediv")  # names of Python's in-place operators
 
 
 def _call(
@@ -447,14 +480,14 @@ def _call(
 
 
 def _wide(value: Any) -> Any:
-    """Copy a tensor of floating numbers into float64; leave what is none."""
+    """Copy a floating-point tensor into float64; return any other value as it is."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().to(torch.float64, copy=True)
     return value
 
 
 def _fan_in(kind: str | None, source: Sequence[int]) -> int:
-    """How many entries of a sample are summed into one, at most."""
+    """Bound the number of entries of a sample that are summed into one entry."""
     if kind in ("softmax", "log_softmax"):
         return max(source)
     if kind in ("avg_pool1d", "avg_pool2d", "adaptive_avg_pool", "mean"):
@@ -463,7 +496,7 @@ def _fan_in(kind: str | None, source: Sequence[int]) -> int:
 
 
 def _shift(layer: nn.Module) -> float:
-    """2 |mu gamma / sigma| + |beta| over a batch norm's channels: what its shift is made of."""
+    """Bound the size of a batch norm's shift: 2 |mu gamma / sigma| + |beta| over its channels."""
     mean = cast("Tensor", layer.running_mean)
     shift = norm(layer.bias.detach()) if isinstance(layer.bias, Tensor) else 0.0
     return 2 * norm(mean * batch_norm_scale(layer)) + shift

@@ -3,7 +3,7 @@
 A Conv2d computes, at every output position p and in every group, z_p = Wᵀ x_p + b, where x_p is the
 patch of padded input under the kernel at p, its entries in the order (channel, kernel row, kernel
 column), and W, of shape (c_in/groups · kh · kw, c_out/groups), is the kernel reshaped. So a
-convolution is a dense layer with one row a patch; row number = sample · positions + position,
+convolution is a dense layer with one row per patch; row number = sample · positions + position,
 positions row by row over the output image.
 """
 
@@ -21,10 +21,21 @@ from solvers.arrays import norm as frobenius
 
 
 def padding(layer: nn.Conv2d) -> tuple[int, int, int, int]:
-    """Zeros that the layer adds (left, right, top, bottom); "same" may add one more at the end."""
+    """Compute the zeros that the layer adds at each side ("same" may add one more at the end).
+
+    Parameters
+    ----------
+    layer : nn.Conv2d
+        Convolution.
+
+    Returns
+    -------
+    tuple of int
+        Number of pixels (left, right, top, bottom).
+    """
     if layer.padding == "valid":
         return 0, 0, 0, 0
-    if layer.padding == "same":  # torch puts the odd zero behind
+    if layer.padding == "same":  # torch adds an odd zero at the end
         total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
         return left, right, top, bottom
@@ -38,15 +49,20 @@ def patches(layer: nn.Conv2d, inputs: Tensor, group: int) -> Tensor:
     Parameters
     ----------
     layer : nn.Conv2d
-        The convolution, zero padding mode.
+        Convolution, zero padding mode.
     inputs : Tensor, shape (n, c_in, height, width)
-        What it receives.
+        Images that it receives.
     group : int
-        Which group.
+        Index of the group, from 0.
 
     Returns
     -------
     Tensor, shape (n · positions, c_in/groups · kh · kw)
+        One row per patch.
+
+    Notes
+    -----
+    Memory: kh · kw / stride² times that of the group's input.
     """
     width = layer.in_channels // layer.groups
     channels = inputs[:, group * width : (group + 1) * width]
@@ -62,18 +78,39 @@ def patches(layer: nn.Conv2d, inputs: Tensor, group: int) -> Tensor:
 
 
 def responses(layer: nn.Conv2d, outputs: Tensor, group: int) -> Tensor:
-    """Lay one group's outputs (n, c_out, height, width) out as (n · positions, c_out/groups)."""
+    """Lay one group's outputs out as rows.
+
+    Parameters
+    ----------
+    layer : nn.Conv2d
+        Convolution.
+    outputs : Tensor, shape (n, c_out, height, width)
+        Images that it returns.
+    group : int
+        Index of the group, from 0.
+
+    Returns
+    -------
+    Tensor, shape (n · positions, c_out/groups)
+        One row per position.
+    """
     width = layer.out_channels // layer.groups
     channels = outputs[:, group * width : (group + 1) * width]
     return channels.flatten(2).transpose(1, 2).reshape(-1, width)
 
 
 def cover(kernel: int, stride: int, dilation: int) -> int:
-    """Largest number of windows, along one dimension, that cover the same input entry.
+    """Compute the largest number of windows, along one dimension, that cover the same input entry.
 
-    Window o covers the entries o·s + j·d, j = 0..k−1. Entry p is covered once for every j with
-    p − j·d ≡ 0 (mod s). Such j differ by multiples of s / gcd(s, d), so there are at most
-    ⌈k / (s / gcd(s, d))⌉ of them. Padding and the image's ends only take windows away.
+    Parameters
+    ----------
+    kernel, stride, dilation : int
+        Settings of the convolution or pooling along that dimension.
+
+    Returns
+    -------
+    int
+        Number of windows.
     """
     return math.ceil(kernel / (stride // math.gcd(stride, dilation)))
 
@@ -93,7 +130,7 @@ def conv_lipschitz(layer: nn.Conv2d, norms: list[float]) -> float:
     Parameters
     ----------
     layer : nn.Conv2d
-        The convolution, zero padding mode.
+        Convolution, zero padding mode.
     norms : list of float
         ||W|| of each group.
 
@@ -121,7 +158,19 @@ def frequency_norm(kernel: Tensor) -> float:
 
     Parameters
     ----------
-    kernel : Tensor, shape (c_out, c_in, rows, columns), float64
+    kernel : Tensor of float64, shape (c_out, c_in, rows, columns)
+        Kernel of one group.
+
+    Returns
+    -------
+    float
+        Upper bound on the norm, rounded up beyond the rounding of its computation.
+
+    Notes
+    -----
+    Cost: one singular value decomposition (c_out x c_in) per sampled frequency, 64 rows · columns
+    of them. The 8 samples per kernel entry are chosen by hand: more tighten the bound and cost
+    more.
     """
     counts = [8 * size if size > 1 else 1 for size in kernel.shape[2:]]
     responses = torch.fft.fft2(kernel, s=counts).permute(2, 3, 0, 1)
@@ -140,12 +189,17 @@ def operator_norm(layer: nn.Module, norm: Norm, scale: Tensor | None = None) -> 
     Parameters
     ----------
     layer : nn.Module
-        A Linear, or a Conv2d that pads with zeros.
+        Linear layer, or a Conv2d that pads with zeros.
     norm : {"spectral", "frobenius"}
-        For a convolution, the smaller of `conv_lipschitz` and `frequency_norm` of its groups; with
-        Frobenius norms, as L-OBS's theorems have them, the former.
+        Norm of the weights. For a convolution, ``"spectral"`` gives the smaller of `conv_lipschitz`
+        and `frequency_norm` of its groups; ``"frobenius"``, as in L-OBS's theorems, the former.
     scale : Tensor, shape (n_out,), optional
-        What each output channel is multiplied by.
+        Factor of each output channel.
+
+    Returns
+    -------
+    float
+        Upper bound on the norm.
     """
     weight = cast("Tensor", layer.weight).detach().to(torch.float64)
     if scale is not None:
@@ -161,10 +215,20 @@ def operator_norm(layer: nn.Module, norm: Norm, scale: Tensor | None = None) -> 
 
 
 def spectral_norm(matrix: Tensor) -> float:
-    """Largest singular value, in float64, rounded up beyond what the SVD can have lost.
+    """Compute the largest singular value in float64, rounded up beyond the error of the SVD.
 
     LAPACK's singular values of an m x n matrix are those of a matrix that differs by a small
     multiple of eps · max(m, n) times its norm; ten times that is added.
+
+    Parameters
+    ----------
+    matrix : Tensor, shape (m, n)
+        Matrix of any float dtype.
+
+    Returns
+    -------
+    float
+        Upper bound on the spectral norm; 0 for an empty matrix.
     """
     if matrix.numel() == 0:
         return 0.0
@@ -173,5 +237,16 @@ def spectral_norm(matrix: Tensor) -> float:
 
 
 def frobenius_norm(matrix: Tensor) -> float:
-    """Root of the sum of squares, in float64, rounded up beyond what the sum can have lost."""
+    """Compute the root of the sum of squares in float64, rounded up beyond the error of the sum.
+
+    Parameters
+    ----------
+    matrix : Tensor
+        Tensor of any shape and float dtype.
+
+    Returns
+    -------
+    float
+        Upper bound on the Frobenius norm.
+    """
     return frobenius(matrix.detach()) * (1 + matrix.numel() * torch.finfo(torch.float64).eps)

@@ -1,14 +1,14 @@
-"""Does a network treat each sample of a batch by itself? Asked by running a few.
+"""Test whether a network treats each sample of a batch separately, by running a few samples.
 
-Rows of a layer belong to samples only if what a layer receives for a sample does not depend on what
-runs beside it. That is no property that a graph shows (a transposition, a recurrent layer that
+Rows of a layer belong to samples only if the layer's input for a sample does not depend on the
+other samples of the batch. A graph does not show that (a transposition, a recurrent layer that
 takes the first axis for time, a norm over the batch), so the same samples run in several
-companies: with copies of themselves, alone, all together, in the reversed order, and in a batch as
+batches: with copies of themselves, alone, all together, in reversed order, and in a batch as
 large as those of the run. Samples of the data can all be equal, or sorted, which hides mixing;
-moved a little at random, they cannot.
+samples with small random changes cannot.
 
-Rounding may differ from batch to batch. How much it does is measured where nothing but the number
-of samples differs, and samples are called mixed where the difference is far above that.
+Rounding may differ from batch to batch. Its size is measured where nothing but the number of
+samples differs, and samples count as mixed where the difference is far above that.
 """
 
 from __future__ import annotations
@@ -20,46 +20,57 @@ import torch
 from torch import Tensor
 
 _SEED = 0
+"""Seed of the random changes: any number, fixed so that a run repeats."""
+
 _SHARE = 0.5
-"""Size of the random moves, relative to the standard deviation of the data's entries, to the
-largest of them, and to 1."""
+"""Size of the random changes, relative to the standard deviation of the data's entries, to the
+largest of them, and to 1. Smaller changes can hide mixing; larger ones are more often invalid for
+the network. Chosen by hand."""
 
 _ALWAYS = 1e-3
-"""A difference above this, relative to the largest entry, is never taken for rounding."""
+"""Difference, relative to the largest entry, above which samples always count as mixed. A larger
+value can take mixing for rounding, a smaller one rounding for mixing. Chosen by hand, far above
+float32's rounding."""
 
 _UNITS, _TIMES = 64, 30
-"""Below `_ALWAYS`, a difference is rounding up to so many units in the last place, plus so many
-times the difference that the number of samples alone has made. Smaller numbers would call rounding
-mixing in deep networks, which amplify it."""
-
+"""Below `_ALWAYS`, a difference counts as rounding up to this many units in the last place of the
+largest entry, plus this many times the difference that the number of samples alone has made.
+Smaller numbers would take the rounding of deep networks, which amplify it, for mixing; larger ones
+can hide mixing. Chosen by hand."""
 
 _COMPANY = 32
-"""Samples of the largest company."""
+"""Largest number of the run's samples in the largest batch. More samples cost more and show mixing
+across larger batches. Chosen by hand."""
 
 Run = Callable[[Tensor, int], dict[str, Tensor]]
-"""Runs samples; returns, by name, what belongs to the first so many of them. Raises ValueError for
-samples that the network cannot take."""
+"""(samples, count) -> inputs of each layer, and outputs under "", of the first `count` samples.
+Raises ValueError for samples that the network cannot take."""
 
 
 def variants(samples: Tensor, batch: Tensor) -> Iterator[Tensor]:
-    """Yield sets of samples to probe with, those that show most first.
+    """Yield sets of samples to probe with, the most informative first.
 
-    Samples moved at random may be none that the network can take (numbers of tokens, arguments of a
-    logarithm), so less and less is moved; the last set is the samples alone.
+    Samples with random changes may be invalid for the network (numbers of tokens, arguments of a
+    logarithm), so the changes become smaller; the last set has the unchanged samples alone.
 
     Parameters
     ----------
     samples : Tensor, shape (k, ...)
         Samples of the data.
     batch : Tensor, shape (n, ...)
-        More of them, which say how large entries are.
+        More samples, from which the size of the changes is taken.
+
+    Yields
+    ------
+    Tensor, shape (m, ...)
+        Set of samples; all but the last contain the unchanged samples first.
     """
     generator = torch.Generator().manual_seed(_SEED)
     noise = torch.randn(samples.shape, generator=generator, dtype=torch.float64)
     noise = noise.to(samples.device, samples.dtype)
     bounded = noise.clamp(-1, 1)
     deviation = batch.std() if batch.numel() > 1 else batch.new_zeros(())
-    # Data far from zero, or far smaller than a bias, hides what moves of its own size do.
+    # Data far from zero, or far smaller than a bias, hides the effect of changes of its own size.
     sizes = [deviation, batch.abs().max(), batch.new_ones(())]
     yield torch.cat([samples, *(samples + _SHARE * size * noise for size in sizes)])
     for moved in (
@@ -72,22 +83,22 @@ def variants(samples: Tensor, batch: Tensor) -> Iterator[Tensor]:
 
 
 class Probe:
-    """What a network makes of some samples in several companies.
+    """The values that a network computes for some samples in several batches.
 
     Parameters
     ----------
     candidates : iterable of Tensor
-        Sets of samples, as `variants` yields them. The first is taken that the network maps to
-        finite numbers; the last one whatever comes of it.
+        Sets of samples, as `variants` yields them. The first set is used that the network maps to
+        finite numbers, or else the last one.
     company : Tensor, shape (n, ...)
         Samples of the data that run beside them.
     run : callable
-        See `Run`.
+        Function that runs samples, see `Run`.
 
     Attributes
     ----------
     refused : str or None
-        Why the network does not take a sample alone.
+        Why the network cannot take a single sample; None where it can.
 
     Raises
     ------
@@ -98,10 +109,10 @@ class Probe:
     def __init__(self, candidates: Iterable[Tensor], company: Tensor, run: Run) -> None:
         sets = list(candidates)
         self.refused: str | None = None
-        run(sets[-1][[0, 0]], 2)  # what the network cannot take at all is told by its samples
+        run(sets[-1][[0, 0]], 2)  # raises for samples that no batch can take
         together, samples = _first_finite(sets, run)
         every = list(range(len(samples)))
-        # What comes out, and whose it is, in order.
+        # Pairs of the results of a run, and the number of the sample behind each row.
         self._alike = [(run(samples[[i, i]], 2), [i, i]) for i in every]
         try:
             self._alike += [(run(samples[[i]], 1), [i]) for i in every]
@@ -113,23 +124,50 @@ class Probe:
             self._mixed.append((run(crowd, len(every)), every))
 
     def reached(self, name: str) -> bool:
-        """Whether a layer was run every time."""
-        return all(name in got for got, _ in (*self._alike, *self._mixed))
-
-    def one(self, name: str) -> Tensor:
-        """What a layer receives for one sample."""
-        value = self._alike[0][0][name]
-        return value[: len(value) // 2]
-
-    def separate(self, name: str, *, axes: int | None = None) -> bool:
-        """Whether what a layer received (or, "", the output) is one sample after the other.
+        """Tell whether a layer was run every time.
 
         Parameters
         ----------
         name : str
-            The layer.
+            Name of the layer.
+
+        Returns
+        -------
+        bool
+            Whether every run has a value for it.
+        """
+        return all(name in got for got, _ in (*self._alike, *self._mixed))
+
+    def one(self, name: str) -> Tensor:
+        """Return the input of a layer for one sample.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+
+        Returns
+        -------
+        Tensor
+            Input, in the layer's own layout.
+        """
+        value = self._alike[0][0][name]
+        return value[: len(value) // 2]
+
+    def separate(self, name: str, *, axes: int | None = None) -> bool:
+        """Tell whether a layer's input (or, for "", the output) is one sample after the other.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer, or "" for the output.
         axes : int or None
-            How many axes its input must have, the first of which must then be the samples.
+            Number of axes that the input must have, the samples first; None for any number.
+
+        Returns
+        -------
+        bool
+            Whether no value depends on other samples of its batch, beyond rounding.
         """
         if not all(_fits(got[name], owners, axes) for got, owners in self._runs()):
             return False
@@ -156,19 +194,19 @@ class Probe:
 
 
 def _first_finite(sets: list[Tensor], run: Run) -> tuple[dict[str, Tensor], Tensor]:
-    """Run the sets, each as a whole, up to the first that gives finite numbers; or the last."""
+    """Run the sets in turn, up to the first with finite values; otherwise return the last."""
     for samples in sets[:-1]:
         try:
             got = run(samples, len(samples))
         except ValueError:
-            continue  # moved samples may be none; the next set is moved less
+            continue  # changed samples may be invalid; the next set is changed less
         if all(bool(value.isfinite().all()) for value in got.values()):
             return got, samples
     return run(sets[-1], len(sets[-1])), sets[-1]
 
 
 def _fits(value: Tensor, owners: list[int], axes: int | None) -> bool:
-    """Whether a tensor can be as many samples, one after the other."""
+    """Tell whether a tensor can hold that many samples, one after the other."""
     if axes is not None and (value.ndim != axes or len(value) != len(owners)):
         return False
     return value.ndim >= 2 and len(value) % len(owners) == 0
@@ -179,7 +217,7 @@ def _rows(value: Tensor, owners: list[int]) -> Tensor:
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
-    """Largest difference of two samples' entries; infinities and NaN are the same as themselves."""
+    """Compute the largest difference of two samples' entries; two NaNs do not differ."""
     if one.shape != other.shape:
         return math.inf
     same = (one == other) | (one.isnan() & other.isnan())

@@ -1,8 +1,8 @@
 """A torch module and a data set as a `LayerStream`.
 
-Two copies of the module run in evaluation mode, the one as it was given and the one that is being
-retrained; hooks read a layer's input off both, and the forward pass stops there. The given module
-is never touched.
+Two copies of the module run in evaluation mode, the dense network and the one that is being
+retrained; hooks read a layer's input from both, and the forward pass stops there. The caller's
+module is never changed.
 """
 
 from __future__ import annotations
@@ -44,31 +44,38 @@ _log = logging.getLogger(__name__)
 
 
 class _Reached(BaseException):
-    """Ends a forward pass. Not an Exception, so that no network's own handler swallows it."""
+    """Ends a forward pass. Not an Exception, so that a network's own handler cannot catch it."""
 
 
 class TorchStream:
     """The layers of a torch module on a data set; implements `retrain.stream.stream.LayerStream`.
 
-    Feed-forward networks of Linear and Conv2d layers, nested and branching as they like. What
-    cannot be retrained is in `layers` with the reason. Arrays are detached tensors on the stream's
-    device, in the layers' own type, half types in float32.
+    Feed-forward networks of Linear and Conv2d layers, nested and branching in any way. Layers that
+    cannot be retrained are in `layers` with the reason. Arrays are detached tensors on the stream's
+    device, in the layers' own dtype, half types in float32.
 
     Parameters
     ----------
     model : nn.Module
-        The network; two copies of it are held (four where it has half types). It is not changed.
-    data : Data or whatever `retrain.data.sources.as_data` takes
-        The samples. Images go flat into a network that begins with a dense layer of that width.
+        Network; two copies of it are held (four with half types), and it is not changed.
+    data : Data or anything that `retrain.data.sources.as_data` takes
+        Samples. Images are flattened for a network that begins with a dense layer of that width.
     batch_size : int, optional
-        Samples a forward pass; part of what fixes the last bits.
+        Number of samples per forward pass. It is part of the identity, since it changes the last
+        bits. Larger batches take more memory and fewer calls.
     device : str or torch.device, optional
-        Where to compute; by default where the module's first parameter is.
+        Device on which to compute; by default that of the module's first parameter.
 
     Raises
     ------
     ValueError
         If the module or the data are malformed, or do not fit each other.
+
+    Notes
+    -----
+    Memory: the copies of the network, the data (on the CPU), and the activations of one batch.
+    Building a stream runs the network on a few samples several times
+    (`retrain.adapters.network.probe`).
     """
 
     def __init__(
@@ -97,7 +104,7 @@ class TorchStream:
         self._current = computing(copy.deepcopy(given)) if half else given
         self._given = copy.deepcopy(given) if half else None
         self._network: Network = find_layers(self._dense)
-        # Before it runs, which may leave traces in it.
+        # Recorded before the network runs, since running it may add attributes to it.
         computation = structure(given, self._network.graph, self._dense)
         self._shape = sample_shape(self._network, self._dense, self._data.x.shape[1:])
         floating = [p.dtype for p in self._dense.parameters() if p.is_floating_point()]
@@ -108,11 +115,11 @@ class TorchStream:
         self._shapes: dict[fx.Node, Any] | None = None
         self._identity = self._parts(computation)
 
-    # --- what it is -----------------------------------------------------------------------------
+    # --- description --------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
-        """The network as it is now, in evaluation mode and in its own types."""
+        """The network as it is now, in evaluation mode and in its own dtypes."""
         return self._model
 
     @property
@@ -122,12 +129,12 @@ class TorchStream:
 
     @property
     def device(self) -> torch.device:
-        """Where arrays are."""
+        """Device of the arrays."""
         return self._device
 
     @property
     def network(self) -> Network:
-        """The network taken apart."""
+        """The traced network and its layers."""
         return self._network
 
     @property
@@ -142,7 +149,7 @@ class TorchStream:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The given weights, what the network computes, its layers, the data: JSON values."""
+        """The dense weights, the computation, the layers and the data, as JSON values."""
         return self._identity
 
     @property
@@ -152,17 +159,43 @@ class TorchStream:
 
     @property
     def mixes(self) -> str | None:
-        """Why an output is not that of its own sample alone, or None. There are no bounds then."""
+        """Why an output depends on other samples of its batch (no bounds then), or None."""
         return self._mixes
 
     def count(self, name: str) -> int:
-        """How many rows a layer has: samples times positions."""
+        """Return the number of rows of a layer: samples times positions.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+
+        Returns
+        -------
+        int
+            Number of rows.
+        """
         return len(self._data) * self._positions[self._retrainable(name).name]
 
     # --- weights --------------------------------------------------------------------------------
 
     def weight(self, name: str, group: int = 0, *, dense: bool = False) -> Tensor:
-        """Weight matrix (n_in [+ 1], n_out), bias last: as it is now, or as given when `dense`."""
+        """Return a copy of a weight matrix.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        group : int, optional
+            Index of the group, from 0.
+        dense : bool, optional
+            Whether to return the dense network's weight instead of the current one.
+
+        Returns
+        -------
+        Tensor, shape (n_in [+ 1], n_out)
+            Weight matrix, the bias last.
+        """
         spec = self._retrainable(name, group)
         module = (self._dense if dense else self._current).get_submodule(name)
         values = matrix(module, group)
@@ -171,7 +204,16 @@ class TorchStream:
         return values.detach().clone()
 
     def commit(self, name: str, weight: Array, group: int = 0) -> None:
-        """Replace a weight, cast to the network's own type; later `inputs` are computed with it.
+        """Replace a weight, cast to the network's own dtype; later `inputs` are computed with it.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        weight : array, shape (n_in [+ 1], n_out)
+            New weight, the bias last.
+        group : int, optional
+            Index of the group, from 0.
 
         Raises
         ------
@@ -198,7 +240,27 @@ class TorchStream:
     def batches(
         self, name: str, group: int = 0, *, rows: np.ndarray | None = None
     ) -> Iterator[LayerBatch]:
-        """Yield the layer's rows in order; only the given sorted `rows` when there are any."""
+        """Yield the layer's rows in order.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        group : int, optional
+            Index of the group, from 0.
+        rows : ndarray of int, optional
+            Sorted row numbers; all rows by default.
+
+        Yields
+        ------
+        LayerBatch
+            Aligned rows of the current and the dense network.
+
+        Raises
+        ------
+        ValueError
+            If the layer cannot be retrained, or `rows` are not increasing row numbers of the layer.
+        """
         spec = self._retrainable(name, group)
         if rows is not None:
             rows = np.asarray(rows)
@@ -223,7 +285,7 @@ class TorchStream:
                 chosen = rows[slice(*np.searchsorted(rows, (start * positions, stop * positions)))]
                 if not chosen.size:
                     continue
-            # The whole batch runs even if few rows are wanted: other shapes could round otherwise.
+            # The whole batch runs even for a few rows: other shapes could round differently.
             dense, responses = self._read(self._dense, spec.name, start, stop)
             inputs = self._read(self._current, spec.name, start, stop)[0] if changed else dense
             for piece in pieces(chosen, positions, spec):
@@ -243,7 +305,18 @@ class TorchStream:
                 )
 
     def outputs(self, *, dense: bool) -> Iterator[Tensor]:
-        """Yield the network's outputs batch by batch: of the given network, or of the current."""
+        """Yield the network's outputs batch by batch.
+
+        Parameters
+        ----------
+        dense : bool
+            Whether the dense network computes them, or the current one.
+
+        Yields
+        ------
+        Tensor, shape (samples, ...)
+            Outputs of one batch.
+        """
         network = self._dense if dense else self._current
         for start in range(0, len(self._data), self._batch_size):
             with torch.no_grad():
@@ -251,13 +324,13 @@ class TorchStream:
             yield answered.detach()
 
     def _inputs(self, start: int, stop: int) -> Tensor:
-        """Copy samples to the device, so that a network that works in place spoils nothing."""
+        """Copy samples to the device, so that a network that works in place cannot change them."""
         part = self._data.x[start:stop]
         values = torch.tensor(part, dtype=self._dtype, device=self._device)
         return values.reshape(len(part), *self._shape)
 
     def _read(self, network: nn.Module, name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Run a batch up to a layer; return what the layer received and what it answered."""
+        """Run a batch up to a layer; return the layer's input and its response."""
         seen: list[tuple[Tensor, Tensor]] = []
 
         def stop_here(_: nn.Module, received: tuple[Tensor, ...], answered: Tensor) -> None:
@@ -275,30 +348,42 @@ class TorchStream:
         received, answered = seen[0]
         module = network.get_submodule(name)
         count = min(stop, len(self._data)) - start
-        # A forward pass under autocast has layers that answer in a half type.
+        # Under the network's own autocast a layer's response can be of a half type.
         received, answered = received.to(self._dtype), answered.to(self._dtype)
         return by_sample(module, received, count), by_sample(module, answered, count)
 
     # --- bounds ---------------------------------------------------------------------------------
 
     def gain(self, name: str, *, norm: Norm = "spectral") -> Gain:
-        """Lipschitz factor from the layer's output to the network's, with the current weights.
+        """Bound the Lipschitz factor from the layer's output to the network's (current weights).
 
         Frobenius norms over the samples; see `retrain.adapters.network.gain`. For a convolution,
         "output" is the whole image of responses, so it applies to an error summed over all of its
         rows and groups.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        norm : {"spectral", "frobenius"}
+            Norm of the later layers' weights.
+
+        Returns
+        -------
+        Gain
+            Factor, or the reason why none is known.
         """
         layer(self, name)
         graph, node = self._network.graph, self._network.nodes.get(name)
         if graph is None or node is None:
             return Gain(None, f"layer {name!r} has no single place in a traced network")
         found = self._gains(graph, norm, dense=False)[node]
-        # A factor that was found holds for samples one by one.
+        # The factor assumes that samples do not depend on each other.
         mixed = found.value is not None and self._mixes is not None
         return Gain(None, self._mixes) if mixed else found
 
     def _gains(self, graph: fx.Graph, norm: Norm, *, dense: bool) -> dict[fx.Node, Gain]:
-        """G of every node (see `retrain.adapters.network.gain`), dense network or current."""
+        """Compute G of every node (`retrain.adapters.network.gain`), dense or current network."""
         if self._shapes is None:
             first = self._inputs(0, 1)  # twice, since a batch of one would hide broadcasting
             self._shapes = _node_shapes(self._dense, graph, torch.cat([first, first]))
@@ -311,9 +396,9 @@ class TorchStream:
         return gains(graph, modules, norms, self._shapes)
 
     def _layer_norm(self, name: str, norm: Norm, scale: Tensor | None, *, dense: bool) -> float:
-        """Norm of a layer as a map, without the bias; kept until the next commit."""
+        """Compute the norm of a layer as a map, without the bias; cached until the next commit."""
         dense = dense or name not in self._changed
-        # A batch norm is not retrained: a layer has one scale at most.
+        # A batch norm is not retrained, so a layer has at most one scale.
         key = (name, norm, dense, scale is not None)
         if key not in self._norms:
             module = (self._dense if dense else self._current).get_submodule(name)
@@ -321,7 +406,15 @@ class TorchStream:
         return self._norms[key]
 
     def output_layer(self) -> tuple[str | None, str]:
-        """Name the layer whose activated response is the network's output, or say why none is."""
+        """Name the layer whose activated response is the network's output.
+
+        Returns
+        -------
+        name : str or None
+            Name of the layer; None where there is no such layer.
+        reason : str
+            Why there is none; empty with a name.
+        """
         graph = self._network.graph
         if self._mixes is not None:
             return None, self._mixes
@@ -336,7 +429,13 @@ class TorchStream:
         return str(node.target), ""
 
     def passage(self) -> Passage:
-        """Send the data through both networks once; measure what the bounds are made of."""
+        """Send the data through both networks once, and measure what the bounds need.
+
+        Returns
+        -------
+        Passage
+            Deviations, discrepancies and the allowance for rounding.
+        """
         changed_layers = {
             spec.name: spec.follows
             for spec in self._layers
@@ -372,19 +471,19 @@ class TorchStream:
     # --- checks at the start --------------------------------------------------------------------
 
     def _probe(self) -> tuple[tuple[LayerSpec, ...], dict[str, int], str | None]:
-        """Run a few samples together, in pairs of the same, and alone: is each one's row its own?
+        """Run a few samples in several batches, to find layers whose rows depend on other samples.
 
-        A layer whose input is not the same rows for a sample, whatever runs beside it, has not one
-        sample after the other, or sees samples mixed; it cannot be retrained row by row.
+        A layer whose input for a sample changes with the other samples of the batch, or is not laid
+        out one sample after the other, cannot be retrained row by row.
 
         Returns
         -------
         layers : tuple of LayerSpec
-            With the reason of each that cannot be retrained.
-        positions : dict
-            Rows of a sample, by layer.
+            All layers, those that cannot be retrained with the reason.
+        positions : dict from str to int
+            Number of rows per sample, by layer.
         mixes : str or None
-            Why the network's outputs are not one sample's either.
+            Why the network's outputs depend on other samples of the batch; None where they do not.
         """
         specs = [found.spec for found in self._network.layers]
         open_specs = [spec for spec in specs if spec.reason is None]
@@ -392,7 +491,7 @@ class TorchStream:
         wide: list[Probe] = []
 
         def separate(name: str, *, axes: int | None = None) -> bool:
-            """Ask; and again in float64, where rounding cannot be taken for mixing."""
+            """Probe, and again in float64, where rounding cannot be taken for mixing."""
             if probe.separate(name, axes=axes):
                 return True
             if not wide and self._dtype != torch.float64:
@@ -505,19 +604,19 @@ class TorchStream:
 
 
 def fit_samples(model: nn.Module, x: np.ndarray) -> np.ndarray:
-    """Shape samples as a network takes them: for training loops and the like, as streams do it.
+    """Reshape samples to the form that a network takes, as streams do, for training loops.
 
     Parameters
     ----------
     model : nn.Module
-        The network; it is not changed.
+        Network; it is not changed.
     x : ndarray, shape (n_samples, ...)
-        `retrain.data.arrays.Data.x`.
+        Samples, as in `retrain.data.arrays.Data.x`.
 
     Returns
     -------
-    ndarray, shape (n_samples, n_features) or as it was
-        A view.
+    ndarray, shape (n_samples, n_features) or the original shape
+        View of `x`.
     """
     copied = evaluation_copy(model)
     return x.reshape(len(x), *sample_shape(find_layers(copied), copied, x.shape[1:]))
@@ -526,8 +625,22 @@ def fit_samples(model: nn.Module, x: np.ndarray) -> np.ndarray:
 def sample_shape(network: Network, model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape in which a network takes a sample that is stored in `shape`.
 
-    That is `shape`, except that images go flat into a network which hands its input to a dense
-    layer of that many inputs.
+    That is `shape`, except that images are flattened for a network which passes its input to a
+    dense layer of that many inputs.
+
+    Parameters
+    ----------
+    network : Network
+        Traced network.
+    model : nn.Module
+        Module that was traced.
+    shape : tuple of int
+        Shape of a stored sample.
+
+    Returns
+    -------
+    tuple of int
+        Shape of a sample for the network.
     """
     features = int(np.prod(shape))
     if network.graph is None or len(shape) == 1:
@@ -546,7 +659,7 @@ def sample_shape(network: Network, model: nn.Module, shape: tuple[int, ...]) -> 
 
 
 def _node_shapes(model: nn.Module, graph: fx.Graph, samples: Tensor) -> dict[fx.Node, Any]:
-    """Run the graph on some samples; return the shape of every tensor in it, and what is none."""
+    """Run the graph on some samples; return the shapes of its tensors, and its other values."""
     shapes: dict[fx.Node, Any] = {}
 
     class Shapes(fx.Interpreter):

@@ -1,18 +1,18 @@
-"""What a module computes, as JSON values: the same in every process, different where it differs.
+"""The computation of a module as JSON values: equal in every process, different where it differs.
 
 A state dict holds tensors and no function: a maximum pool has the same as an average pool. So this
-records three things, each of which sees what the others miss:
+records three things, each of which covers what the others miss:
 
 * ``steps``: the traced forward pass (`torch.fx`), where it can be traced: operations, their order,
   the numbers in them;
 * ``modules``: every module's class, its plain attributes and its hooks (a stride, a norm's eps, a
-  tensor that is no buffer);
-* ``code``: of every class that no installed package brought, its methods' byte code and the
+  tensor that is not a buffer);
+* ``code``: for every class that is not of an installed package, its methods' byte code and the
   functions and global values that these name (a branch that the trace did not take, a context that
   it does not see).
 
 Names of packages stand for their code; their versions are in a run's identity. What code reads
-while it runs (a file, the environment, a name put together from text) is not seen.
+while it runs (a file, the environment, a name assembled from text) is not covered.
 """
 
 from __future__ import annotations
@@ -41,10 +41,14 @@ from torch import Tensor, fx, nn
 from retrain.adapters.network.find import trace
 from retrain.adapters.network.tensors import tensor_bytes
 
-_LONGEST = 1000  # characters of a text; beyond it a hash stands for the rest
-_RECORDED = ("retrain", "solvers", "torch", "numpy", "scipy", "builtins")
-"""Packages that a run's identity has anyway, by version or by code."""
+_LONGEST = 1000
+"""Number of characters of a recorded text; a hash replaces the rest. Larger values make records
+longer and differences more readable. Chosen by hand; changing it changes every identity."""
 
+_RECORDED = ("retrain", "solvers", "torch", "numpy", "scipy", "builtins")
+"""Packages that a run's identity records anyway, by version or by code."""
+
+# Attributes in which torch keeps a module's hooks; each hook's code is recorded.
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -67,10 +71,12 @@ _NO_ATTRIBUTES = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-"""What modules have under the hood: recorded otherwise, or about saving and loading."""
+"""Attributes of torch's modules that are recorded otherwise, or only concern saving and loading."""
 
+# Modules with settings that evaluation ignores: they are recorded for training only.
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Attributes of a class that Python sets and that do not change what it computes.
 _NOT_IN_CLASSES = (
     "__dict__",
     "__weakref__",
@@ -102,19 +108,20 @@ def structure(
     Parameters
     ----------
     module : nn.Module
-        The network; it is not changed.
+        Network; it is not changed.
     graph : fx.Graph or None
         Its traced forward pass, in the mode of `training`; None where it cannot be traced.
     traced : nn.Module, optional
-        The copy that was traced: tracing leaves constants, and values of its own, in a module.
+        Copy that was traced: tracing adds constants and values of its own to a module.
     training : bool
-        Whether it is to be trained: what evaluation ignores, a dropout's share for one, counts.
+        Whether the network is to be trained; then settings that evaluation ignores, such as a
+        dropout's share, are recorded too.
 
     Returns
     -------
     dict
         ``steps``, a list of text; ``modules`` and ``code``, text by name. Parameters and buffers
-        that the state dict has are left to whoever hashes the weights.
+        in the state dict are not included; `weights_hash` covers them.
     """
     writer = _Writer(module, training)
     modules = {name or "(root)": writer.module(part) for name, part in module.named_modules()}
@@ -123,17 +130,17 @@ def structure(
 
 
 def training_structure(module: nn.Module) -> dict[str, Any]:
-    """Record what a module computes while it is trained, and which parameters are.
+    """Record what a module computes while it is trained, and which parameters are trained.
 
     Parameters
     ----------
     module : nn.Module
-        The network, in any mode; a copy of it is traced, where it can be copied.
+        Network, in any mode; a copy of it is traced, where it can be copied.
 
     Returns
     -------
     dict
-        As of `structure`, and ``frozen``: names of parameters without a gradient.
+        Entries of `structure`, and ``frozen``: names of parameters without a gradient.
     """
     graph, traced = None, module
     with suppress(RuntimeError, TypeError):  # the old weight norm; its modules and code remain
@@ -144,9 +151,19 @@ def training_structure(module: nn.Module) -> dict[str, Any]:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of a state dict: names, types, shapes, the order in memory, bytes.
+    """Hash a state dict: names, dtypes, shapes, the order in memory, bytes.
 
     The order in memory (channels last, a transposed matrix) decides which kernels compute.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Network.
+
+    Returns
+    -------
+    str
+        SHA-256 in hexadecimal.
     """
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():
@@ -156,7 +173,7 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def _other(value: Any) -> bytes:
-    """What a module of its own making keeps in a state dict beside tensors."""
+    """Write an entry of a state dict that is not a tensor (a module's extra state)."""
     return _Writer(nn.Module(), False).text(value).encode()
 
 
@@ -164,7 +181,7 @@ def _other(value: Any) -> bytes:
 
 
 def _steps(module: nn.Module, graph: fx.Graph, writer: _Writer) -> Iterator[str]:
-    """Yield the graph's nodes in words; a value goes by the number of the step that makes it."""
+    """Yield the graph's nodes in words; a value is named by the number of its step."""
     numbers = {node: number for number, node in enumerate(graph.nodes)}
     state = module.state_dict().keys()
 
@@ -211,7 +228,7 @@ def _attribute(module: nn.Module, target: str) -> Any:
 class _Writer:
     """Writes values as text that is the same in every process.
 
-    `code` gathers, by name, a hash of each class that is no package's.
+    `code` collects, by name, a hash of each class that is not of an installed package.
     """
 
     def __init__(self, root: nn.Module, training: bool) -> None:
@@ -219,9 +236,9 @@ class _Writer:
         self._training = training
         self._paths = {id(part): name for name, part in root.named_modules()}
         self._state = {id(tensor) for tensor in root.state_dict(keep_vars=True).values()}
-        self._open: list[int] = []  # what is being written now, from the outermost in
+        self._open: list[int] = []  # objects being written, the outermost first
         self._done: dict[int, str] = {}
-        self._kept: list[Any] = []  # keeps ids from being given again
+        self._kept: list[Any] = []  # keeps objects alive, so that no id is used twice
 
     def module(self, module: nn.Module) -> str:
         """Write a module's class, attributes, own tensors beside the state dict, and hooks."""
@@ -246,7 +263,7 @@ class _Writer:
         return _short("; ".join(entries))
 
     def _ignored(self, module: nn.Module, name: str) -> bool:
-        """Whether an attribute is of the graph that ``code`` shows, or evaluation ignores it."""
+        """Tell whether an attribute is covered by ``code``, or ignored by evaluation."""
         if isinstance(module, fx.GraphModule) and (name.startswith("_") or name == "meta"):
             return True
         if self._training:
@@ -274,7 +291,7 @@ class _Writer:
         return self._object(value)
 
     def _object(self, value: Any) -> str:
-        """Write what may hold itself, or be held in several places."""
+        """Write a value that may contain itself, or be contained in several places."""
         if id(value) in self._open:
             return f"<{len(self._open) - self._open.index(id(value))} up>"
         if id(value) not in self._done:
@@ -348,9 +365,9 @@ class _Writer:
         return f"{kind}{''.join(self.text(part) for part in parts if part is not None)}"
 
     def _kind(self, kind: type, *, made: bool = False) -> str:
-        """Name a class; a hash of one that is no package's goes into `code`.
+        """Name a class; the hash of a class that is not of an installed package goes into `code`.
 
-        Of what is `made` already, how it is made is left out: what came of it is recorded.
+        With `made`, the methods that construct the object are left out: their result is recorded.
         """
         name = _class_name(kind)
         for base in kind.__mro__:
@@ -366,7 +383,7 @@ class _Writer:
         return name
 
     def _python_module(self, module: types.ModuleType) -> str:
-        """Name a module; for one that is no package's, hash its file: any of it may be used."""
+        """Name a module; for one outside installed packages, its whole file is hashed."""
         package = _package(module.__name__)
         if package is not None:
             return f"module {package}"
@@ -376,7 +393,7 @@ class _Writer:
         return f"module {module.__name__}"
 
     def _function(self, function: types.FunctionType) -> str:
-        """Name a function; of one that is no package's with a hash of what it does."""
+        """Name a function; one that is not of an installed package has a hash of its code added."""
         # Several of torch's go by the name of what made them, and by their own only here.
         name = f"{function.__module__}.{function.__qualname__}"
         if function.__name__ not in function.__qualname__.split("."):
@@ -406,12 +423,14 @@ class _Writer:
         return f" on ({', '.join(values)})" if values else ""
 
 
+# Methods of a class that matter only while an object is constructed or shown.
 _MAKING = ("__init__", "__repr__", "extra_repr")
+# Types whose values are written as Python writes them.
 _PLAIN = (type(None), type(...), bool, int, float, complex)
 
 
 def _attributes(state: Any) -> bool:
-    """Whether what pickle saves of an object is its attributes, whose order means nothing."""
+    """Tell whether pickle saves an object as its attributes, whose order has no meaning."""
     return type(state) is dict and all(type(key) is str for key in state)
 
 
@@ -463,7 +482,7 @@ def _package(module: str | None) -> str | None:
     return "builtins" if place.is_relative_to(_STANDARD) else None
 
 
-_STANDARD = Path(sysconfig.get_path("stdlib")).resolve()
+_STANDARD = Path(sysconfig.get_path("stdlib")).resolve()  # directory of Python's own modules
 
 
 def _class_name(kind: type) -> str:
@@ -523,7 +542,7 @@ def _digest(text: str) -> str:
 
 
 def _short(text: str) -> str:
-    """A text of bounded length: a hash stands for what is cut."""
+    """Shorten a text to a bounded length; a hash replaces what is cut."""
     if len(text) <= _LONGEST:
         return text
     return f"{text[:_LONGEST]}… {_digest(text)[:32]}"

@@ -1,4 +1,4 @@
-"""What several adapters ask of a network's tensors: finite, bytes, the type to compute in."""
+"""What several adapters do with a network's tensors: check finiteness, read bytes, widen."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 HALF = (torch.float16, torch.bfloat16)
+"""Half-precision types, which are converted to float32 for computing."""
+
 FLOATS = (*HALF, torch.float32, torch.float64)
-"""Types of weights that can be retrained; the half types are computed with in float32."""
+"""Types of weights that can be retrained."""
 
 
 def check_finite(model: nn.Module) -> None:
@@ -15,10 +17,15 @@ def check_finite(model: nn.Module) -> None:
 
     Buffers may hold infinities on purpose (attention masks).
 
+    Parameters
+    ----------
+    model : nn.Module
+        Network.
+
     Raises
     ------
     ValueError
-        With the tensor's name.
+        If an entry is not finite; the message has the tensor's name.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not torch.isfinite(parameter).all():
@@ -29,13 +36,35 @@ def check_finite(model: nn.Module) -> None:
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """Return a tensor's bytes in C order, of any type."""
+    """Return a tensor's bytes in C order; any dtype and device.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        Tensor.
+
+    Returns
+    -------
+    bytes
+        Its entries.
+    """
     plain = tensor.detach().cpu().contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def computing(model: nn.Module) -> nn.Module:
-    """Turn a network's half-precision tensors into float32."""
+    """Convert a network's half-precision tensors to float32, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Network; it is changed.
+
+    Returns
+    -------
+    nn.Module
+        The same network.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype in HALF:
             tensor.data = tensor.data.float()

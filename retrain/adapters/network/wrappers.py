@@ -1,8 +1,8 @@
-"""What stands around a network (data parallel training, a compiler), and what hides its weights.
+"""Wrappers around a network (data parallel training, a compiler), and hidden weights.
 
-Wrappers are taken off: the network inside is the same function with shorter names. Weights that are
-computed anew at each call (pruning masks, weight norm) are refused with the line of code that makes
-plain weights of them, since only their owner can tell whether that is what is wanted.
+Wrappers are removed: the network inside is the same function with shorter names. Weights that are
+computed anew at each call (pruning masks, weight norm) are refused with the line of code that
+converts them to plain weights, since only their owner can tell whether that is wanted.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 _PREFIX = "module."
-"""What data parallel training puts before every name, each wrapper once."""
-_INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of names that no one gives to a module of their own, wherever they stand."""
+"""Prefix that data parallel training puts before every name, once per wrapper."""
 
+_INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that only torch's wrappers give to a module; removed anywhere in a name."""
+
+# For each way to hide weights: how a message names it, and the line of code that undoes it.
 _EACH = "for m in list(model.modules()) for n in list(m._parameters)"
 _MASKS = (
     "has pruning masks (torch.nn.utils.prune)",
@@ -38,7 +40,8 @@ _PARAMETRISED = (
     "[torch.nn.utils.parametrize.remove_parametrizations(m, n) for m in list(model.modules()) "
     "for n in list(getattr(m, 'parametrizations', ()))]",
 )
-_HIDDEN = (  # endings of two tensors of one weight that tell each kind
+# Endings of two tensor names of one weight that identify each way.
+_HIDDEN = (
     ("_orig", "_mask", _MASKS),
     ("_g", "_v", _WEIGHT_NORM),
     ("_orig", "_u", _SPECTRAL_NORM),
@@ -46,18 +49,18 @@ _HIDDEN = (  # endings of two tensors of one weight that tell each kind
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the network inside of DataParallel, DistributedDataParallel and torch.compile.
+    """Return the network inside DataParallel, DistributedDataParallel and torch.compile.
 
     Parameters
     ----------
     module : nn.Module
-        It is not changed.
+        Network; it is not changed.
 
     Returns
     -------
     nn.Module
-        The module itself if there is no wrapper in it; the one inside if the wrapper is outermost;
-        and a module that shares all else where a part of it is wrapped.
+        The module itself if it has no wrapper; the network inside if the wrapper is outermost;
+        a module that shares everything else where a part of it is wrapped.
     """
     return _unwrapped(module, {})
 
@@ -80,7 +83,7 @@ def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
 
 
 def _held(module: nn.Module) -> nn.Module | None:
-    """Return what a wrapper holds; None if the module is no wrapper."""
+    """Return the module inside a wrapper; None if the module is not a wrapper."""
     if isinstance(module, DataParallel | DistributedDataParallel):
         return module.module
     # Importing torch's compiler takes seconds; a compiled module exists only where it has been.
@@ -96,10 +99,16 @@ def check_plain_weights(module: nn.Module) -> None:
     A layer with a parametrisation of torch.nn.utils.parametrize can be copied; such a layer is
     listed with its reason instead (`retrain.adapters.network.find`).
 
+    Parameters
+    ----------
+    module : nn.Module
+        Network.
+
     Raises
     ------
     ValueError
-        With the line of code that mends it; ``model`` is the module.
+        If there is such a weight; the message has the line of code that converts it, in which
+        ``model`` is the module.
     """
     for name, part in module.named_modules():
         own = [*part._parameters, *part._buffers]
@@ -109,12 +118,17 @@ def check_plain_weights(module: nn.Module) -> None:
 
 
 def check_plain_names(names: Collection[str]) -> None:
-    """Refuse the names of a state dict that was saved with such weights.
+    """Refuse the names of a state dict whose weights were computed from others at each call.
+
+    Parameters
+    ----------
+    names : collection of str
+        Names of the tensors.
 
     Raises
     ------
     ValueError
-        With the line of code to run before saving.
+        If there is such a weight; the message has the line of code to run before saving.
     """
     found = _hidden(names)
     if found is None and any("parametrizations." in name for name in names):
@@ -137,10 +151,20 @@ def _refuse(who: str, found: tuple[str, str], when: str) -> None:
 
 
 def without_wrappers(names: Collection[str]) -> list[str]:
-    """Return names of a state dict without what wrappers put into them.
+    """Remove the parts of a state dict's names that wrappers add.
 
-    ``module.`` goes as long as all names begin with it; the parts that only torch gives
-    (``_orig_mod``) go wherever they stand. So nested wrappers may come in any order.
+    ``module.`` is removed as long as all names begin with it; the parts that only torch gives
+    (``_orig_mod``) are removed anywhere. So nested wrappers may come in any order.
+
+    Parameters
+    ----------
+    names : collection of str
+        Names of the tensors.
+
+    Returns
+    -------
+    list of str
+        Shortened names in the same order; the original ones where two would become equal.
     """
     short = [".".join(part for part in name.split(".") if part not in _INNER) for name in names]
     while short and all(name.startswith(_PREFIX) for name in short):
@@ -153,6 +177,16 @@ def shorter_names(names: Collection[str]) -> list[list[str]]:
 
     As they are; without wrappers; without wrappers of a part of the network; and without one, two,
     ... of the leading parts that all names share (``model.``).
+
+    Parameters
+    ----------
+    names : collection of str
+        Names of the tensors.
+
+    Returns
+    -------
+    list of list of str
+        Lists of names, each in the order of `names` and without duplicates.
     """
     tries = [list(names), without_wrappers(names)]
     tries.append([".".join(p for p in name.split(".") if p != "module") for name in tries[1]])

@@ -10,15 +10,15 @@ Each layer, in execution order:
 kept for removed weights), `large` for layers of more than 2048 inputs, and `inputs` for the pattern
 of that name.
 
-A layer is *certified* when what is claimed of the saved weights, after any rounding to the
-network's own type, was found true by other means than it was made: exactly as many weights as the
-pattern says are zero; the error computed from H is the one measured row by row, within the rounding
-that the sizes involved explain; and with a tolerance, that error is within it. It says nothing of
-optimality: unlike Net-Trim's programs this one is combinatorial. Weights of a layer that is not
-certified are used all the same.
+A layer is *certified* when the claims on the saved weights, after any rounding to the network's own
+dtype, have been confirmed by an independent computation: exactly as many weights as the pattern
+says are zero; the error computed from H equals the one measured row by row, within the rounding
+that the sizes involved explain; and with a tolerance, that error is within it. The certificate says
+nothing about optimality: unlike Net-Trim's programs this one is combinatorial. Weights of a layer
+that is not certified are used all the same.
 
-Zeros of the given network stay zero by default and count as removed, so that a pruned network can
-be pruned again. A grouped layer has one program a group; the layer's count, or the square of its
+Zeros of the dense network stay zero by default and count as removed, so that a pruned network can
+be pruned again. A grouped layer has one program per group; the layer's count, or the square of its
 tolerance, is shared evenly among them.
 """
 
@@ -70,30 +70,37 @@ def lobs(
     """Prune a network's layers by second-order information, yielding each as it is done.
 
     A layer is committed to the stream before it is yielded, cast to the network's own type, so
-    that sequential calibration sees exactly what a caller saves. A layer that has nothing to lose
-    is left as it is, bit for bit.
+    that sequential calibration sees exactly what a caller saves. A layer in which nothing is to be
+    removed stays as it is, bit for bit.
 
     Parameters
     ----------
     stream : LayerStream
-        The network and the calibration data.
+        Network and calibration data; the new weights are committed to it.
     options : LobsOptions
-        What to do.
+        Options of the method.
     layers : sequence of str, optional
-        Names of the layers to prune; all that can be, by default.
+        Names of the layers to prune; by default all that can be retrained.
     finished : mapping from str to sequence of array, optional
-        Weights (one a group) of layers done by an earlier run: committed and not yielded again.
+        Weights (one matrix per group) of layers that an earlier run finished. They are committed
+        and not yielded again.
 
     Yields
     ------
     LayerResult
-        In execution order; in order of completion when several jobs work.
+        Weights and report per layer: in execution order, or in order of completion with several
+        jobs.
 
     Raises
     ------
     ValueError
         If a named layer does not exist, cannot be retrained, has no number in a mapping, would take
         more than `memory`, or if its Hessian is singular to working precision.
+
+    Notes
+    -----
+    Cost per layer: two passes of the data up to the layer, and the solve (`retrain.lobs` has the
+    figures). Memory: `bytes_needed` for each of ``options.jobs`` layers.
 
     References
     ----------
@@ -120,20 +127,34 @@ def lobs(
         with threadpool_limits(options.threads_per_job):
             task = state_layer(stream, spec, options)
             result = finish(stream, *_solve(task, options), options)
-        yield result  # what is done with it has the caller's threads
+        yield result  # outside the limit: the caller's code keeps the caller's threads
 
 
 def lobs_plan(
     stream: LayerStream, options: LobsOptions, layers: Sequence[str]
 ) -> Iterator[tuple[LayerSpec, int | None, float]]:
-    """Say what `lobs` would do: layers, how many weights would go, and in how many bytes.
+    """Describe what `lobs` would do, without looking at the data.
 
-    The number is None with a tolerance; zeros that are there already are not looked at.
+    Parameters
+    ----------
+    stream : LayerStream
+        Network.
+    options : LobsOptions
+        Options of the method.
+    layers : sequence of str
+        Names of the layers to prune.
+
+    Yields
+    ------
+    tuple of (LayerSpec, int or None, float)
+        Layer, number of weights to remove (None with a tolerance; existing zeros are not counted),
+        and memory in bytes.
 
     Raises
     ------
     ValueError
-        As `lobs`, where that can be told without data. Layers beyond `memory` are in the plan.
+        If a layer does not exist, cannot be retrained, or has no number in a mapping. Layers that
+        need more than ``options.memory`` are part of the plan.
     """
     for spec in chosen(stream, layers):
         options.sparsity_for(spec.name)
@@ -159,7 +180,20 @@ def _check(spec: LayerSpec, options: LobsOptions) -> None:
 
 
 def oversized(spec: LayerSpec, options: LobsOptions) -> str | None:
-    """Say why a layer's solve does not fit into `memory`, and the way out; None where it fits."""
+    """Say why a layer's solve does not fit into ``options.memory``.
+
+    Parameters
+    ----------
+    spec : LayerSpec
+        Layer.
+    options : LobsOptions
+        Options of the method.
+
+    Returns
+    -------
+    str or None
+        Reason with the remedy; None where the layer fits.
+    """
     needed = bytes_needed(spec, options)
     if needed <= options.memory:
         return None
@@ -174,7 +208,7 @@ def oversized(spec: LayerSpec, options: LobsOptions) -> str | None:
 
 
 def _solve(task: Task, options: LobsOptions) -> tuple[Task, tuple[Pruned | None, ...]]:
-    """Solve a layer's programs; None for a group that has nothing to lose."""
+    """Solve a layer's programs; None for a group in which nothing is to be removed."""
     started = time.perf_counter()
     _log.info("solving: layer %s", task.spec.name)
     try:
@@ -204,14 +238,14 @@ def _solve_group(spec: LayerSpec, group: Group, options: LobsOptions) -> Pruned 
 
 
 def _stays(group: Group, options: LobsOptions) -> bool:
-    """Whether the zeros there are, are the zeros wanted."""
+    """Tell whether the existing zeros already are the zeros asked for."""
     return options.zeros == "stay" or group.wanted == 0
 
 
 def _prune_damped(
     problem: LayerProblem, pattern: Pattern, method: str, damping: float, threads: int
 ) -> Pruned:
-    """Run a method with a damping of the caller's instead of its own."""
+    """Run a method with the caller's damping instead of the method's default."""
     if method == "one-shot":
         return prune_one_shot(problem, pattern, damping=damping)
     if method == "sweep":

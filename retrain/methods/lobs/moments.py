@@ -35,6 +35,7 @@ from solvers.obs import HessianSum, add_rows, decoupled, inverse_cholesky, mean_
 _log = logging.getLogger(__name__)
 
 Calibration = Literal["dense", "sequential", "corrected"]
+"""Form of the quadratic, as the module describes it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Moments:
     base : float
         E(0).
     rows : int
-        n.
+        n, the number of rows.
     """
 
     hessian: Array
@@ -59,7 +60,18 @@ class Moments:
     rows: int
 
     def error(self, change: Array) -> float:
-        """E(D) for a change D of the weight, in float64."""
+        """Compute E(D) for a change of the weight.
+
+        Parameters
+        ----------
+        change : array, shape (n_in [+ 1], n_out)
+            D, in any float dtype.
+
+        Returns
+        -------
+        float
+            E(D) in float64, at least 0.
+        """
         xp = array_namespace(self.hessian)
         wide = xp.astype(change, xp.float64)
         value = self.base + float(xp.sum(wide * (self.hessian @ wide)))
@@ -68,10 +80,21 @@ class Moments:
         return max(0.0, value)
 
     def rounding(self, change: Array) -> float:
-        """How far E(D) in float64 may be from the sum over rows, from the sizes that cancel.
+        """Bound how far E(D) in float64 can be from the sum over rows.
 
-        64 (n_in + 64) eps (base + 2 |D|.|G| + tr |D|^T |H| |D|): the products' rounding with room
-        for how n rows were added up.
+        64 (n_in + 64) eps (base + 2 |D|.|G| + tr |D|^T |H| |D|), from the sizes of the terms that
+        cancel: the rounding of the products, with a margin for the order in which the n rows were
+        summed. The factor 64 is chosen by hand; a larger one accepts larger disagreements.
+
+        Parameters
+        ----------
+        change : array, shape (n_in [+ 1], n_out)
+            D, in any float dtype.
+
+        Returns
+        -------
+        float
+            Bound in the unit of E.
         """
         xp = array_namespace(self.hessian)
         wide = xp.abs(xp.astype(change, xp.float64))
@@ -86,12 +109,35 @@ def stream_moments(
 ) -> Moments:
     """Accumulate a layer's quadratic over all its rows, in float64, batch by batch.
 
-    Memory: one batch, H, and G where there is one, whatever the number of rows.
+    Parameters
+    ----------
+    stream : LayerStream
+        Network and calibration data.
+    spec : LayerSpec
+        Layer.
+    group : int
+        Index of the group, from 0.
+    calibration : {"dense", "sequential", "corrected"}
+        Inputs and targets of the quadratic, see the module.
+
+    Returns
+    -------
+    Moments
+        Quadratic of the group.
 
     Raises
     ------
     ValueError
         If the layer has no rows, or an activation is not finite.
+
+    Notes
+    -----
+    Memory: one batch, H, and G where there is one, whatever the number of rows.
+
+    References
+    ----------
+    Dong, Chen, Pan, L-OBS (2017): the layer-wise Hessian (dense calibration). The other two forms
+    of calibration are not in the paper.
     """
     state: HessianSum | None = None
     gradient: Array | None = None
@@ -119,6 +165,20 @@ def best_dense(weight: Array, moments: Moments, damping: float) -> Array:
     Pruning `weight` under `corrected` calibration is pruning this one under the plain quadratic:
     the gradient vanishes there.
 
+    Parameters
+    ----------
+    weight : array, shape (n_in [+ 1], n_out)
+        W.
+    moments : Moments
+        Quadratic.
+    damping : float
+        Damping as a fraction of the mean diagonal of H.
+
+    Returns
+    -------
+    array, shape (n_in [+ 1], n_out)
+        Minimiser in the dtype of `weight`; `weight` itself where G is zero.
+
     Raises
     ------
     ValueError
@@ -145,7 +205,7 @@ class RowErrors:
     activated, target : float
         |act(new response) - act(dense response)|_F and |act(dense response)|_F over all rows.
     rows : int
-        n.
+        n, the number of rows.
     """
 
     error: float
@@ -167,17 +227,28 @@ def row_errors(
 
     Parameters
     ----------
-    stream, spec, group, calibration
-        As for `stream_moments`.
+    stream : LayerStream
+        Network and calibration data.
+    spec : LayerSpec
+        Layer.
+    group : int
+        Index of the group, from 0.
+    calibration : {"dense", "sequential", "corrected"}
+        Inputs and targets, see the module.
     old, new : array, shape (n_in [+ 1], n_out)
         W and W + D.
+
+    Returns
+    -------
+    RowErrors
+        Errors over all rows of the group.
     """
     error = energy = activated = target = 0.0
     rows = 0
     for inputs, responses in _wide(stream, spec, group, calibration):
         xp = array_namespace(inputs)
         before = inputs @ xp.astype(old, xp.float64)
-        # the change, not the difference of two responses: that would cancel
+        # from the change: the difference of two responses would cancel
         moved = inputs @ (xp.astype(new, xp.float64) - xp.astype(old, xp.float64))
         wanted = responses if calibration == "corrected" else before
         missed = (before - wanted) + moved

@@ -21,12 +21,15 @@ from solvers.obs import (
 )
 
 WIDEST = 2048
-"""Inputs up to which `auto` takes the exact path, whose cost grows with their cube a unit."""
+"""Largest number of inputs for which ``method="auto"`` takes the exact path, whose cost per unit
+grows with the cube of the inputs. Larger values give smaller errors on wide layers and take longer.
+Chosen by hand."""
 
 TO_TOLERANCE: dict[str, Callable[..., Pruned]] = {
     "greedy": prune_greedy_to_tolerance,
     "one-shot": prune_to_tolerance,
 }
+"""Methods that can prune to a tolerance instead of a sparsity, by name."""
 
 
 @dataclass(frozen=True)
@@ -36,30 +39,36 @@ class LobsOptions:
     Attributes
     ----------
     method : str
-        A name of `solvers.obs.METHODS`, or ``"auto"``.
+        Name in `solvers.obs.METHODS`, or ``"auto"``.
     pattern : str
         ``"layer"``, ``"unit"``, ``"inputs"`` or ``"N:M"``.
-    sparsity : float, mapping or None
-        Fraction of each layer's prunable weights (units' weights, inputs) to remove, met as an
-        exact count. None for N:M, which fixes it.
-    tolerance : float, mapping or None
-        Instead: remove while the root of the layer's mean squared error is at most this.
+    sparsity : float, mapping from str to float, or None
+        Fraction in [0, 1] of each layer's prunable weights (weights per unit, inputs) to remove,
+        met as an exact count. None for N:M, which fixes it.
+    tolerance : float, mapping from str to float, or None
+        Instead of a sparsity: largest root of the layer's mean squared error, in the unit of the
+        response; weights are removed as long as it is met.
     damping : float or None
         Fraction of the mean diagonal of H; each method's own default when None.
     calibration : {"dense", "sequential", "corrected"}
-        Which inputs and targets, see `retrain.methods.lobs.moments`.
+        Inputs and targets, see `retrain.methods.lobs.moments`.
     bias : {"update", "keep"}
-        Biases move with the weights, or stay as they are. They are never pruned.
+        Whether biases change with the weights or stay as they are. They are never pruned.
     zeros : {"stay", "free"}
-        Whether weights that are zero in the given network must stay so.
+        Whether weights that are zero in the dense network must stay so.
     memory : float
-        Bytes that a layer's Hessian and what is made of it may take.
+        Largest memory, in bytes, for a layer's Hessian and everything derived from it.
     seed : int
-        Of fine-tuning; the methods draw nothing from it.
+        Seed of fine-tuning; the methods themselves are deterministic.
     jobs : int
-        Layers at a time (dense calibration).
+        Number of layers at the same time (dense calibration).
     threads : int or None
-        Threads of each job; by default the machine's cores divided by `jobs`.
+        Number of threads of each job; by default the machine's cores divided by `jobs`.
+
+    Raises
+    ------
+    ValueError
+        If an option is invalid, or two options exclude each other.
     """
 
     method: str = "auto"
@@ -114,15 +123,48 @@ class LobsOptions:
         return self.threads or max(1, joblib.cpu_count() // self.jobs)
 
     def sparsity_for(self, name: str) -> float | None:
-        """A layer's sparsity; None with a tolerance, and for N:M."""
+        """Return a layer's sparsity.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+
+        Returns
+        -------
+        float or None
+            Fraction in [0, 1]; None with a tolerance, and for N:M.
+        """
         return None if self.sparsity is None else amount_for(self.sparsity, name, "sparsity")
 
     def tolerance_for(self, name: str) -> float | None:
-        """A layer's tolerance; None with a sparsity, and for N:M."""
+        """Return a layer's tolerance.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+
+        Returns
+        -------
+        float or None
+            Root mean squared error; None with a sparsity, and for N:M.
+        """
         return None if self.tolerance is None else amount_for(self.tolerance, name, "tolerance")
 
     def method_for(self, spec: LayerSpec) -> str:
-        """Name the method that a layer gets."""
+        """Name the method used for a layer.
+
+        Parameters
+        ----------
+        spec : LayerSpec
+            Layer.
+
+        Returns
+        -------
+        str
+            Name in `solvers.obs.METHODS` or `TO_TOLERANCE`.
+        """
         if self.method != "auto":
             return self.method
         if self.tolerance is not None:
@@ -133,22 +175,43 @@ class LobsOptions:
 
 
 def bytes_needed(spec: LayerSpec, options: LobsOptions) -> float:
-    """Estimate the memory of a layer's solve: Hessian, inverse, and a matrix or two a thread."""
+    """Estimate the memory of a layer's solve: Hessian, inverse, and up to two matrices per thread.
+
+    Parameters
+    ----------
+    spec : LayerSpec
+        Layer.
+    options : LobsOptions
+        Options of the method.
+
+    Returns
+    -------
+    float
+        Memory in bytes, of one group.
+    """
     n_in, n_out = spec.shape[0] + 1, spec.shape[1]
     a_thread = 0 if options.method_for(spec) in ("one-shot", "sweep", "inputs") else 2
     squares = 6 + a_thread * options.threads_per_job
     return 8.0 * (squares * n_in**2 + 8 * n_in * n_out)
 
 
-_MOST_STAGES = 1000  # each is a run of its own
+_MOST_STAGES = 1000
+"""Largest number of stages. Each is a run of its own, so a larger number is refused as a typing
+error. Chosen by hand."""
 
 
 def check_stages(stages: int) -> None:
     """Refuse a number of stages that is not from 1 to 1000.
 
+    Parameters
+    ----------
+    stages : int
+        Number of stages.
+
     Raises
     ------
     ValueError
+        If it is not from 1 to 1000.
     """
     if stages < 1:
         raise ValueError(f"stages: want at least 1, got {stages!r}")
@@ -161,17 +224,26 @@ def stage_amounts(amount: Amount | Sequence[Amount], stages: int | None) -> list
 
     Parameters
     ----------
-    amount : number, mapping, or a sequence of those
-        One entry a stage; or the last stage's, from which the earlier ones follow: stage k of K
-        keeps kept^(k/K), each the same share of what the one before it kept. (The paper's table 3
-        has 8.7 % and 1.5 %; this rule gives 12.2 % and 1.5 %.)
+    amount : float, mapping from str to float, or a sequence of those
+        One entry per stage; or the entry of the last stage, from which the earlier ones follow:
+        stage k of K keeps kept^(k/K), each the same share of what the stage before it kept. (The
+        paper's table 3 has 8.7 % and 1.5 %; this rule gives 12.2 % and 1.5 %.)
     stages : int or None
         K; by default as many as there are entries.
+
+    Returns
+    -------
+    list of (float or mapping)
+        One entry per stage.
 
     Raises
     ------
     ValueError
-        If `stages` is not positive, or not the number of entries.
+        If `stages` is not from 1 to 1000, or not the number of entries.
+
+    References
+    ----------
+    Dong, Chen, Pan, L-OBS (2017), table 3 (iterative pruning).
     """
     entries: list[Amount] = list(amount) if isinstance(amount, Sequence) else [amount]
     stages = len(entries) if stages is None else stages

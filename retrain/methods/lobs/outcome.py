@@ -1,4 +1,4 @@
-"""What became of a layer: the claims on the saved weights checked, the report."""
+"""The outcome of a layer: the claims on the saved weights checked, and the report."""
 
 from __future__ import annotations
 
@@ -28,14 +28,34 @@ _log = logging.getLogger(__name__)
 
 
 _AGREEMENT = 1e-9
+"""Relative difference between the error from the Hessian and the error from the rows up to which
+they agree, beside `Moments.rounding`. A larger value accepts disagreements that show a defect; a
+smaller one refuses sound layers for the rounding of long sums. Chosen by hand."""
 
-
-_STORED = 1e-5  # what rounding a weight to float32 may add to a squared error at its tolerance
+_STORED = 1e-5
+"""Relative excess of a squared error over its squared tolerance that is accepted, since rounding
+the weights to float32 can add it. A smaller value refuses layers pruned right up to the tolerance.
+Chosen by hand."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A group's numbers, of the weights as saved."""
+    """Check of one group's weights as they were saved.
+
+    Attributes
+    ----------
+    rows : RowErrors
+        Errors measured row by row.
+    quadratic : float
+        E(D) computed from the Hessian.
+    agrees : bool
+        Whether the two errors agree within rounding.
+    exact : bool
+        Whether exactly the weights meant to be removed are zero, and as many as the pattern asks
+        for.
+    removed : int
+        Number of weights removed.
+    """
 
     rows: RowErrors
     quadratic: float
@@ -47,7 +67,25 @@ class Checked:
 def finish(
     stream: LayerStream, task: Task, results: Sequence[Pruned | None], options: LobsOptions
 ) -> LayerResult:
-    """Commit a layer's weights, check them as they were saved, report."""
+    """Commit a layer's weights, check them as they were saved, and report.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Network and calibration data; the weights are committed to it.
+    task : Task
+        Programs of the layer.
+    results : sequence of (Pruned or None)
+        Result per group; None for a group in which nothing was to be removed.
+    options : LobsOptions
+        Options of the method.
+
+    Returns
+    -------
+    LayerResult
+        Weights as the stream holds them, and the report; ``certified`` is False where a check
+        failed.
+    """
     started = time.perf_counter()
     _log.info("checking: layer %s, row by row", task.spec.name)
     spec = task.spec

@@ -1,4 +1,4 @@
-"""One layer's programs for `lobs.py`: the quadratic, what may be zero, how many are to go."""
+"""One layer's programs: the quadratic, the weights that may be nonzero, and how many to remove."""
 
 from __future__ import annotations
 
@@ -30,27 +30,55 @@ from solvers.obs.greedy import PATH_DAMPING
 _log = logging.getLogger(__name__)
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+"""Quantiles of the sensitivities in a layer's report; a convention, used for display only."""
+
 SMALL_SENSITIVITY = 1e-3
-"""The paper counts the sensitivities below this (figure 3)."""
+"""Sensitivity below which a weight is counted as insensitive in a layer's report, in the unit of
+L_q. From the paper (figure 3); used for display only."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """One group's program: the quadratic, the problem, and what is to go."""
+    """One group's program.
+
+    Attributes
+    ----------
+    moments : Moments
+        Quadratic of the group.
+    old : array, shape (n_in [+ 1], n_out)
+        Weight before pruning.
+    problem : LayerProblem
+        Program as the solvers take it.
+    pattern : Pattern or None
+        Pattern to prune to; None with a tolerance.
+    wanted : int
+        Number of zeros that the pattern asks for, zeros that must stay included; -1 with a
+        tolerance.
+    sensitivities : dict
+        Summary of the sensitivities L_q before pruning, as JSON values.
+    """
 
     moments: Moments
     old: Array
     problem: LayerProblem
     pattern: Pattern | None
-    """None with a tolerance."""
     wanted: int
-    """Zeros the pattern asks for, those that must stay among them; -1 with a tolerance."""
     sensitivities: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One layer's programs, one a group; travels to a worker and back."""
+    """One layer's programs, one per group; sent to a worker and back.
+
+    Attributes
+    ----------
+    spec : LayerSpec
+        Layer.
+    groups : tuple of Group
+        Program of each group.
+    seconds : float
+        Wall time spent on the layer so far.
+    """
 
     spec: LayerSpec
     groups: tuple[Group, ...]
@@ -58,7 +86,28 @@ class Task:
 
 
 def state_layer(stream: LayerStream, spec: LayerSpec, options: LobsOptions) -> Task:
-    """Stream a layer's Hessians and state its programs."""
+    """Accumulate a layer's Hessians and state its programs.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Network and calibration data.
+    spec : LayerSpec
+        Layer.
+    options : LobsOptions
+        Options of the method.
+
+    Returns
+    -------
+    Task
+        Programs of the layer.
+
+    Raises
+    ------
+    ValueError
+        If the Hessian is singular to working precision, or the pattern does not fit the layer's
+        zeros.
+    """
     started = time.perf_counter()
     groups = tuple(
         _state_group(stream, spec, group, pattern, options)
@@ -98,7 +147,7 @@ def _state_group(
 
 
 def _allowed(spec: LayerSpec, weight: Array, options: LobsOptions) -> Array:
-    """Where a weight may be other than zero: everywhere, or where it is; and in the bias."""
+    """Mark where a weight may be nonzero: everywhere, or where it is now; and in the bias."""
     xp = array_namespace(weight)
     allowed = xp.ones(tuple(weight.shape), dtype=xp.bool, device=device(weight))
     if options.zeros == "free":
@@ -114,7 +163,7 @@ def _allowed(spec: LayerSpec, weight: Array, options: LobsOptions) -> Array:
 
 
 def _sensitivities(problem: LayerProblem, damping: float) -> dict[str, Any]:
-    """Sum up the paper's L_q before anything is removed."""
+    """Summarise the paper's L_q before anything is removed."""
     values = sensitivities(problem, damping=damping).saliency[problem.prunable]
     quantiles = np.quantile(values, QUANTILES)
     return {
@@ -125,7 +174,20 @@ def _sensitivities(problem: LayerProblem, damping: float) -> dict[str, Any]:
 
 
 def patterns_of(spec: LayerSpec, options: LobsOptions) -> list[Pattern | None]:
-    """What each group of a layer is to lose; the layer's count is shared evenly, and exactly."""
+    """Return the pattern of each group of a layer; the layer's count is divided evenly and exactly.
+
+    Parameters
+    ----------
+    spec : LayerSpec
+        Layer.
+    options : LobsOptions
+        Options of the method.
+
+    Returns
+    -------
+    list of (Pattern or None)
+        Pattern per group; None with a tolerance.
+    """
     if options.tolerance is not None:
         return [None] * spec.groups
     sparsity = options.sparsity_for(spec.name)

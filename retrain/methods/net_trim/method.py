@@ -6,7 +6,7 @@ For each layer, TRIM(X, Y, V, epsilon) of `solvers.trim_program` with
     cascade:   X = Yhat^(l-1) (current), V = W_l^T Yhat^(l-1),   epsilon_1 = epsilon_r |Y^(1)|_F,
                epsilon_l^2 = inflation * |(W_l^T Yhat^(l-1) - Y^(l)) on Omega|_F^2        (7)
 
-where Y^(l) is always the given network's. The first layer of a cascade is the parallel program. An
+where Y^(l) is always the dense network's. The first layer of a cascade is the parallel program. An
 absolute epsilon takes the place of epsilon_r |Y|_F. The last layer, without activation, has every
 entry fitted and no ceiling.
 
@@ -17,11 +17,11 @@ its own with its share of the ball), and the regularised form's default weight, 
 
     lambda r^2 <= |W_l|_1 - |What_l|_1 + lambda r_old^2,    so   r^2 <= epsilon_l^2 + r_old^2,
 
-r_old the old weights' residual, zero in the parallel scheme: the optimum cannot miss the targets by
-more than the constrained form allows.
+r_old the dense weights' residual, zero in the parallel scheme: the optimum cannot miss the targets
+by more than the constrained form allows.
 
-With a sparsity, epsilon_l is not given but found: the one at which the layer's solution has the
-zeros wanted (`solvers.solve_count`).
+With a sparsity, epsilon_l is not given but searched for: the radius at which the layer's solution
+has the number of zeros asked for (`solvers.solve_count`).
 """
 
 from __future__ import annotations
@@ -63,24 +63,30 @@ def net_trim(
     Parameters
     ----------
     stream : LayerStream
-        The network and the calibration data.
+        Network and calibration data; the new weights are committed to it.
     options : NetTrimOptions
-        What to do.
+        Options of the method.
     layers : sequence of str, optional
-        Names of the layers to retrain; all that can be, by default.
+        Names of the layers to retrain; by default all that can be.
     finished : mapping from str to sequence of array, optional
-        Weights (one a group) of layers done by an earlier run. They are committed in their turn and
-        not yielded again.
+        Weights (one matrix per group) of layers that an earlier run finished. They are committed
+        when their turn comes and not yielded again.
 
     Yields
     ------
     LayerResult
-        In execution order for the cascade, in order of completion for the parallel scheme.
+        Weights and report per layer: in execution order for the cascade, in order of completion for
+        the parallel scheme. Layers that were not certified keep their dense weights.
 
     Raises
     ------
     ValueError
         If a named layer does not exist or cannot be retrained.
+
+    Notes
+    -----
+    Memory: the activations of one layer (cascade) or of ``options.jobs`` layers (parallel), each
+    within ``options.memory`` bytes.
 
     References
     ----------

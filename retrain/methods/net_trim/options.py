@@ -12,6 +12,7 @@ from retrain.methods.amounts import Amount, amount_for, check_amount, check_para
 from retrain.stream.stream import LayerSpec
 from solvers import L1, ElasticNet, Penalty
 
+# Values of the options of the same names; `Chosen` is the solver that ``"auto"`` becomes.
 Scheme = Literal["parallel", "cascade"]
 Form = Literal["constrained", "regularised"]
 Solver = Literal["auto", "admm", "newton"]
@@ -27,13 +28,13 @@ class NetTrimOptions:
     scheme : {"cascade", "parallel"}
         Algorithm 2 or Algorithm 1.
     epsilon : float or None
-        Absolute radius: of every layer (parallel), of the first (cascade).
+        Absolute radius: of every layer (parallel), of the first (cascade), in the unit of |Y|_F.
     relative_epsilon : float or None
         The same, relative to the norm of the layer's targets. Exactly one of the two.
-    sparsity : float, mapping or None
-        Fraction of each layer's weights to make zero, one for all or by layer name or pattern: each
-        layer then gets the epsilon (regularised form: the fit weight) at which its solution has so
-        many zeros, the search for which begins at `relative_epsilon`.
+    sparsity : float, mapping from str to float, or None
+        Fraction in [0, 1] of each layer's weights to make zero, one for all layers or by layer name
+        or pattern: each layer then gets the epsilon (regularised form: the fit weight) at which its
+        solution has so many zeros; the search begins at `relative_epsilon`.
     inflation : float
         gamma of (7), >= 1.
     form : {"constrained", "regularised"}
@@ -41,33 +42,44 @@ class NetTrimOptions:
     fit_weight : float or None
         lambda of (11); by default |W_l|_1 / epsilon_l^2, see `retrain.methods.net_trim.method`.
     penalty : Penalty
-        l1 by default.
+        Penalty on the weights; l1 by default.
     penalise_bias : bool
-        Put the bias under the penalty too; otherwise it is free.
+        Whether the bias is penalised too; otherwise it is free.
     zeros : {"stay", "free"}
-        Whether weights that are exactly zero in the dense network must stay so. Biases are no
-        weights.
+        Whether weights that are exactly zero in the dense network must stay so. Biases are not
+        counted as weights.
     link_normalised : bool
-        Read `epsilon` as that of the link-normalised network: epsilon_l = epsilon times the product
-        of |W_j|_1 over the layers up to l. For chains.
+        Whether `epsilon` is that of the link-normalised network: epsilon_l = epsilon times the
+        product of |W_j|_1 over the layers up to l. For chains.
     solver : {"auto", "admm", "newton"}
         ADMM for all units at once, or `solvers.solve_newton`, which reaches tight tolerances and
-        hard layers that ADMM stops short of. By default (auto) Newton, but ADMM where the penalty
+        solves layers on which ADMM stops short. ``"auto"`` is Newton, except where the penalty
         couples the units (group) or the arrays are not in the processor's memory: `solver_on`.
     tolerance, violation_tolerance : float
-        What a layer's certificate must meet, see `solvers.Certificate`.
+        Largest relative duality gap and largest violation of a certified layer, see
+        `solvers.Certificate`.
     max_iterations : int
-        Of the solver, for each layer: ADMM's steps, or the Newton steps of a unit.
+        Largest number of solver iterations per layer: steps of ADMM, or Newton steps per unit.
     accept_inexact : bool
-        Use weights whose certificate falls short, instead of keeping the dense ones.
+        Whether weights whose certificate falls short are used instead of the dense ones.
     memory : float
-        Bytes a layer's solve may take; layers with more rows use a seeded sample of them.
+        Largest memory, in bytes, of one layer's solve; layers with more rows use a seeded sample.
     seed : int
-        Of that sample.
+        Seed of that sample.
     jobs : int
-        Layers solved at a time (parallel scheme).
+        Number of layers solved at the same time (parallel scheme).
     threads : int or None
-        Linear algebra threads of each job; by default the machine's cores divided by `jobs`.
+        Number of linear algebra threads of each job; by default the machine's cores divided by
+        `jobs`.
+
+    Raises
+    ------
+    ValueError
+        If an option is invalid, or two options exclude each other.
+
+    References
+    ----------
+    Aghasi et al., Net-Trim (2017), programs (4), (6), (7), (11), Algorithms 1 and 2.
     """
 
     scheme: Scheme = "cascade"
@@ -152,7 +164,14 @@ class NetTrimOptions:
         Parameters
         ----------
         device : str
-            Where a layer's arrays are: ``"cpu"``, ``"cuda:0"``, ...
+            Device of a layer's arrays: ``"cpu"``, ``"cuda:0"``, ...
+
+        Returns
+        -------
+        solver : {"admm", "newton"}
+            Solver to use.
+        reason : str
+            Why it was chosen.
         """
         if self.solver != "auto":
             return self.solver, "asked for"
@@ -165,12 +184,22 @@ class NetTrimOptions:
         return "newton", "auto: the penalty is separable and the layer's arrays are on the CPU"
 
     def zeros_for(self, spec: LayerSpec) -> list[int]:
-        """Zeros wanted in each of a layer's groups, which add up to its share of all weights.
+        """Return the number of zeros of each of a layer's groups; they add up to the layer's share.
+
+        Parameters
+        ----------
+        spec : LayerSpec
+            Layer.
+
+        Returns
+        -------
+        list of int
+            Number of zeros per group.
 
         Raises
         ------
         ValueError
-            If there is no sparsity, or none for this layer.
+            If no sparsity is set, or none for this layer.
         """
         if self.sparsity is None:
             raise ValueError("sparsity: none is asked for")

@@ -1,4 +1,4 @@
-"""What became of a layer: weights as they are saved, their certificate, the report."""
+"""The outcome of a layer: weights as they are saved, their certificate, and the report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from solvers.result import judge
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """A task with its results."""
+    """A task with its results.
+
+    Attributes
+    ----------
+    task : Task
+        Programs of the layer.
+    results : tuple of SolveResult
+        Result per group.
+    """
 
     task: Task
     results: tuple[SolveResult, ...]
@@ -30,7 +38,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Errors:
-    """What saved weights do on a program's data; Frobenius norms in float64.
+    """Errors of saved weights on a program's data; Frobenius norms in float64.
 
     Attributes
     ----------
@@ -53,13 +61,37 @@ class Errors:
     ceiling: float = 0.0
 
     def plus(self, other: Errors) -> Errors:
-        """Join two sets of entries."""
+        """Combine the errors on two disjoint sets of entries.
+
+        Parameters
+        ----------
+        other : Errors
+            Errors on other entries.
+
+        Returns
+        -------
+        Errors
+            Root of the sum of squares of each.
+        """
         pairs = {name: (value, getattr(other, name)) for name, value in asdict(self).items()}
         return Errors(**{name: math.hypot(*pair) for name, pair in pairs.items()})
 
 
 def errors_of(program: Program, weight: Array) -> Errors:
-    """Measure weights on a program's data, in slabs of samples."""
+    """Measure weights on a program's data, in slabs of samples.
+
+    Parameters
+    ----------
+    program : Program
+        Program with the data.
+    weight : array, shape (n_in [+ 1], n_out)
+        Weights to measure.
+
+    Returns
+    -------
+    Errors
+        Norms over all rows of the program.
+    """
     xp = array_namespace(program.inputs)
     wide = xp.astype(weight, xp.float64)
     total = Errors()
@@ -85,7 +117,22 @@ def errors_of(program: Program, weight: Array) -> Errors:
 
 
 def finish(stream: LayerStream, answer: Answer, options: NetTrimOptions) -> LayerResult:
-    """Commit a layer's weights, or keep the dense ones where they are not certified; report."""
+    """Commit a layer's weights, or keep the dense ones where they are not certified, and report.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Network; the weights are committed to it.
+    answer : Answer
+        Programs and results of the layer.
+    options : NetTrimOptions
+        Options of the method.
+
+    Returns
+    -------
+    LayerResult
+        Weights as the stream holds them, and the report.
+    """
     spec, limits = answer.task.spec, (options.tolerance, options.violation_tolerance)
     results = tuple(
         _as_saved(stream, spec, group, program, result, limits)
@@ -137,6 +184,7 @@ def _as_saved(
     )
 
 
+# Statuses from the best to the worst; a layer's report has the worst of its groups.
 _SEVERITY = (
     Status.SOLVED,
     Status.INEXACT,

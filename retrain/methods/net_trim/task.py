@@ -22,12 +22,28 @@ from solvers.program import Program
 _log = logging.getLogger(__name__)
 
 
-SLAB = 8192  # samples whose responses are held in float64 at a time
+SLAB = 8192
+"""Number of samples whose responses are held in float64 at the same time. Larger slabs take more
+memory and fewer calls; results differ in the last bits only. Chosen by hand."""
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One layer's programs, one a group; travels to a worker and back."""
+    """One layer's programs, one per group; sent to a worker and back.
+
+    Attributes
+    ----------
+    spec : LayerSpec
+        Layer.
+    programs : tuple of Program
+        Program of each group.
+    epsilons : tuple of float
+        Radius of each group, in the unit of the targets' Frobenius norm.
+    total_rows : int
+        Number of rows that the layer has on the data.
+    seconds : float
+        Wall time of stating the programs.
+    """
 
     spec: LayerSpec
     programs: tuple[Program, ...]
@@ -37,7 +53,27 @@ class Task:
 
 
 def link_scales(stream: LayerStream) -> dict[str, float]:
-    """Product of |W_j|_1 over the layers up to each one."""
+    """Compute the product of |W_j|_1 over the layers up to each one.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Chain of dense layers.
+
+    Returns
+    -------
+    dict from str to float
+        Product by layer name.
+
+    Raises
+    ------
+    ValueError
+        If the network is not a chain of dense layers.
+
+    References
+    ----------
+    Aghasi et al., Net-Trim (2017), section 2 (link normalisation).
+    """
     product, scales = 1.0, {}
     for spec in stream.layers:
         if spec.reason is not None or spec.groups != 1:
@@ -51,13 +87,29 @@ def link_scales(stream: LayerStream) -> dict[str, float]:
 
 
 def rows_within(spec: LayerSpec, memory: float, itemsize: int, solver: Chosen) -> int:
-    """How many rows of a layer a solve can hold in `memory` bytes.
+    """Compute the number of rows of a layer that a solve can hold in memory.
 
-    A row takes its inputs three times (current, dense, one float64 slab) and, by ADMM, some sixteen
-    arrays of the responses' size, twice that where it goes on from float32 in float64. Newton takes
-    twelve, the inputs in float64, and for each block of units at work sixteen arrays and the inputs
-    of the ceilings in play. Two blocks are counted, one a thread, so that the rows and with them
-    the results do not depend on the number of threads.
+    A row takes its inputs three times (current, dense, one float64 slab). ADMM adds about sixteen
+    arrays of the responses' size, twice that where it continues from float32 in float64. Newton
+    adds twelve, the inputs in float64, and, for each block of units in work, sixteen arrays and the
+    inputs of the active ceilings. Two blocks are counted, rather than one per thread, so that the
+    rows and with them the results do not depend on the number of threads.
+
+    Parameters
+    ----------
+    spec : LayerSpec
+        Layer.
+    memory : float
+        Memory in bytes.
+    itemsize : int
+        Bytes per number of the layer's arrays.
+    solver : {"admm", "newton"}
+        Solver.
+
+    Returns
+    -------
+    int
+        Number of rows, at least 1.
     """
     return max(1, int(memory / _bytes_per_row(spec, itemsize, solver)))
 
@@ -71,7 +123,22 @@ def _bytes_per_row(spec: LayerSpec, itemsize: int, solver: Chosen) -> int:
 
 
 def oversized(stream: LayerStream, spec: LayerSpec, options: NetTrimOptions) -> str | None:
-    """Say why not a single row of a layer fits into `memory`, and the way out; None if one does."""
+    """Say why not even one row of a layer fits into ``options.memory``.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Network.
+    spec : LayerSpec
+        Layer.
+    options : NetTrimOptions
+        Options of the method.
+
+    Returns
+    -------
+    str or None
+        Reason with the remedy; None where at least one row fits.
+    """
     weight = stream.weight(spec.name)
     solver, _ = options.solver_on(str(device(weight)))
     needed = _bytes_per_row(spec, weight.itemsize, solver)
@@ -92,7 +159,35 @@ def task_of(
     *,
     upstream: bool,
 ) -> Task:
-    """State a layer's programs. `upstream`: whether a layer before it has changed (cascade)."""
+    """State a layer's programs.
+
+    Parameters
+    ----------
+    stream : LayerStream
+        Network and calibration data.
+    spec : LayerSpec
+        Layer.
+    options : NetTrimOptions
+        Options of the method.
+    scales : mapping from str to float
+        Factors of the absolute epsilon by layer name (`link_scales`); 1 where a layer has no entry.
+    upstream : bool
+        Whether an earlier layer has changed (cascade).
+
+    Returns
+    -------
+    Task
+        Programs of the layer.
+
+    Raises
+    ------
+    ValueError
+        If the layer has no rows, or the default fit weight is not available.
+
+    References
+    ----------
+    Aghasi et al., Net-Trim (2017), Algorithms 1 and 2, eq. (7).
+    """
     started = time.perf_counter()
     _log.info("activations: layer %s", spec.name)
     total = stream.count(spec.name)
@@ -119,7 +214,7 @@ def _program(
     *,
     upstream: bool,
 ) -> tuple[float, Program]:
-    """One group's TRIM(X, Y, V, epsilon), with its epsilon."""
+    """State one group's TRIM(X, Y, V, epsilon), with its epsilon."""
     batch = collect(stream, spec.name, group, rows=rows)
     inputs = on_host(batch.inputs if upstream else batch.dense_inputs)
     targets = on_host(activate(spec.follows, batch.responses))
@@ -155,7 +250,7 @@ def _program(
 
 
 def _support(spec: LayerSpec, old_weight: Array) -> Array | None:
-    """Where weights may be nonzero: where the dense ones are, and in the bias; None: everywhere."""
+    """Mark where weights may be nonzero: where dense ones are, and the bias; None: everywhere."""
     xp = array_namespace(old_weight)
     support = old_weight != 0
     if spec.bias:
@@ -166,7 +261,7 @@ def _support(spec: LayerSpec, old_weight: Array) -> Array | None:
 def _fit_weight(
     options: NetTrimOptions, old_weight: Array, epsilon: float, spec: LayerSpec
 ) -> float:
-    """Weight lambda of (11): the given one, or |W_l|_1 / epsilon_l^2 (see the module)."""
+    """Return lambda of (11): the given value, or |W_l|_1 / epsilon_l^2 (see the module)."""
     if options.fit_weight is not None:
         return options.fit_weight
     size = float(np.abs(to_numpy(old_weight)[: spec.shape[0]].astype(np.float64)).sum())
@@ -179,11 +274,26 @@ def _fit_weight(
 
 
 def _norm_on(targets: Array, values: Array, spec: LayerSpec) -> float:
-    """Frobenius norm of `values` over the fitted entries, in float64."""
+    """Compute the Frobenius norm of `values` over the fitted entries, in float64."""
     xp = array_namespace(values)
     return norm(values if spec.follows == "linear" else xp.where(targets > 0, values, 0 * values))
 
 
 def chosen_solver(task: Task, options: NetTrimOptions) -> tuple[Chosen, str]:
-    """The solver of a layer's programs, and why it."""
+    """Return the solver for a layer's programs.
+
+    Parameters
+    ----------
+    task : Task
+        Programs of the layer.
+    options : NetTrimOptions
+        Options of the method.
+
+    Returns
+    -------
+    solver : {"admm", "newton"}
+        Solver to use.
+    reason : str
+        Why it was chosen.
+    """
     return options.solver_on(str(device(task.programs[0].inputs)))
