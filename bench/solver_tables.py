@@ -181,7 +181,7 @@ def passes(rows: Sequence[Row]) -> list[str]:
         verdict = "met" if row["certified"] and row["passes"] <= most else "MISSED"
         lines.append(
             f"{row['problem']} at {asked(row)}: {BEST} took {row['passes']:.0f} passes "
-            f"(wanted {most} at most: {verdict})"
+            f"(want {most} at most: {verdict})"
         )
     return lines
 
@@ -202,7 +202,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         wanted = WANTED.get((name, tolerance))
         verdict = ""
         if wanted is not None:
-            verdict = f" (wanted {wanted:g}: {'met' if ratio >= wanted else 'MISSED'})"
+            verdict = f" (want {wanted:g}: {'met' if ratio >= wanted else 'MISSED'})"
         lines.append(
             f"{name} at {tolerance}: {BEST} is {ratio:.1f} times as fast a unit as the fastest "
             f"rival, {fastest}{verdict}"

@@ -197,7 +197,7 @@ def _limits(text: str) -> Limits:
     """Read GAP[,VIOLATION]."""
     numbers = [float(part) for part in text.split(",")]
     if len(numbers) > 2 or not all(0 < number < 1 for number in numbers):
-        raise argparse.ArgumentTypeError(f"want GAP[,VIOLATION] between 0 and 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"got {text!r}, want GAP[,VIOLATION] between 0 and 1")
     return numbers[0], numbers[-1]
 
 

@@ -154,7 +154,7 @@ class ElasticNet:
 
     def __post_init__(self) -> None:
         if not (self.ridge > 0 and math.isfinite(self.ridge)):
-            raise ValueError(f"ridge: want a positive finite number, got {self.ridge!r}")
+            raise ValueError(f"ridge: got {self.ridge!r}, want a positive finite number")
 
     def value(self, weight: Array) -> Array:
         """Return the penalty of each unit, shape (n_out,)."""
@@ -226,7 +226,7 @@ class Group:
 
     def __post_init__(self) -> None:
         if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ValueError(f"weight: want a positive finite number, got {self.weight!r}")
+            raise ValueError(f"weight: got {self.weight!r}, want a positive finite number")
 
     def _norms(self, matrix: Array) -> Array:
         xp = array_namespace(matrix)

@@ -206,12 +206,12 @@ class LayerProgram:
     def _check_weight(self, weight: Array) -> None:
         want = self.shape[1:]
         if tuple(weight.shape) != want:
-            raise ValueError(f"weight: want shape {want}, got {tuple(weight.shape)}")
+            raise ValueError(f"weight: got {tuple(weight.shape)}, want shape {want}")
 
     def _check_multiplier(self, multiplier: Array) -> None:
         want = tuple(self.level.shape)
         if tuple(multiplier.shape) != want:
-            raise ValueError(f"multiplier: want shape {want}, got {tuple(multiplier.shape)}")
+            raise ValueError(f"multiplier: got {tuple(multiplier.shape)}, want shape {want}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -239,7 +239,7 @@ class ConstrainedProgram(LayerProgram):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.epsilon >= 0 and math.isfinite(self.epsilon)):
-            raise ValueError(f"epsilon: want a finite number >= 0, got {self.epsilon!r}")
+            raise ValueError(f"epsilon: got {self.epsilon!r}, want a finite number >= 0")
 
     def objective(self, weight: Array) -> np.ndarray:
         """Return penalty(weight), shape ()."""
@@ -323,7 +323,7 @@ class RegularisedProgram(LayerProgram):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.fit_weight > 0 and math.isfinite(self.fit_weight)):
-            raise ValueError(f"fit_weight: want a positive finite number, got {self.fit_weight!r}")
+            raise ValueError(f"fit_weight: got {self.fit_weight!r}, want a positive finite number")
         if not self.penalty.separable:
             raise ValueError(
                 f"penalty: the {self.penalty.name} penalty couples the units, which the "
@@ -427,7 +427,7 @@ def trim_program(
     if (epsilon is None) == (fit_weight is None):
         raise ValueError("epsilon, fit_weight: want exactly one of the two")
     if activation not in ("relu", "linear"):
-        raise ValueError(f"activation: want 'relu' or 'linear', got {activation!r}")
+        raise ValueError(f"activation: got {activation!r}, want 'relu' or 'linear'")
     xp = array_namespace(inputs)
     if activation == "linear":
         if ceilings is not None:
@@ -463,22 +463,22 @@ def _check_data(program: LayerProgram) -> None:
     xp = array_namespace(inputs)
     for name, array in (("inputs", inputs), ("active", active), ("level", level)):
         if array.ndim != 2 or 0 in array.shape:
-            raise ValueError(f"{name}: want a nonempty matrix, got shape {tuple(array.shape)}")
+            raise ValueError(f"{name}: got shape {tuple(array.shape)}, want a nonempty matrix")
     if inputs.dtype not in (xp.float32, xp.float64):
-        raise ValueError(f"inputs: want float32 or float64, got {inputs.dtype}")
+        raise ValueError(f"inputs: got {inputs.dtype}, want float32 or float64")
     if level.dtype != inputs.dtype:
-        raise ValueError(f"level: want the inputs' dtype {inputs.dtype}, got {level.dtype}")
+        raise ValueError(f"level: got {level.dtype}, want the inputs' dtype {inputs.dtype}")
     if active.dtype != xp.bool:
-        raise ValueError(f"active: want bool, got {active.dtype}")
+        raise ValueError(f"active: got {active.dtype}, want bool")
     n_samples, n_in = inputs.shape
     n_out = level.shape[1]
     if level.shape[0] != n_samples:
-        raise ValueError(f"level: want {n_samples} rows, one a sample, got {level.shape[0]}")
+        raise ValueError(f"level: got {level.shape[0]}, want {n_samples} rows, one a sample")
     if tuple(active.shape) != tuple(level.shape):
-        raise ValueError(f"active: want shape {tuple(level.shape)}, got {tuple(active.shape)}")
+        raise ValueError(f"active: got {tuple(active.shape)}, want shape {tuple(level.shape)}")
     for name, array in (("inputs", inputs), ("level", level)):
         if not bool(xp.all(xp.isfinite(array))):
-            raise ValueError(f"{name}: want finite numbers, got NaN or infinity")
+            raise ValueError(f"{name}: got NaN or infinity, want finite numbers")
         largest = float(xp.max(xp.abs(array)))
         if largest and not _SMALLEST <= largest <= _LARGEST:
             raise ValueError(
@@ -489,13 +489,13 @@ def _check_data(program: LayerProgram) -> None:
         raise ValueError("inputs: want at least one column under the penalty")
     if len(program.free_rows) > 1 or any(not 0 <= row < n_in for row in program.free_rows):
         raise ValueError(
-            f"free_rows: want at most one row number from 0 to {n_in - 1}, got {program.free_rows}"
+            f"free_rows: got {program.free_rows}, want at most one row number from 0 to {n_in - 1}"
         )
     for name in ("support", "old_weight"):
         array = getattr(program, name)
         if array is not None and tuple(array.shape) != (n_in, n_out):
-            raise ValueError(f"{name}: want shape {(n_in, n_out)}, got {tuple(array.shape)}")
+            raise ValueError(f"{name}: got {tuple(array.shape)}, want shape {(n_in, n_out)}")
     if program.support is not None and program.support.dtype != xp.bool:
-        raise ValueError(f"support: want bool, got {program.support.dtype}")
+        raise ValueError(f"support: got {program.support.dtype}, want bool")
     if program.old_weight is not None and not bool(xp.all(xp.isfinite(program.old_weight))):
-        raise ValueError("old_weight: want finite numbers, got NaN or infinity")
+        raise ValueError("old_weight: got NaN or infinity, want finite numbers")

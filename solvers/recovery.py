@@ -244,13 +244,13 @@ def _checked(inputs: Any, response: Any) -> tuple[np.ndarray, np.ndarray]:
     inputs = np.asarray(inputs, dtype=np.float64)
     response = np.asarray(response, dtype=np.float64)
     if inputs.ndim != 2 or 0 in inputs.shape:
-        raise ValueError(f"inputs: want a nonempty matrix, got shape {inputs.shape}")
+        raise ValueError(f"inputs: got shape {inputs.shape}, want a nonempty matrix")
     if response.shape != (inputs.shape[0],):
-        raise ValueError(f"response: want shape {(inputs.shape[0],)}, got {response.shape}")
+        raise ValueError(f"response: got {response.shape}, want shape {(inputs.shape[0],)}")
     if not (np.isfinite(inputs).all() and np.isfinite(response).all()):
-        raise ValueError("inputs, response: want finite numbers, got NaN or infinity")
+        raise ValueError("inputs, response: got NaN or infinity, want finite numbers")
     if response.min() < 0:
-        raise ValueError(f"response: want rectified values >= 0, got {response.min():g}")
+        raise ValueError(f"response: got {response.min():g}, want rectified values >= 0")
     return inputs, response
 
 
@@ -260,7 +260,7 @@ def _constraints_at(
     """Rows that are equations at feasible weights, which of these are ceilings, the support."""
     weight = np.asarray(weight, dtype=np.float64)
     if weight.shape != (inputs.shape[1],):
-        raise ValueError(f"weight: want shape {(inputs.shape[1],)}, got {weight.shape}")
+        raise ValueError(f"weight: got {weight.shape}, want shape {(inputs.shape[1],)}")
     active = response > 0
     gap = inputs @ weight - response
     size = np.linalg.norm(inputs, axis=1) * np.linalg.norm(weight) + np.abs(response)

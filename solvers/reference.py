@@ -64,7 +64,7 @@ def solve_cvxpy(
 
     violation_tolerance = tolerance if violation_tolerance is None else violation_tolerance
     if solver not in cp.installed_solvers():
-        raise ValueError(f"solver: want one of {', '.join(cp.installed_solvers())}, got {solver!r}")
+        raise ValueError(f"solver: got {solver!r}, want one of {', '.join(cp.installed_solvers())}")
     started = time.perf_counter()
     data = _Data(program)
     weight = cp.Variable((data.inputs.shape[1], data.level.shape[1]))

@@ -196,7 +196,7 @@ class Scaling:
         ):
             if tuple(array.shape) != want:
                 raise ValueError(
-                    f"warm_start: want {name} of shape {want}, got {tuple(array.shape)}"
+                    f"warm_start: got {tuple(array.shape)}, want {name} of shape {want}"
                 )
         weight, rho = result.weight, result.penalty_parameter
         multiplier = self._times(result.multiplier, self.sizes.reference)

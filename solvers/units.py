@@ -22,7 +22,7 @@ def map_units(function: Callable[[int], T], units: Iterable[int], threads: int) 
         If `threads` is not positive.
     """
     if threads < 1:
-        raise ValueError(f"threads: wanted at least 1, got {threads}")
+        raise ValueError(f"threads: got {threads}, want at least 1")
     # two BLAS threads under many small factorisations are slower than one, by far
     with threadpool_limits(1, user_api="blas"):
         if threads == 1:

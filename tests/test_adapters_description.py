@@ -57,9 +57,9 @@ def test_the_skips_by_hand():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PadChannels(-1, 0), r"before: want a whole number >= 0, got -1"),
-        (lambda: PadChannels(0, 0, 0), r"stride: want a whole number >= 1, got 0"),
-        (lambda: StackChannels(True), r"copies: want a whole number >= 1, got True"),
+        (lambda: PadChannels(-1, 0), r"before: got -1, want a whole number >= 0"),
+        (lambda: PadChannels(0, 0, 0), r"stride: got 0, want a whole number >= 1"),
+        (lambda: StackChannels(True), r"copies: got True, want a whole number >= 1"),
         (lambda: Sum(), r"branches: want at least one"),
     ],
 )

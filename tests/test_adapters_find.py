@@ -326,7 +326,7 @@ def test_the_module_is_left_alone():
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        (3, "got a int, wanted a torch module"),
+        (3, "got a int, want a torch module"),
         (nn.Sequential(nn.ReLU()), "has no weights"),
         (linear(), "wrap it in torch.nn.Sequential"),
     ],

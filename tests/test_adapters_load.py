@@ -71,7 +71,7 @@ def test_the_activation_is_the_users(tmp_path):
         loaded = load_model(path, activation=activation)
         assert f"assuming {activation} between them" in loaded.note
         torch.testing.assert_close(loaded.module(x), by_hand(chain_tensors(), names, x, function))
-    with pytest.raises(ValueError, match="activation: got 'step', wanted one of none, relu, tanh"):
+    with pytest.raises(ValueError, match="activation: got 'step', want one of none, relu, tanh"):
         load_model(path, activation="step")
 
 
@@ -130,8 +130,8 @@ def test_a_search_without_end_is_given_up(tmp_path):
         ({"c.scale": torch.ones(2, 2)}, "'c.scale' of shape .* is neither .* --arch"),
         ({"c.weight": torch.ones(2)}, "is neither"),
         ({"c.weight": torch.ones(2, 0)}, "'c.weight' is empty"),
-        ({"c.weight": torch.ones(2, 2), "c.bias": torch.ones(3)}, "has 3 entries, wanted 2 ent"),
-        ({"c.bias": torch.ones(3)}, "has 3 entries, wanted a weight beside it"),
+        ({"c.weight": torch.ones(2, 2), "c.bias": torch.ones(3)}, "has 3 entries, want 2 ent"),
+        ({"c.bias": torch.ones(3)}, "has 3 entries, want a weight beside it"),
         ({"c.weight": torch.ones(2, 2, dtype=torch.int32)}, "'c.weight' is of type torch.int32"),
         ({"c.weight": torch.full((2, 2), torch.nan)}, "'c.weight' has NaN or infinite"),
         ({"c.weight": torch.full((2, 2), torch.inf)}, "'c.weight' has NaN or infinite"),
@@ -273,10 +273,10 @@ def test_tied_weights_stay_tied(tmp_path, factories):
 @pytest.mark.parametrize(
     ("change", "arch", "text"),
     [
-        ({}, "my_factories:number", "arch: .* returned a int, wanted a module"),
+        ({}, "my_factories:number", "arch: .* returned a int, want a module"),
         ({}, "my_factories:absent", "arch: .* has no 'absent'"),
         ({}, "no_such_package:f", "arch: .*No module named"),
-        ({}, "plain", "arch: got 'plain', wanted package.module:factory"),
+        ({}, "plain", "arch: got 'plain', want package.module:factory"),
         ({"0.weight": None}, "my_factories:plain", "does not fit .* it lacks '0.weight'"),
         ({"9.weight": torch.ones(1)}, "my_factories:plain", "has besides '9.weight'"),
         (
@@ -504,8 +504,8 @@ def test_tensors_that_claim_more_than_they_hold(tmp_path):
 @pytest.mark.parametrize(
     ("held", "text"),
     [
-        ([torch.ones(2, 2)], "holds a list, wanted a state dict"),
-        (torch.ones(2, 2), "holds a Tensor, wanted a state dict"),
+        ([torch.ones(2, 2)], "holds a list, want a state dict"),
+        (torch.ones(2, 2), "holds a Tensor, want a state dict"),
         ({}, "holds no tensors"),
         ({"state_dict": {}}, "holds no tensors"),
         ({"a.weight": torch.ones(2, 2), "epoch": 3}, "entry 'epoch' is of type int, not a tensor"),
@@ -529,9 +529,7 @@ def test_paths(tmp_path):
     with pytest.raises(ValueError, match="is not a file"):
         load_model(tmp_path / "d.pt")
     (tmp_path / "m.onnx").write_bytes(b"")
-    with pytest.raises(
-        ValueError, match=r"'m.onnx' is of no known kind, wanted .safetensors, .pt2"
-    ):
+    with pytest.raises(ValueError, match=r"'m.onnx' is of no known kind, want .safetensors, .pt2"):
         load_model(tmp_path / "m.onnx")
 
 

@@ -442,22 +442,22 @@ def test_degenerate_layers_are_solved():
 
 def test_malformed_arguments_are_refused():
     program = of_a_layer(23, "constrained")
-    with pytest.raises(ValueError, match=r"^tolerance: want a positive number, got 0"):
+    with pytest.raises(ValueError, match=r"^tolerance: got 0, want a positive number"):
         solve_admm(program, tolerance=0)
-    with pytest.raises(ValueError, match="tolerance: want a positive number, got nan"):
+    with pytest.raises(ValueError, match="tolerance: got nan, want a positive number"):
         solve_admm(program, tolerance=float("nan"))
-    with pytest.raises(ValueError, match="violation_tolerance: want a positive number, got -1"):
+    with pytest.raises(ValueError, match="violation_tolerance: got -1, want a positive number"):
         solve_admm(program, violation_tolerance=-1)
-    with pytest.raises(ValueError, match="max_iterations: want at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_iterations: got 0, want at least 1"):
         solve_admm(program, max_iterations=0)
     other = solve_admm(of_a_layer(23, "constrained", kind="wide"))
     with pytest.raises(
-        ValueError, match=r"warm_start: want weights of shape \(12, 4\), got \(30, 4\)"
+        ValueError, match=r"warm_start: got \(30, 4\), want weights of shape \(12, 4\)"
     ):
         solve_admm(program, warm_start=other)
     short = replace(other, weight=np.zeros((12, 4)), multiplier=np.zeros((7, 4)))
     with pytest.raises(
-        ValueError, match=r"warm_start: want a multiplier of shape \(40, 4\), got \(7"
+        ValueError, match=r"warm_start: got \(7, want a multiplier of shape \(40, 4\)"
     ):
         solve_admm(program, warm_start=short)
     with pytest.raises(ValueError, match=r"factor: want that of inputs \(40, 12\), .* order 4"):

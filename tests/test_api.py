@@ -285,7 +285,7 @@ def test_options_by_name():
 
 
 def test_what_is_no_model_or_device():
-    with pytest.raises(ValueError, match=r"want a torch module or a retrain\.Chain, got list"):
+    with pytest.raises(ValueError, match=r"got list, want a torch module or a retrain\.Chain"):
         retrain.net_trim([1, 2], samples()[0])
     chain = Chain((np.eye(4),), (False,), ("linear",))
     with pytest.raises(ValueError, match="device: a chain of arrays"):

@@ -221,9 +221,9 @@ def row(solver, seconds, *, name="iid", certified=True, tolerance=1e-4, **change
 def test_verdicts_take_the_fastest_rival_that_is_certified():
     rows = [row("newton", 0.01), row("osqp", 0.5, certified=False), row("scs", 2), row("piqp", 1.5)]
     (line,) = solver_tables.verdicts(rows)
-    assert "150.0 times as fast a unit as the fastest rival, piqp (wanted 100: met)" in line
+    assert "150.0 times as fast a unit as the fastest rival, piqp (want 100: met)" in line
     (line,) = solver_tables.verdicts([row("newton", 0.02), row("piqp", 1.5)])
-    assert "(wanted 100: MISSED)" in line
+    assert "(want 100: MISSED)" in line
     assert solver_tables.verdicts([row("newton", 0.02, certified=False), row("piqp", 1)]) == []
 
 

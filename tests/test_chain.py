@@ -146,7 +146,7 @@ def test_malformed_chains(weights, words):
 
 def test_malformed_data_and_names():
     chain = make_chain()
-    with pytest.raises(ValueError, match=r"data: want \(n_samples, 6\), got shape \(3, 5\)"):
+    with pytest.raises(ValueError, match=r"data: got shape \(3, 5\), want \(n_samples, 6\)"):
         ChainStream(chain, np.ones((3, 5)))
     with pytest.raises(ValueError, match="data: has NaN"):
         ChainStream(chain, np.full((3, 6), np.inf))

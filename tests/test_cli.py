@@ -91,7 +91,7 @@ BAD = {
     "NaN weights": ({"model": "nan.safetensors"}, (), "'2.weight' has NaN or infinite"),
     "infinite weights": ({"model": "inf.safetensors"}, (), "'2.weight' has NaN or infinite"),
     "no data": ({"data": "no.npz"}, (), "there is no file 'no.npz'"),
-    "unknown data": ({"data": "mnits"}, (), "wanted FILE.npz"),
+    "unknown data": ({"data": "mnits"}, (), "want FILE.npz"),
     "wide data": ({"data": "wide.npz"}, (), "wants 16 inputs and got 17"),
     "NaN data": ({"data": "nan.npz"}, (), "NaN or infinite samples"),
     "infinite data": ({"data": "inf.npz"}, (), "NaN or infinite samples"),
@@ -99,12 +99,12 @@ BAD = {
     "pickled data": ({"data": "objects.npz"}, (), "pickled objects"),
     "truncated data": ({"data": "cut.npz"}, (), "data:"),
     "wide held-out": ({}, ("--evaluate", "wide.npz"), "wants 16 inputs and got 17"),
-    "epsilon": ({}, ("--epsilon", "-1"), "epsilon: want a finite number >= 0, got -1.0"),
+    "epsilon": ({}, ("--epsilon", "-1"), "epsilon: got -1.0, want a finite number >= 0"),
     "relative": ({}, ("--relative-epsilon", "nan"), "relative_epsilon: want a finite"),
     "both": ({}, ("--epsilon", "1", "--relative-epsilon", "1"), "not allowed with"),
     "inflation": ({}, ("--inflation", "0.9"), "inflation: want a finite number >= 1"),
     "group": ({}, ("--penalty", "group", "--form", "regularised"), "couples the units"),
-    "penalty": ({}, ("--penalty", "l2"), "want l1, elastic:RIDGE or group[:WEIGHT], got 'l2'"),
+    "penalty": ({}, ("--penalty", "l2"), "got 'l2', want l1, elastic:RIDGE or group[:WEIGHT]"),
     "ridge": ({}, ("--penalty", "elastic:-1"), "ridge: want a positive"),
     "gap": ({}, ("--gap", "0"), "tolerance: want a positive finite number"),
     "violation": ({}, ("--violation", "nan"), "violation_tolerance: want a positive finite number"),
@@ -304,7 +304,7 @@ def test_a_fresh_interpreter_keeps_stderr_clean(case, tmp_path, threads):
         assert (answer.returncode, answer.stderr) == (0, "")
     else:
         assert answer.returncode == 2
-        assert answer.stderr == "retrain: error: threads: want at least 1, got -1\n"
+        assert answer.stderr == "retrain: error: threads: got -1\n, want at least 1"
 
 
 def test_a_terminal_gets_a_progress_bar(case, tmp_path):

@@ -157,14 +157,14 @@ BAD = {
     "a word": (("--sparsity", "much"), "--sparsity: want a number, or NAME=NUMBER"),
     "half a pair": (("--sparsity", "0=0.5,0.3"), "--sparsity: a name is missing"),
     "twice": (("--layer-error", "0=0.5,0=0.3"), "--layer-error: a name is missing or given twice"),
-    "too much": (("--sparsity", 1.5), "sparsity: want a number in [0, 1], got 1.5"),
+    "too much": (("--sparsity", 1.5), "sparsity: got 1.5, want a number in [0, 1]"),
     "no such layer": (("--sparsity", "fc1=0.5"), "no layer matches 'fc1'; there are 0, 2, 4"),
     "one is missing": (
         ("--sparsity", "0=0.5", "--layers", "0,2"),
         "sparsity: none given for layer '2', only for 0",
     ),
     "method": (("--sparsity", 0.5, "--method", "obs"), "method: want one of auto, one-shot"),
-    "pattern": (("--sparsity", 0.5, "--pattern", "half"), "pattern: wanted layer, unit, inputs"),
+    "pattern": (("--sparsity", 0.5, "--pattern", "half"), "pattern: want layer, unit, inputs"),
     "fixed": (("--sparsity", 0.5, "--pattern", "2:4"), "the pattern 2:4 fixes the sparsity"),
     "method and pattern": (
         ("--sparsity", 0.5, "--pattern", "inputs", "--method", "sweep"),
@@ -172,7 +172,7 @@ BAD = {
     ),
     "calibration": (("--sparsity", 0.5, "--calibration", "none"), "invalid choice: 'none'"),
     "damping": (("--sparsity", 0.5, "--damping", -1), "damping: want a finite fraction"),
-    "stages": (("--sparsity", 0.5, "--stages", 0), "stages: want at least 1, got 0"),
+    "stages": (("--sparsity", 0.5, "--stages", 0), "stages: got 0, want at least 1"),
     "stages and sparsities": (
         ("--sparsity", 0.5, "--sparsity", 0.6, "--stages", 3),
         "stages: 3 wanted, but there are sparsities for 2",

@@ -73,7 +73,7 @@ def test_the_list(folder):
         ((), "recipe: is missing"),
         (("r.toml",), "--out: is missing"),
         (("absent", "--out", "x"), "recipe: there is no file 'absent'; built in are"),
-        (("r.toml", "--out", "x", "--set", "a"), "--set: want TABLE.KEY=VALUE, got 'a'"),
+        (("r.toml", "--out", "x", "--set", "a"), "--set: got 'a', want TABLE.KEY=VALUE"),
         (("r.toml", "--out", "x", "--set", "a=1"), "recipe r.toml: 'a': want TABLE.KEY"),
         (("r.toml", "--out", "x", "--epochs", "-1"), "epochs: want a whole number >= 0"),
         (("r.toml", "--out", "x", "--data", "no.npz"), "no file 'no.npz'"),

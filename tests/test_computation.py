@@ -80,7 +80,7 @@ def test_the_forward_pass_is_in_half_and_the_loss_is_not():
 
 def test_refusals():
     with pytest.raises(
-        ValueError, match="precision: want float32, bfloat16 or float16, got 'int8'"
+        ValueError, match="precision: got 'int8', want float32, bfloat16 or float16"
     ):
         computation("int8", CPU)
     with pytest.raises(ValueError, match="float16 is for CUDA; use bfloat16 on a CPU"):

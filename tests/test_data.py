@@ -107,10 +107,10 @@ def test_factory_in_the_working_directory(tmp_path, monkeypatch):
     assert (load_data("my_source_a:alone", limit=1).x == [[1, 2]]).all()
     assert str(tmp_path) not in sys.path
     for spec, text in [
-        ("my_source_a:value", "is a int, wanted a callable"),
+        ("my_source_a:value", "is a int, want a callable"),
         ("my_source_a:no", "has no 'no'"),
         ("no_such_module_b:f", "No module named 'no_such_module_b'"),
-        (":f", "wanted package.module:factory"),
+        (":f", "want package.module:factory"),
     ]:
         with pytest.raises(ValueError, match=f"data: .*{text}"):
             import_factory(spec, "data")
@@ -132,15 +132,15 @@ def test_normalise_by_number_and_by_channel(tmp_path):
 @pytest.mark.parametrize(
     ("normalise", "text"),
     [
-        ("1", "wanted MEAN,STD"),
-        ("a,b", "wanted MEAN,STD"),
-        ("", "wanted MEAN,STD"),
+        ("1", "want MEAN,STD"),
+        ("a,b", "want MEAN,STD"),
+        ("", "want MEAN,STD"),
         ("0,0", "positive STDs"),
         ("0,nan", "positive STDs"),
         ("0,-1", "positive STDs"),
         ("0,1e-300", "zero in float32"),
-        ("1,2,3,4", "wanted one of each, or 3"),
-        ((0.0, (1.0, 2.0)), "wanted one of each, or 3"),
+        ("1,2,3,4", "want one of each, or 3"),
+        ((0.0, (1.0, 2.0)), "want one of each, or 3"),
     ],
 )
 def test_normalise_errors(tmp_path, normalise, text):
@@ -195,7 +195,7 @@ def test_as_data_takes_torch_itself():
         (iter([]), "there is no sample"),
         ([{"x": 1}], "got a batch of type dict"),
         ([[]], "got a batch of type list"),
-        (np.ones(3), r"shape \(3,\), wanted \(samples"),
+        (np.ones(3), r"shape \(3,\), want \(samples"),
         (np.ones((0, 3)), r"is empty: shape \(0, 3\)"),
         (np.ones((3, 0)), r"is empty: shape \(3, 0\)"),
         (np.array([["a"]]), "dtype <U1"),
@@ -234,7 +234,7 @@ def test_nothing_is_unpickled(tmp_path):
     (tmp_path / "raw.npy").write_bytes(pickle.dumps(Bomb(marker)))
     (tmp_path / "raw.npz").write_bytes(pickle.dumps(Bomb(marker)))
     for name in ("a.npy", "a.npz"):
-        with pytest.raises(ValueError, match="pickled objects, wanted numbers"):
+        with pytest.raises(ValueError, match="pickled objects, want numbers"):
             load_data(tmp_path / name)
     with pytest.raises(ValueError, match=r"not a readable \.npy array"):
         load_data(tmp_path / "raw.npy")
@@ -259,8 +259,8 @@ def npy_bytes(shape, payload=b"", dtype="<f8"):
         (npy_bytes((1 << 40, 1 << 20)), "its header lies"),
         (npy_bytes((4, 4), bytes(100)), r"needs 128 bytes, the file has 100"),
         (npy_bytes((2, 2), bytes(33)), "needs 32 bytes, the file has 33"),
-        (npy_bytes((2, 1), bytes(16), "<c8"), "dtype complex64, wanted real numbers"),
-        (npy_bytes((2, 1), bytes(16), "<M8[s]"), "wanted real numbers"),
+        (npy_bytes((2, 1), bytes(16), "<c8"), "dtype complex64, want real numbers"),
+        (npy_bytes((2, 1), bytes(16), "<M8[s]"), "want real numbers"),
     ],
 )
 def test_npy_that_lies(tmp_path, content, text):
@@ -341,8 +341,8 @@ def test_memory_of_a_lying_gzip_header_stays_small(tmp_path):
         ("folder.npy", ValueError, "is not a file"),
         ("mnist:nowhere", FileNotFoundError, "there is no folder"),
         ("mnist:folder.npy", FileNotFoundError, "has none of train-images-idx3-ubyte,"),
-        ("images.csv", ValueError, "wanted FILE.npz, FILE.npy, mnist:DIR"),
-        ("mnist:", ValueError, "wanted FILE.npz"),
+        ("images.csv", ValueError, "want FILE.npz, FILE.npy, mnist:DIR"),
+        ("mnist:", ValueError, "want FILE.npz"),
     ],
 )
 def test_source_errors(tmp_path, monkeypatch, source, error, text):

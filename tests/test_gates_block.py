@@ -219,7 +219,7 @@ def test_skips():
     assert got.shape == (2, 7, 3, 3) and torch.equal(got[:, 1:5], x[:, :, ::2, ::2])
     assert not got[:, 0].any() and not got[:, 5:].any()
     assert torch.equal(padded(4, 4)(x), x)
-    with pytest.raises(ValueError, match="out_channels: 4 or more were wanted, not 3"):
+    with pytest.raises(ValueError, match="out_channels: got 3, want 4 or more"):
         padded(4, 3)
     assert pointwise(4, 5, 2).bias is None and dense(4, 5).bias is None
 
@@ -284,13 +284,13 @@ def test_many_dense_blocks_do_not_drown_what_comes_into_them():
 def test_architectures_refuse_impossible_sizes():
     with pytest.raises(ValueError, match="layers: 2 or more"):
         dense_network(1)
-    with pytest.raises(ValueError, match="layers: an even number, 4 or more, was wanted, not 7"):
+    with pytest.raises(ValueError, match="layers: got 7, want an even number, 4 or more,"):
         deep_lenet(7)
     with pytest.raises(ValueError, match="depth: 6 n \\+ 2"):
         resnet_cifar(57)
-    with pytest.raises(ValueError, match="kind: one of wbaw, resnet, resnet-v2 was wanted"):
+    with pytest.raises(ValueError, match="kind: want one of wbaw, resnet, resnet-v2"):
         resnet_cifar(8, kind="v3")
-    with pytest.raises(ValueError, match="skip: one of padded, pointwise was wanted"):
+    with pytest.raises(ValueError, match="skip: want one of padded, pointwise"):
         resnet_cifar(8, skip="none")
 
 

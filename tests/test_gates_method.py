@@ -332,10 +332,10 @@ def test_a_sgd_step_of_theta_is_24_projected():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"log_gamma": 1.0}, "log_gamma: 0 or less was wanted, not 1.0"),
-        ({"log_gamma": float("nan")}, "log_gamma: 0 or less was wanted, not nan"),
+        ({"log_gamma": 1.0}, "log_gamma: got 1.0, want 0 or less"),
+        ({"log_gamma": float("nan")}, "log_gamma: got nan, want 0 or less"),
         ({"decay": -1.0}, "decay: 0 or more"),
-        ({"theta": 0.0}, "theta: a probability above 0 was wanted, not 0.0"),
+        ({"theta": 0.0}, "theta: got 0.0, want a probability above 0"),
         ({"theta": 1.5}, "theta: a probability"),
         ({"theta_rate": 0.0}, "theta_rate: a number above 0"),
         ({"tolerance": 1.0}, "tolerance: 0 or more, below 1"),
@@ -345,10 +345,10 @@ def test_a_sgd_step_of_theta_is_24_projected():
         ({"scaled_from": 0}, "scaled_from: a whole number, 1 or more"),
         ({"keep_at": 0.0}, "keep_at: a number above 0"),
         ({"factors": {"a*": -5.0}}, r"factors.a\*: a number above 0"),
-        ({"estimator": "taylor"}, "estimator: one of first-order, exact was wanted, not 'taylor'"),
+        ({"estimator": "taylor"}, "estimator: got 'taylor', want one of first-order, exact"),
         ({"theta_optimizer": "lion"}, "theta_optimizer: one of adam, sgd"),
         ({"power": 0.5, "theta_optimizer": "sgd"}, "power: 0, or above 1/2 and up to 1"),
-        ({"power": 1.0}, "theta_optimizer: 'sgd' was wanted with Robbins-Monro"),
+        ({"power": 1.0}, "theta_optimizer: 'sgd' was want with Robbins-Monro"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -87,9 +87,9 @@ def test_layers_are_chosen_by_name_and_the_others_told():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Complexity((), 0.0), "power: a positive number was wanted, not 0.0"),
-        (lambda: convex_weight(-1), "trade_off: 0 or more was wanted, not -1"),
-        (lambda: trade_off_of(1.0), "weight: at least 0 and below 1 was wanted, not 1.0"),
+        (lambda: Complexity((), 0.0), "power: got 0.0, want a positive number"),
+        (lambda: convex_weight(-1), "trade_off: got -1, want 0 or more"),
+        (lambda: trade_off_of(1.0), "weight: got 1.0, want at least 0 and below 1"),
     ],
 )
 def test_wrong_arguments_are_told(call, message):
@@ -133,7 +133,7 @@ def test_vgg_like_is_that_of_table_1():
         shapes[name] = tuple(x.shape[1:])
     assert shapes["conv2"] == (32, 32, 32) and shapes["conv4"] == (64, 16, 16)
     assert shapes["conv6"] == (128, 8, 8) and shapes["flatten"] == (2048,)
-    with pytest.raises(ValueError, match="dropout: three shares were wanted"):
+    with pytest.raises(ValueError, match="dropout: want three shares"):
         vgg_like(dropout=(0.1,))
 
 
@@ -165,7 +165,7 @@ def test_time_decay_is_equation_9():
     optimizer = optimizer_at(0.5)
     found = rates(optimizer, time_decay(optimizer, 0.01), 20)
     assert found == pytest.approx([0.5 / (1 + 0.01 * k) for k in range(20)], rel=1e-12)
-    with pytest.raises(ValueError, match="decay: 0 or more was wanted, not -1"):
+    with pytest.raises(ValueError, match="decay: got -1, want 0 or more"):
         time_decay(optimizer, -1)
 
 
@@ -182,5 +182,5 @@ def test_the_papers_schedule_drops_after_three_quarters():
     assert all(a > b for a, b in pairwise(found))
     middle = 0.75 * 125  # at 93.75 epochs: half way down
     assert found[92] > 0.00055 > found[93] and middle == 93.75
-    with pytest.raises(ValueError, match="end: above 0 and at most 1 was wanted, not 0"):
+    with pytest.raises(ValueError, match="end: got 0, want above 0 and at most 1"):
         sigmoid_drop(optimizer, setting(3), end=0)

@@ -269,17 +269,17 @@ def test_a_trade_off_that_collapses_the_network_is_survived():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "trade_off: a finite number, 0 or more, was wanted for weighted descent, not None"),
+        ({}, "trade_off: a finite number, 0 or more, was want for weighted descent, not None"),
         ({"trade_off": -1.0}, "trade_off: a finite number, 0 or more, .* not -1.0"),
         ({"trade_off": 1.0, "descent": "multi-gradient"}, "trade_off: multi-gradient descent ch"),
         ({"trade_off": 1.0, "threshold": -1.0}, "threshold: a finite number, 0 or more"),
         ({"trade_off": 1.0, "l2": float("inf")}, "l2: a finite number"),
         ({"trade_off": 1.0, "decay": -0.1}, "decay: a finite number"),
         ({"trade_off": 1.0, "pruning": "never"}, "pruning: one of 'batch', 'epoch', 'end' was"),
-        ({"trade_off": 1.0, "zeros": "firm"}, "zeros: one of 'soft', 'hard' was wanted, not 'firm"),
+        ({"trade_off": 1.0, "zeros": "firm"}, "zeros: got 'firm, want one of 'soft', 'hard'"),
         ({"trade_off": 1.0, "descent": "up"}, "descent: one of 'weighted', 'multi-gradient' was"),
-        ({"trade_off": 1.0, "layers": ()}, r"layers: a list of patterns was wanted, not \(\)"),
-        ({"trade_off": 1.0, "power": -1.0}, "power: a positive number was wanted"),
+        ({"trade_off": 1.0, "layers": ()}, r"layers: got \(\), want a list of patterns"),
+        ({"trade_off": 1.0, "power": -1.0}, "power: want a positive number"),
     ],
 )
 def test_wrong_options_are_told(options, message):

@@ -219,9 +219,9 @@ def test_wrong_arguments_are_told(tmp_path):
     plain = dict.fromkeys(("method.trade_off", "method.threshold"))
     with pytest.raises(ValueError, match="weighted intra-training pruning was wanted"):
         trainer(recipe(**plain, **{"method.name": "plain"}), tmp_path)
-    with pytest.raises(ValueError, match="jobs: 1 or more were wanted, not 0"):
+    with pytest.raises(ValueError, match="jobs: got 0, want 1 or more"):
         trainer(recipe(), tmp_path, jobs=0)
-    with pytest.raises(ValueError, match="threads: 1 or more were wanted, not 0"):
+    with pytest.raises(ValueError, match="threads: got 0, want 1 or more"):
         trainer(recipe(), tmp_path, threads=0)
 
 

@@ -307,7 +307,7 @@ def test_fronts_without_a_knee_say_so():
         (lambda: bisection(Hyperbola(), (0.2, 1.0), levels=2, budget=9), "below 1 was wanted, not"),
         (lambda: bisection(Hyperbola(), (0.1, 0.2), levels=0, budget=9), "levels: 1 or more"),
         (lambda: bisection(Hyperbola(), (0.1, 0.2), levels=2, budget=1), "budget: 2 trainings"),
-        (lambda: fixed_list(Hyperbola(), [-0.1]), "weight: at least 0 and below 1 was wanted"),
+        (lambda: fixed_list(Hyperbola(), [-0.1]), "weight: want at least 0 and below 1"),
     ],
 )
 def test_wrong_arguments_are_told(call, message):

@@ -241,13 +241,13 @@ def test_misuse_is_told():
     loss_of(model, 0).backward()
     with pytest.raises(RuntimeError, match="objective 1: its gradient was not handed over"):
         optimizer.step()
-    with pytest.raises(ValueError, match=r"1 to 1 was wanted \(0 is in .grad\), not 2"):
+    with pytest.raises(ValueError, match=r"1 to 1 was want \(0 is in .grad\), not 2"):
         optimizer.set_gradients(2, [])
     with pytest.raises(ValueError, match="one for each of 4 parameters was wanted, not 1"):
         optimizer.set_gradients(1, [None])
     with pytest.raises(ValueError, match=r"shape \(9, 6\) was wanted, not \(2,\)"):
         optimizer.set_gradients(1, [torch.ones(2), None, None, None])
-    with pytest.raises(ValueError, match="losses: 2 were wanted, not 1"):
+    with pytest.raises(ValueError, match="losses: got 1, want 2"):
         optimizer.backward([loss_of(model, 0)])
     optimizer.set_gradients(1, [torch.full_like(p, torch.nan) for p in model.parameters()])
     with pytest.raises(FloatingPointError, match="a gradient is NaN or infinite"):
@@ -260,12 +260,12 @@ def test_misuse_is_told():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: SMGD(p, -1.0), "lr: a positive number was wanted, not -1.0"),
-        (lambda p: SMGD(p, momentum=1.0), "momentum: at least 0 and below 1 was wanted, not 1.0"),
-        (lambda p: SMGD(p, objectives=0), "objectives: 1 or more were wanted, not 0"),
-        (lambda p: MAdam(p, betas=(0.9, 1.0)), "betas: at least 0 and below 1 was wanted"),
-        (lambda p: MAdam(p, eps=0.0), "eps: a positive number was wanted, not 0.0"),
-        (lambda p: MRMSProp(p, alpha=-0.1), "alpha: at least 0 and below 1 was wanted"),
+        (lambda p: SMGD(p, -1.0), "lr: got -1.0, want a positive number"),
+        (lambda p: SMGD(p, momentum=1.0), "momentum: got 1.0, want at least 0 and below 1"),
+        (lambda p: SMGD(p, objectives=0), "objectives: got 0, want 1 or more"),
+        (lambda p: MAdam(p, betas=(0.9, 1.0)), "betas: want at least 0 and below 1"),
+        (lambda p: MAdam(p, eps=0.0), "eps: got 0.0, want a positive number"),
+        (lambda p: MRMSProp(p, alpha=-0.1), "alpha: want at least 0 and below 1"),
     ],
 )
 def test_wrong_options_are_told(make, message):

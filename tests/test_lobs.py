@@ -535,37 +535,37 @@ def test_the_plan_has_the_counts():
     [
         ({}, "sparsity, tolerance: want exactly one of the two"),
         ({"sparsity": 0.5, "tolerance": 1}, "sparsity, tolerance: want exactly one of the two"),
-        ({"sparsity": 1.01}, r"sparsity: want a number in \[0, 1\], got 1.01"),
-        ({"sparsity": math.nan}, r"sparsity: want a number in \[0, 1\], got nan"),
-        ({"sparsity": {"a": -0.1}}, r"sparsity: want a number in \[0, 1\], got -0.1"),
+        ({"sparsity": 1.01}, r"sparsity: got 1.01, want a number in \[0, 1\]"),
+        ({"sparsity": math.nan}, r"sparsity: got nan, want a number in \[0, 1\]"),
+        ({"sparsity": {"a": -0.1}}, r"sparsity: got -0.1, want a number in \[0, 1\]"),
         ({"sparsity": {}}, "sparsity: got a mapping without layers"),
-        ({"tolerance": -1}, "tolerance: want a number >= 0, got -1"),
-        ({"tolerance": math.inf}, "tolerance: want a number >= 0, got inf"),
-        ({"sparsity": 0.5, "method": "x"}, "method: want one of auto, one-shot, .*, got 'x'"),
+        ({"tolerance": -1}, "tolerance: got -1, want a number >= 0"),
+        ({"tolerance": math.inf}, "tolerance: got inf, want a number >= 0"),
+        ({"sparsity": 0.5, "method": "x"}, "method: got 'x', want one of auto, one-shot, .*"),
         (
             {"tolerance": 1, "method": "swaps"},
             "method .with a tolerance.: want one of auto, greedy",
         ),
         ({"tolerance": 1, "pattern": "unit"}, "tolerance: wants the pattern 'layer', got 'unit'"),
-        ({"sparsity": 0.5, "pattern": "x"}, "pattern: wanted layer, unit, inputs or N:M, got 'x'"),
+        ({"sparsity": 0.5, "pattern": "x"}, "pattern: got 'x', want layer, unit, inputs or N:M"),
         ({"sparsity": 0.5, "pattern": "2:4"}, "the pattern 2:4 fixes the sparsity; want none"),
-        ({"pattern": "5:4"}, "wanted whole 0 <= N <= M"),
+        ({"pattern": "5:4"}, "want whole 0 <= N <= M"),
         (
             {"sparsity": 0.5, "pattern": "inputs", "method": "greedy"},
             "pattern: greedy does layer, unit, n:m; got 'inputs'",
         ),
-        ({"sparsity": 0.5, "damping": -1.0}, "damping: want a finite fraction >= 0, got -1.0"),
+        ({"sparsity": 0.5, "damping": -1.0}, "damping: got -1.0, want a finite fraction >= 0"),
         ({"sparsity": 0.5, "damping": 0.1, "method": "best"}, "damping: the method 'best' has its"),
         ({"sparsity": 0.5, "calibration": "x"}, "calibration: want one of dense, sequential"),
-        ({"sparsity": 0.5, "bias": "x"}, "bias: want one of update, keep, got 'x'"),
-        ({"sparsity": 0.5, "zeros": "x"}, "zeros: want one of stay, free, got 'x'"),
-        ({"sparsity": 0.5, "memory": 0}, "memory: want a positive number, got 0"),
-        ({"sparsity": 0.5, "jobs": 0}, "jobs: want at least 1, got 0"),
+        ({"sparsity": 0.5, "bias": "x"}, "bias: got 'x', want one of update, keep"),
+        ({"sparsity": 0.5, "zeros": "x"}, "zeros: got 'x', want one of stay, free"),
+        ({"sparsity": 0.5, "memory": 0}, "memory: got 0, want a positive number"),
+        ({"sparsity": 0.5, "jobs": 0}, "jobs: got 0, want at least 1"),
         (
             {"sparsity": 0.5, "jobs": 2, "calibration": "sequential"},
             "jobs: sequential calibration takes layers one by one",
         ),
-        ({"sparsity": 0.5, "threads": 0}, "threads: want at least 1, got 0"),
+        ({"sparsity": 0.5, "threads": 0}, "threads: got 0, want at least 1"),
     ],
 )
 def test_unfit_options(settings, message):
@@ -598,7 +598,7 @@ def test_stages_keep_the_same_share_each():
     assert stage_amounts(0.5, None) == [0.5]
     with pytest.raises(ValueError, match="stages: 3 wanted, but there are sparsities for 2"):
         stage_amounts([0.5, 0.9], 3)
-    with pytest.raises(ValueError, match="stages: want at least 1, got 0"):
+    with pytest.raises(ValueError, match="stages: got 0, want at least 1"):
         stage_amounts(0.5, 0)
 
 

@@ -191,7 +191,7 @@ def test_newton_certifies_what_admm_does_and_more():
         if name == "0":  # later layers of the two cascades have different inputs
             objective = admm[name].report.details["objective"]
             assert report.details["objective"] == pytest.approx(objective, rel=1e-5)
-    with pytest.raises(ValueError, match="solver: want 'auto', 'admm' or 'newton', got 'fast'"):
+    with pytest.raises(ValueError, match="solver: got 'fast', want 'auto', 'admm' or 'newton'"):
         NetTrimOptions(solver="fast")
     with pytest.raises(ValueError, match=r"solver: newton solves the units one by one, .* group"):
         NetTrimOptions(solver="newton", penalty=Group())
@@ -277,13 +277,13 @@ def test_counts_are_of_what_is_saved():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"scheme": "serial"}, "scheme: want 'cascade' or 'parallel', got 'serial'"),
+        ({"scheme": "serial"}, "scheme: got 'serial', want 'cascade' or 'parallel'"),
         ({"form": "free"}, "form: want"),
         ({"epsilon": 1.0}, "exactly one of the two"),
         ({"relative_epsilon": None}, "exactly one of the two"),
-        ({"relative_epsilon": -0.1}, "relative_epsilon: want a finite number >= 0, got -0.1"),
+        ({"relative_epsilon": -0.1}, "relative_epsilon: got -0.1, want a finite number >= 0"),
         ({"relative_epsilon": None, "epsilon": math.nan}, "epsilon: want a finite number"),
-        ({"inflation": 0.99}, "inflation: want a finite number >= 1, got 0.99"),
+        ({"inflation": 0.99}, "inflation: got 0.99, want a finite number >= 1"),
         ({"fit_weight": 1.0}, "belongs to the regularised form"),
         ({"form": "regularised", "fit_weight": 0.0}, "fit_weight: want a positive number"),
         ({"form": "regularised", "relative_epsilon": 0.0}, "want one in the regularised form"),
@@ -363,7 +363,7 @@ def test_zeros_come_back_only_where_they_may():
     stream = sparse()
     run(stream, relative_epsilon=0.2, zeros="free")
     assert sum(regrown(stream)) > 0
-    with pytest.raises(ValueError, match="zeros: want 'stay' or 'free', got 'maybe'"):
+    with pytest.raises(ValueError, match="zeros: got 'maybe', want 'stay' or 'free'"):
         NetTrimOptions(zeros="maybe")
 
 

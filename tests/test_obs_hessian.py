@@ -57,8 +57,8 @@ def test_torch_batches_give_the_same_hessian():
     [
         ([], "no rows"),
         ([np.zeros((0, 3))], "no rows"),
-        ([np.zeros(3)], r"wanted shape \(rows, n_in\), got \(3,\)"),
-        ([np.zeros((2, 3)), np.zeros((2, 4))], "wanted 3 columns as before, got 4"),
+        ([np.zeros(3)], r"got \(3,\), want shape \(rows, n_in\)"),
+        ([np.zeros((2, 3)), np.zeros((2, 4))], "got 4, want 3 columns as before"),
         ([np.array([[1.0, np.nan]])], "not finite"),
         ([np.array([[1.0, np.inf]])], "not finite"),
     ],
@@ -101,7 +101,7 @@ def test_all_inputs_dead():
 
 @pytest.mark.parametrize("damping", [-1e-3, np.nan, np.inf])
 def test_bad_damping(damping):
-    with pytest.raises(ValueError, match="damping: wanted a fraction >= 0"):
+    with pytest.raises(ValueError, match="damping: want a fraction >= 0"):
         decoupled(np.eye(2), damping)
 
 

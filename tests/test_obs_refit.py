@@ -139,8 +139,8 @@ def test_malformed_supports():
     allowed[0, 0] = False
     problem = problem_of(inputs, weight, allowed=allowed, free_rows=[8])
     for kept, message in [
-        (np.ones((2, 2), dtype=bool), r"kept: wanted bool \(9, 3\), got bool \(2, 2\)"),
-        (np.ones((9, 3)), "kept: wanted bool"),
+        (np.ones((2, 2), dtype=bool), r"kept: got bool \(2, 2\), want bool \(9, 3\)"),
+        (np.ones((9, 3)), "kept: want bool"),
         (np.ones((9, 3), dtype=bool), "kept: keeps a weight that the problem does not allow"),
         (np.zeros((9, 3), dtype=bool), "kept: removes a weight of a free row"),
     ]:

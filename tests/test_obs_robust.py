@@ -179,7 +179,7 @@ def test_zeros_that_stay(method):
 
 def test_unknown_methods_and_patterns_are_refused_by_name():
     problem = layer_problem(np.ones((4, 2)), np.eye(4))
-    with pytest.raises(ValueError, match=r"method: wanted one of one-shot, .*, got 'magic'"):
+    with pytest.raises(ValueError, match=r"method: got 'magic', want one of one-shot, .*"):
         prune(problem, per_layer(0.5), "magic")
     for name, method in METHODS.items():
         for pattern in (per_layer(0.5), per_unit(0.5), n_of_m(2, 4), whole_inputs(0.5)):
@@ -191,9 +191,9 @@ def test_unknown_methods_and_patterns_are_refused_by_name():
 @pytest.mark.parametrize(
     ("weight", "hessian", "options", "message"),
     [
-        (np.ones(3), np.eye(3), {}, r"weight: wanted shape \(n_in, n_out\), no 0, got \(3,\)"),
-        (np.ones((3, 0)), np.eye(3), {}, "weight: wanted shape"),
-        (np.ones((3, 2)), np.eye(4), {}, r"hessian: wanted shape \(3, 3\), got \(4, 4\)"),
+        (np.ones(3), np.eye(3), {}, r"weight: got \(3,\), want shape \(n_in, n_out\), no 0"),
+        (np.ones((3, 0)), np.eye(3), {}, "weight: want shape"),
+        (np.ones((3, 2)), np.eye(4), {}, r"hessian: got \(4, 4\), want shape \(3, 3\)"),
         (np.full((3, 2), np.nan), np.eye(3), {}, "weight: has entries that are not finite"),
         (np.full((3, 2), np.inf), np.eye(3), {}, "weight: has entries that are not finite"),
         (np.ones((3, 2)), np.full((3, 3), np.nan), {}, "hessian: has entries that are not finite"),
@@ -203,7 +203,7 @@ def test_unknown_methods_and_patterns_are_refused_by_name():
         (np.ones((3, 2)), np.eye(3), {"free_rows": [3]}, "free_rows: row 3 of a weight with 3"),
         (np.ones((3, 2)), np.eye(3), {"free_rows": [9]}, "free_rows: row 9 of a weight with 3"),
         (np.ones((3, 2)), np.eye(3), {"free_rows": [-4]}, "free_rows: row -4 of a weight with 3"),
-        (np.ones((3, 2)), np.eye(3), {"allowed": np.ones((3, 2))}, r"allowed: wanted bool"),
+        (np.ones((3, 2)), np.eye(3), {"allowed": np.ones((3, 2))}, r"allowed: want bool"),
         (
             np.ones((3, 2)), np.eye(3),
             {"allowed": np.zeros((3, 2), dtype=bool), "free_rows": [0]},

@@ -212,9 +212,9 @@ def test_torch_arrays_give_the_same(penalty):
 
 @pytest.mark.parametrize("value", [0.0, -2.0, np.nan, np.inf])
 def test_weights_of_penalties_are_positive(value):
-    with pytest.raises(ValueError, match=f"ridge: want a positive finite number, got {value}"):
+    with pytest.raises(ValueError, match=f"ridge: got {value}, want a positive finite number"):
         ElasticNet(value)
-    with pytest.raises(ValueError, match=f"weight: want a positive finite number, got {value}"):
+    with pytest.raises(ValueError, match=f"weight: got {value}, want a positive finite number"):
         Group(value)
 
 

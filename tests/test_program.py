@@ -445,36 +445,36 @@ WITH_INF = np.array([[1.0, np.inf]] * 6)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"inputs": np.ones(3)}, r"inputs: want a nonempty matrix, got shape \(3,\)"),
-        ({"inputs": np.ones((0, 3))}, r"inputs: want a nonempty matrix, got shape \(0, 3\)"),
-        ({"level": np.ones((6, 0))}, r"level: want a nonempty matrix, got shape \(6, 0\)"),
-        ({"active": np.ones(6, bool)}, r"active: want a nonempty matrix, got shape \(6,\)"),
-        ({"inputs": np.ones((6, 3), int)}, "inputs: want float32 or float64, got int64"),
+        ({"inputs": np.ones(3)}, r"inputs: got shape \(3,\), want a nonempty matrix"),
+        ({"inputs": np.ones((0, 3))}, r"inputs: got shape \(0, 3\), want a nonempty matrix"),
+        ({"level": np.ones((6, 0))}, r"level: got shape \(6, 0\), want a nonempty matrix"),
+        ({"active": np.ones(6, bool)}, r"active: got shape \(6,\), want a nonempty matrix"),
+        ({"inputs": np.ones((6, 3), int)}, "inputs: got int64, want float32 or float64"),
         (
             {"level": np.ones((6, 2), np.float32)},
-            "level: want the inputs' dtype float64, got float3",
+            "level: got float3, want the inputs' dtype float64",
         ),
-        ({"active": np.ones((6, 2))}, "active: want bool, got float64"),
-        ({"level": np.ones((5, 2))}, "level: want 6 rows, one a sample, got 5"),
-        ({"active": np.ones((6, 3), bool)}, r"active: want shape \(6, 2\), got \(6, 3\)"),
-        ({"inputs": WITH_NAN}, "inputs: want finite numbers, got NaN or infinity"),
-        ({"level": WITH_INF}, "level: want finite numbers, got NaN or infinity"),
+        ({"active": np.ones((6, 2))}, "active: got float64, want bool"),
+        ({"level": np.ones((5, 2))}, "level: got 5, want 6 rows, one a sample"),
+        ({"active": np.ones((6, 3), bool)}, r"active: got \(6, 3\), want shape \(6, 2\)"),
+        ({"inputs": WITH_NAN}, "inputs: got NaN or infinity, want finite numbers"),
+        ({"level": WITH_INF}, "level: got NaN or infinity, want finite numbers"),
         ({"inputs": np.full((6, 3), 1e200)}, "inputs: want a largest magnitude from .* got 1e"),
         ({"level": np.full((6, 2), 1e-200)}, "level: want a largest magnitude from .* got 1e-200"),
         ({"free_rows": (0, 1)}, r"free_rows: want at most one row number .* got \(0, 1\)"),
-        ({"free_rows": (3,)}, r"free_rows: want at most one row number from 0 to 2, got \(3,\)"),
-        ({"free_rows": (-1,)}, r"free_rows: want at most one row number from 0 to 2, got \(-1,\)"),
+        ({"free_rows": (3,)}, r"free_rows: got \(3,\), want at most one row number from 0 to 2"),
+        ({"free_rows": (-1,)}, r"free_rows: got \(-1,\), want at most one row number from 0 to 2"),
         (
             {"inputs": np.ones((6, 1)), "free_rows": (0,)},
             "inputs: want at least one column under the penalty",
         ),
-        ({"support": np.ones((2, 2), bool)}, r"support: want shape \(3, 2\), got \(2, 2\)"),
-        ({"support": np.ones((3, 2))}, "support: want bool, got float64"),
-        ({"old_weight": np.ones((3, 3))}, r"old_weight: want shape \(3, 2\), got \(3, 3\)"),
+        ({"support": np.ones((2, 2), bool)}, r"support: got \(2, 2\), want shape \(3, 2\)"),
+        ({"support": np.ones((3, 2))}, "support: got float64, want bool"),
+        ({"old_weight": np.ones((3, 3))}, r"old_weight: got \(3, 3\), want shape \(3, 2\)"),
         ({"old_weight": np.full((3, 2), np.nan)}, "old_weight: want finite numbers"),
-        ({"epsilon": -0.1}, r"epsilon: want a finite number >= 0, got -0.1"),
-        ({"epsilon": np.nan}, "epsilon: want a finite number >= 0, got nan"),
-        ({"epsilon": np.inf}, "epsilon: want a finite number >= 0, got inf"),
+        ({"epsilon": -0.1}, r"epsilon: got -0.1, want a finite number >= 0"),
+        ({"epsilon": np.nan}, "epsilon: got nan, want a finite number >= 0"),
+        ({"epsilon": np.inf}, "epsilon: got inf, want a finite number >= 0"),
     ],
 )
 def test_malformed_programs_are_refused(changes, message):
@@ -487,7 +487,7 @@ def test_malformed_programs_are_refused(changes, message):
 def test_the_fit_weight_is_positive(value):
     arguments = program_arguments()
     del arguments["epsilon"]
-    with pytest.raises(ValueError, match=f"fit_weight: want a positive finite number, got {value}"):
+    with pytest.raises(ValueError, match=f"fit_weight: got {value}, want a positive finite number"):
         RegularisedProgram(**arguments, fit_weight=value)
     with pytest.raises(ValueError, match="penalty: the group penalty couples the units"):
         RegularisedProgram(**arguments, fit_weight=1.0, penalty=Group())
@@ -496,11 +496,11 @@ def test_the_fit_weight_is_positive(value):
 def test_pairs_of_the_wrong_shape_are_refused():
     for form in FORMS:
         program, weight, multiplier, _ = with_optimum(13, form)
-        with pytest.raises(ValueError, match=r"weight: want shape \(12, 4\), got \(4, 12\)"):
+        with pytest.raises(ValueError, match=r"weight: got \(4, 12\), want shape \(12, 4\)"):
             program.objective(weight.T)
-        with pytest.raises(ValueError, match=r"weight: want shape \(12, 4\), got \(12, 3\)"):
+        with pytest.raises(ValueError, match=r"weight: got \(12, 3\), want shape \(12, 4\)"):
             program.certificate(weight[:, :3], multiplier)
-        with pytest.raises(ValueError, match=r"multiplier: want shape \(40, 4\), got \(12, 4\)"):
+        with pytest.raises(ValueError, match=r"multiplier: got \(12, 4\), want shape \(40, 4\)"):
             program.dual_bound(weight)
 
 
@@ -509,7 +509,7 @@ def test_trim_program_wants_one_form_and_a_known_activation():
     for both in ({}, {"epsilon": 0.1, "fit_weight": 1.0}):
         with pytest.raises(ValueError, match="epsilon, fit_weight: want exactly one of the two"):
             trim_program(inputs, targets, **both)
-    with pytest.raises(ValueError, match="activation: want 'relu' or 'linear', got 'tanh'"):
+    with pytest.raises(ValueError, match="activation: got 'tanh', want 'relu' or 'linear'"):
         trim_program(inputs, targets, epsilon=0.1, activation="tanh")
     with pytest.raises(ValueError, match="ceilings: a layer without activation has none"):
         trim_program(inputs, targets, epsilon=0.1, activation="linear", ceilings=targets)

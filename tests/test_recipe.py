@@ -57,15 +57,15 @@ MISTAKES = [
     (without("data"), r"the table \[data\] is missing"),
     (without("optimizer"), r"the table \[optimizer\] is missing"),
     ({**TABLES, "modell": {}}, r"the file has no option 'modell'; did you mean model\?"),
-    ({**TABLES, "training": 3}, r"want a table \[training\], got 3"),
-    ({**TABLES, "title": 3}, r"title: want text, got 3"),
-    (with_("data", limit=0), r"\[data\] limit: want a whole number >= 1, got 0"),
+    ({**TABLES, "training": 3}, r"got 3, want a table \[training\]"),
+    ({**TABLES, "title": 3}, r"title: got 3, want text"),
+    (with_("data", limit=0), r"\[data\] limit: got 0, want a whole number >= 1"),
     (with_("data", trian="x"), r"\[data\] has no option 'trian'; did you mean train\?"),
-    (with_("data", augment="rotate"), r"\[data\] augment: want 'flip-crop', got 'rotate'"),
+    (with_("data", augment="rotate"), r"\[data\] augment: got 'rotate', want 'flip-crop'"),
     (with_("training", epochs=None), r"\[training\] lacks epochs"),
-    (with_("training", epochs="2"), r"\[training\] epochs: want a whole number, got '2'"),
-    (with_("training", epochs=True), r"\[training\] epochs: want a whole number, got True"),
-    (with_("training", epochs=-1), r"\[training\] epochs: want a whole number >= 0, got -1"),
+    (with_("training", epochs="2"), r"\[training\] epochs: got '2', want a whole number"),
+    (with_("training", epochs=True), r"\[training\] epochs: got True, want a whole number"),
+    (with_("training", epochs=-1), r"\[training\] epochs: got -1, want a whole number >= 0"),
     (with_("training", batch_size=0), r"\[training\] batch_size: want a whole number >= 1"),
     (with_("training", precision="half"), r"precision: want 'float32' or 'bfloat16' or 'float16'"),
     (with_("training", precision="float16"), r"float16 is for CUDA"),
@@ -170,7 +170,7 @@ class Options:
 
     def __post_init__(self):
         if self.rate < 0:
-            raise ValueError(f"rate: want a number >= 0, got {self.rate}")
+            raise ValueError(f"rate: got {self.rate}, want a number >= 0")
 
 
 def test_options_take_their_types():
@@ -184,13 +184,13 @@ def test_options_take_their_types():
     ("table", "message"),
     [
         ({}, r"recipe: \[t\] lacks rate"),
-        ({"rate": -1}, r"recipe: \[t\] rate: want a number >= 0, got -1.0"),
-        ({"rate": float("nan")}, r"\[t\] rate: want a number, got nan"),
-        ({"rate": 1, "layers": [1]}, r"layers: want a list, each entry text, got \[1\]"),
-        ({"rate": 1, "layers": "x"}, r"layers: want a list, each entry text, got 'x'"),
+        ({"rate": -1}, r"recipe: \[t\] rate: got -1.0, want a number >= 0"),
+        ({"rate": float("nan")}, r"\[t\] rate: got nan, want a number"),
+        ({"rate": 1, "layers": [1]}, r"layers: got \[1\], want a list, each entry text"),
+        ({"rate": 1, "layers": "x"}, r"layers: got 'x', want a list, each entry text"),
         ({"rate": 1, "range": [1]}, r"range: want a list of 2: a whole number, a number, got"),
-        ({"rate": 1, "mode": "c"}, r"mode: want 'a' or 'b', got 'c'"),
-        ({"rate": 1, "more": 3}, r"more: want a table, got 3"),
+        ({"rate": 1, "mode": "c"}, r"mode: got 'c', want 'a' or 'b'"),
+        ({"rate": 1, "more": 3}, r"more: got 3, want a table"),
         ({"rate": 1, "rtae": 3}, r"no option 'rtae'; did you mean rate\?"),
     ],
 )

@@ -254,25 +254,25 @@ def test_statistical_dimension():
 
 def test_errors():
     inputs, response, weight = gaussian(0, 5, 2, 8)
-    with pytest.raises(ValueError, match=r"inputs: want a nonempty matrix, got shape \(8,\)"):
+    with pytest.raises(ValueError, match=r"inputs: got shape \(8,\), want a nonempty matrix"):
         recover(inputs[:, 0], response)
-    with pytest.raises(ValueError, match=r"response: want shape \(8,\), got \(7,\)"):
+    with pytest.raises(ValueError, match=r"response: got \(7,\), want shape \(8,\)"):
         recover(inputs, response[:-1])
-    with pytest.raises(ValueError, match=r"response: want rectified values >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"response: got -1, want rectified values >= 0"):
         recover(inputs, -np.ones(8))
     with pytest.raises(ValueError, match=r"inputs, response: want finite numbers"):
         recover(inputs * np.nan, response)
-    with pytest.raises(ValueError, match=r"weight: want shape \(5,\), got \(4,\)"):
+    with pytest.raises(ValueError, match=r"weight: got \(4,\), want shape \(5,\)"):
         dual_certificate(inputs, response, weight[:-1])
     with pytest.raises(ValueError, match=r"weight: not feasible, [0-9]+ constraints"):
         is_unique(inputs, response, 2 * weight)
-    with pytest.raises(ValueError, match=r"sparsity: want 1 to n_in = 5, got 0"):
+    with pytest.raises(ValueError, match=r"sparsity: got 0, want 1 to n_in = 5"):
         sample_size(0, 5, 2.0)
-    with pytest.raises(ValueError, match=r"sparsity: want 1 to n_in = 5, got 6"):
+    with pytest.raises(ValueError, match=r"sparsity: got 6, want 1 to n_in = 5"):
         sparse_weights(5, 6, np.random.default_rng(0))
-    with pytest.raises(ValueError, match=r"mu: want a number > 1, got 1.0"):
+    with pytest.raises(ValueError, match=r"mu: got 1.0, want a number > 1"):
         sample_size(2, 5, 1.0)
-    with pytest.raises(ValueError, match="samples, trials: want at least 1, got 5 and 0"):
+    with pytest.raises(ValueError, match="samples, trials: got 5 and 0, want at least 1"):
         monte_carlo(5, [2], 5, trials=0, seed=0)
-    with pytest.raises(ValueError, match="fraction: want 0 < s/N <= 1, got 0"):
+    with pytest.raises(ValueError, match="fraction: got 0, want 0 < s/N <= 1"):
         statistical_dimension(0)

@@ -110,7 +110,7 @@ def test_too_few_iterations_are_told():
 
 def test_what_cannot_be_solved_is_refused():
     program = of_a_layer(6, "constrained")
-    with pytest.raises(ValueError, match=r"solver: want one of .*CLARABEL.*, got 'GUESS'"):
+    with pytest.raises(ValueError, match=r"solver: got 'GUESS', want one of .*CLARABEL.*"):
         solve_cvxpy(program, solver="GUESS")
     assert "OSQP" in cp.installed_solvers()
     with pytest.raises(ValueError, match="solver: OSQP cannot solve this program"):

@@ -163,7 +163,7 @@ def test_strength_zero_is_the_plain_optimiser():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"at": "between"}, "at: one of inputs, outputs was wanted, not 'between'"),
+        ({"at": "between"}, "at: got 'between', want one of inputs, outputs"),
         ({"layers": ["1"]}, "layers: '0', '3', '5' have neurons .* at the inputs, not '1'"),
         ({"at": "outputs", "layers": ["5"]}, "layers: '0', '3' have neurons .* outputs, not '5'"),
         ({"layers": []}, "not no layer at all"),

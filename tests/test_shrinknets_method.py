@@ -371,9 +371,9 @@ def test_costs_start_with_the_whole_network():
     [
         (lambda: ShrinkNets(strength=-1), "strength: a finite number of at least 0 .* not -1"),
         (lambda: ShrinkNets(weight_strength=float("inf")), "weight_strength: a finite number"),
-        (lambda: ShrinkNets(power=3), "power: 1 or 2 was wanted, not 3"),
-        (lambda: ShrinkNets(at="left"), "at: one of inputs, outputs was wanted, not 'left'"),
-        (lambda: ShrinkNets(removal="now"), "removal: 'sign-variance' or 'never' was wanted"),
+        (lambda: ShrinkNets(power=3), "power: got 3, want 1 or 2"),
+        (lambda: ShrinkNets(at="left"), "at: got 'left', want one of inputs, outputs"),
+        (lambda: ShrinkNets(removal="now"), "removal: want 'sign-variance' or 'never'"),
         (lambda: ShrinkNets(inertia=1), "inertia: a number in"),
         (lambda: ShrinkNets(threshold=2), "threshold: a number in"),
         (lambda: ShrinkNets(layers="fc1"), "layers: a list of at least one name .* not 'fc1'"),

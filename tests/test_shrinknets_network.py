@@ -333,7 +333,7 @@ def shared():
         (dense, {"at": "outputs", "layers": ["4"]}, "the outputs of the last layer, '4', cannot"),
         (dense, {"layers": ["1"]}, "the model has no layer '1'; it has '0', '2', '4'"),
         (dense, {"at": "outputs", "layers": [None]}, "the model has no layer None"),
-        (dense, {"at": "middle"}, "at: one of inputs, outputs was wanted, not 'middle'"),
+        (dense, {"at": "middle"}, "at: got 'middle', want one of inputs, outputs"),
         (lambda: with_switches(dense()), {}, "the neurons of layer '0' have switches already"),
         (
             lambda: nn.Sequential(
@@ -356,11 +356,11 @@ def test_a_sigmoid_ahead_of_the_switches_is_fine():
 
 
 def test_wrong_sizes_powers_and_cuts_are_told():
-    with pytest.raises(ValueError, match="size, span: 1 or more were wanted, not 0 and 1"):
+    with pytest.raises(ValueError, match="size, span: got 0 and 1, want 1 or more"):
         Switch(0)
     with pytest.raises(ValueError, match="model: it has no switches"):
         switch_penalty(dense(), 1)
-    with pytest.raises(ValueError, match="power: 1 or 2 was wanted, not 3"):
+    with pytest.raises(ValueError, match="power: got 3, want 1 or 2"):
         regularised_penalty(with_switches(dense()), 1, 1, 3)
     inputs, inner, *_ = neurons_of(dense())
     with pytest.raises(ValueError, match="at least one of the neurons of layer '0' was wanted"):

@@ -238,18 +238,18 @@ def test_gradients_run_out_and_it_is_told():
     [
         (
             lambda p: solve_group(p, -1),
-            "strength: a finite number of at least 0 was wanted, not -1",
+            "strength: got -1, want a finite number of at least 0",
         ),
         (lambda p: solve_group(p, float("nan")), "strength: a finite number"),
-        (lambda p: solve_group(p, 1, start=np.zeros(3)), r"start: shape \(3, 7\) was wanted"),
+        (lambda p: solve_group(p, 1, start=np.zeros(3)), r"start: want shape \(3, 7\)"),
         (lambda p: solve_shrink(p, 0, 1), "above 0 were wanted, not 0 and 1"),
-        (lambda p: solve_shrink(p, 1, 1, power=3), "power: 1 or 2 was wanted, not 3"),
+        (lambda p: solve_shrink(p, 1, 1, power=3), "power: got 3, want 1 or 2"),
         (lambda p: Regression(p.X, p.Y[:5], "linear"), r"as many rows were wanted, not \(40, 7\)"),
         (lambda p: Regression(p.X * np.nan, p.Y, "linear"), "X, Y: finite numbers"),
-        (lambda p: Regression(p.X, p.Y, "cubic"), "kind: one of linear, logistic was wanted"),
+        (lambda p: Regression(p.X, p.Y, "cubic"), "kind: want one of linear, logistic"),
         (
             lambda p: Regression(p.X, p.Y, "linear", 7),
-            "free: 0 to 6 columns of X were wanted, not 7",
+            "free: got 7, want 0 to 6 columns of X",
         ),
     ],
 )

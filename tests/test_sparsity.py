@@ -269,17 +269,17 @@ def test_a_drop_that_no_trial_keeps_is_said_so(trained):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"sparsity": 1.2}, r"sparsity: want a number in \[0, 1\], got 1.2"),
+        ({"sparsity": 1.2}, r"sparsity: got 1.2, want a number in \[0, 1\]"),
         ({"sparsity": {}}, "sparsity: got a mapping without layers"),
         ({"sparsity": 0.5, "epsilon": 1.0}, "epsilon: a sparsity finds its own"),
-        ({"sparsity_of": "all"}, "sparsity_of: want 'layer' or 'network', got 'all'"),
+        ({"sparsity_of": "all"}, "sparsity_of: got 'all', want 'layer' or 'network'"),
         ({"sparsity_of": "network"}, "sparsity_of: the network's wants one sparsity, a number"),
         ({"sparsity_of": "network", "sparsity": {"0": 0.5}}, "wants one sparsity, a number"),
         ({"max_drop": 1.0}, "max_drop: wants held-out data"),
-        ({"max_drop": -1.0, "evaluate": samples()}, "max_drop: want points from 0 to 100, got -1"),
+        ({"max_drop": -1.0, "evaluate": samples()}, "max_drop: got -1, want points from 0 to 100"),
         ({"max_drop": 1.0, "sparsity": 0.5}, "max_drop: finds the sparsity; want one of the two"),
         ({"max_drop": 1.0, "epsilon": 0.5}, "max_drop: searches for one relative epsilon"),
-        ({"max_drop": 1.0, "max_trials": 0}, "max_trials: want at least 1, got 0"),
+        ({"max_drop": 1.0, "max_trials": 0}, "max_trials: got 0, want at least 1"),
         (
             {"max_drop": 1.0, "form": "regularised", "fit_weight": 1.0},
             "max_drop: searches for one epsilon, which a fit_weight does not heed",
@@ -295,7 +295,7 @@ def test_what_makes_no_sense_is_refused(arguments, said):
 def test_a_goal_is_one_of_the_two():
     with pytest.raises(ValueError, match="sparsity, max_drop: want exactly one of the two"):
         Goal()
-    with pytest.raises(ValueError, match=r"sparsity: want a number in \[0, 1\], got 2"):
+    with pytest.raises(ValueError, match=r"sparsity: got 2, want a number in \[0, 1\]"):
         Goal(sparsity=2)
 
 

@@ -49,7 +49,7 @@ def test_networks_differ_by_seed_alone(models):
 
 
 def test_other_data_than_the_papers_are_refused(models):
-    with pytest.raises(ValueError, match=r"x: shape \(10000, 784\) was wanted, not \(9, 784\)"):
+    with pytest.raises(ValueError, match=r"x: got \(9, 784\), want shape \(10000, 784\)"):
         models.nn2_10k(0, np.zeros((9, 784)), np.zeros(9, int))
 
 

@@ -430,8 +430,8 @@ def test_parameters_that_overflow_in_the_last_step_are_an_error():
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        (samples(), {"epochs": -1}, "epochs: 0 or more were wanted, not -1"),
-        (samples(), {"epochs": 1, "batch_size": 0}, "batch_size: 1 or more were wanted, not 0"),
+        (samples(), {"epochs": -1}, "epochs: got -1, want 0 or more"),
+        (samples(), {"epochs": 1, "batch_size": 0}, "batch_size: got 0, want 1 or more"),
         ((samples()[0], samples(9)[1]), {"epochs": 1}, "there are 50 inputs but 9 targets"),
         (samples(0), {"epochs": 1}, "data: there is no sample"),
         ([], {"epochs": 1}, "data: there is no sample"),

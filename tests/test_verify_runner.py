@@ -106,9 +106,9 @@ def test_select():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"level": "slow"}, "level: want 'quick' or 'full', got 'slow'"),
-        ({"jobs": 0}, "jobs: want at least 1, got 0"),
-        ({"seed": -1}, "seed: want a number >= 0, got -1"),
+        ({"level": "slow"}, "level: got 'slow', want 'quick' or 'full'"),
+        ({"jobs": 0}, "jobs: got 0, want at least 1"),
+        ({"seed": -1}, "seed: got -1, want a number >= 0"),
     ],
 )
 def test_run_errors(options, message):

@@ -66,7 +66,7 @@ def nn2_10k(seed: int, x: np.ndarray, y: np.ndarray) -> nn.Sequential:
         If `x` is of another shape.
     """
     if x.shape != (NN2_SAMPLES, NN2_WIDTHS[0]):
-        raise ValueError(f"x: shape {(NN2_SAMPLES, NN2_WIDTHS[0])} was wanted, not {x.shape}")
+        raise ValueError(f"x: got {x.shape}, want shape {(NN2_SAMPLES, NN2_WIDTHS[0])}")
     return train(
         relu_network(NN2_WIDTHS, seed),
         (np.asarray(x, dtype=np.float32), np.asarray(y, dtype=np.int64)),

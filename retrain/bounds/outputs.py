@@ -419,7 +419,7 @@ def theorem_2(epsilon: float, inflations: Sequence[float]) -> np.ndarray:
     """
     rates = np.asarray(inflations, dtype=np.float64)
     if np.any(rates < 1):
-        raise ValueError(f"inflations: want every rate >= 1, got {rates.min():g}")
+        raise ValueError(f"inflations: got {rates.min():g}, want every rate >= 1")
     return epsilon * np.sqrt(np.concatenate([[1.0], np.cumprod(rates)]))
 
 
@@ -477,7 +477,7 @@ def l_obs_bound(errors: Sequence[float], norms: Sequence[float]) -> float:
     its indices off by one.
     """
     if len(errors) != len(norms):
-        raise ValueError(f"norms: want {len(errors)}, one a layer, got {len(norms)}")
+        raise ValueError(f"norms: got {len(norms)}, want {len(errors)}, one a layer")
     total = 0.0
     for error, norm in zip(errors, norms, strict=True):
         # Horner: each layer multiplies what came before it by its norm and adds its own error.

@@ -148,7 +148,7 @@ def load(options: argparse.Namespace) -> Any:
     from retrain.adapters.files.load import load_model
 
     if not options.model:
-        raise ValueError("model: got '', wanted a file or the directory of a finished run")
+        raise ValueError("model: got '', want a file or the directory of a finished run")
     if Path(options.model).is_dir():
         return _load_run(options)
     return load_model(
@@ -172,7 +172,7 @@ def _load_run(options: argparse.Namespace) -> LoadedModel:
         raise ValueError(f"key: got {options.key!r}, but {options.model!r} is a run; leave it")
     run = load_run(path, None if options.arch == "auto" else made_module(options.arch))
     if not isinstance(run.model, nn.Module):
-        raise ValueError(f"model: {options.model!r} is a run on a chain of arrays, wanted a module")
+        raise ValueError(f"model: {options.model!r} is a run on a chain of arrays, want a module")
     note = f"read from the run {options.model}"
     recipe = run.record.get("recipe")
     normalise = recipe["data"].get("normalise") if isinstance(recipe, dict) else None
@@ -215,7 +215,7 @@ def by_layer(argument: str, text: str) -> float | dict[str, float]:
         named = {name.strip(): float(number) for name, _, number in pairs}
     except ValueError as error:
         raise ValueError(
-            f"{argument}: want a number, or NAME=NUMBER,NAME=NUMBER, got {text!r}"
+            f"{argument}: got {text!r}, want a number, or NAME=NUMBER,NAME=NUMBER"
         ) from error
     if "" in named or len(named) < len(pairs):
         raise ValueError(f"{argument}: a name is missing or given twice in {text!r}")

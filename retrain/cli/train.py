@@ -124,7 +124,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
     for text in options.changes:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set: want TABLE.KEY=VALUE, got {text!r}")
+            raise ValueError(f"--set: got {text!r}, want TABLE.KEY=VALUE")
         changes[name.strip()] = _value(value.strip())
     given = {
         "data.train": options.data,

@@ -213,7 +213,7 @@ def _tolerances(text: str) -> tuple[float, float]:
     except ValueError:
         values = []
     if len(values) not in (1, 2):
-        raise ValueError(f"--tolerance: want GAP or GAP,VIOLATION, got {text!r}")
+        raise ValueError(f"--tolerance: got {text!r}, want GAP or GAP,VIOLATION")
     return values[0], values[-1]
 
 
@@ -231,7 +231,7 @@ def _penalty(text: str) -> Any:
             return Group(float(number)) if number else Group()
     except ValueError as error:
         raise ValueError(f"--penalty: {text!r}: {error}") from error
-    raise ValueError(f"--penalty: want l1, elastic:RIDGE or group[:WEIGHT], got {text!r}")
+    raise ValueError(f"--penalty: got {text!r}, want l1, elastic:RIDGE or group[:WEIGHT]")
 
 
 def _dry_run(stream: Any, names: list[str], settings: Any) -> int:

@@ -74,7 +74,7 @@ def parse_normalise(text: str) -> tuple[Any, Any]:
     except ValueError:
         numbers = []
     if not numbers or len(numbers) % 2:
-        raise ValueError(f"normalise: got {text!r}, wanted MEAN,STD or k means and then k STDs")
+        raise ValueError(f"normalise: got {text!r}, want MEAN,STD or k means and then k STDs")
     half = len(numbers) // 2
     if half == 1:
         return numbers[0], numbers[1]
@@ -179,7 +179,7 @@ def gathered(batches: Iterable[Any], name: str) -> Data:
         parts = batch if isinstance(batch, list | tuple) else (batch,)
         if not parts or not all(is_array_or_numbers(part) for part in parts[:2]):
             raise ValueError(
-                f"data: got a batch of type {type(batch).__name__}, wanted x or (x, y) of arrays"
+                f"data: got a batch of type {type(batch).__name__}, want x or (x, y) of arrays"
             )
         xs.append(to_array(parts[0]))
         if len(parts) > 1:
@@ -218,14 +218,14 @@ def checked(x: np.ndarray, y: np.ndarray | None, name: str, limit: int | None = 
         If the samples or labels are empty, not numeric, not finite, or not of one length.
     """
     if x.dtype.kind not in "fiub":
-        raise ValueError(f"data: {name!r} has samples of dtype {x.dtype}, wanted real numbers")
+        raise ValueError(f"data: {name!r} has samples of dtype {x.dtype}, want real numbers")
     if x.ndim < 2:
-        raise ValueError(f"data: {name!r} has shape {x.shape}, wanted (samples, features, ...)")
+        raise ValueError(f"data: {name!r} has shape {x.shape}, want (samples, features, ...)")
     if x.size == 0:
         raise ValueError(f"data: {name!r} is empty: shape {x.shape}")
     if y is not None:
         if y.dtype.kind not in "fiub":
-            raise ValueError(f"data: {name!r} has labels of dtype {y.dtype}, wanted numbers")
+            raise ValueError(f"data: {name!r} has labels of dtype {y.dtype}, want numbers")
         if y.ndim == 0 or len(y) != len(x):
             got = len(y) if y.ndim else "a single number"
             raise ValueError(f"data: {name!r} has {len(x)} samples but labels for {got}")
@@ -269,7 +269,7 @@ def normalised(data: Data, mean: Any, std: Any) -> Data:
             f"{x.shape[1]} (one a channel, axis 1 of shape {x.shape})"
         )
     if not (np.isfinite(shift).all() and np.isfinite(scale).all() and (scale > 0).all()):
-        raise ValueError(f"normalise: got {mean}, {std}, wanted finite means and positive STDs")
+        raise ValueError(f"normalise: got {mean}, {std}, want finite means and positive STDs")
     by_channel = (1, -1) + (1,) * (x.ndim - 2)
     shift, scale = (v.reshape(by_channel).astype(x.dtype) for v in (shift, scale))
     if not scale.all():

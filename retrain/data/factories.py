@@ -34,7 +34,7 @@ def import_factory(spec: str, argument: str) -> Callable[[], Any]:
     """
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
-        raise ValueError(f"{argument}: got {spec!r}, wanted package.module:factory")
+        raise ValueError(f"{argument}: got {spec!r}, want package.module:factory")
     here = str(Path.cwd())
     added = here not in sys.path
     if added:
@@ -50,7 +50,7 @@ def import_factory(spec: str, argument: str) -> Callable[[], Any]:
             raise ValueError(f"{argument}: module {module_name!r} has no {attribute!r}")
         target = getattr(target, part)
     if not callable(target):
-        raise ValueError(f"{argument}: {spec!r} is a {type(target).__name__}, wanted a callable")
+        raise ValueError(f"{argument}: {spec!r} is a {type(target).__name__}, want a callable")
     return cast("Callable[[], Any]", target)
 
 

@@ -159,9 +159,9 @@ def read_npy(file: IO[bytes], size: int, name: str, limit: int | None) -> np.nda
             f"data: {name!r} is not a readable .npy array ({first_line(error)})"
         ) from error
     if dtype.hasobject:
-        raise ValueError(f"data: {name!r} holds pickled objects, wanted numbers; nothing was read")
+        raise ValueError(f"data: {name!r} holds pickled objects, want numbers; nothing was read")
     if dtype.kind not in "fiub":
-        raise ValueError(f"data: {name!r} is of dtype {dtype}, wanted real numbers")
+        raise ValueError(f"data: {name!r} is of dtype {dtype}, want real numbers")
     if any(not 0 <= length < _LONGEST for length in shape):
         raise ValueError(f"data: {name!r} has a header that lies: a length is beyond any file's")
     claimed = math.prod(shape) * dtype.itemsize

@@ -80,7 +80,7 @@ def load_data(
     ((10, 1, 8, 8), (10,))
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit: got {limit}, wanted a positive number of samples")
+        raise ValueError(f"limit: got {limit}, want a positive number of samples")
     mean_std = parse_normalise(normalise) if isinstance(normalise, str) else normalise
     x, y = _read(str(source), limit)
     data = checked(x, y, str(source), limit)
@@ -148,7 +148,7 @@ def _read(source: str, limit: int | None) -> tuple[np.ndarray, np.ndarray | None
         with ToldInOneLine("data", f"calling {source}()"):
             data = as_data(import_factory(source, "data")(), name=source)
         return data.x, data.y
-    raise ValueError(f"data: got {source!r}, wanted {FORMS}")
+    raise ValueError(f"data: got {source!r}, want {FORMS}")
 
 
 def _digits(*, test: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -71,7 +71,7 @@ def check_amount(argument: str, amount: Amount | None, largest: float) -> None:
     for value in values:
         if not (0 <= value <= largest and value < math.inf):
             limit = "in [0, 1]" if largest == 1 else ">= 0"
-            raise ValueError(f"{argument}: want a number {limit}, got {value!r}")
+            raise ValueError(f"{argument}: got {value!r}, want a number {limit}")
 
 
 def check_parallel(jobs: int, threads: int | None, seed: int) -> None:
@@ -93,13 +93,13 @@ def check_parallel(jobs: int, threads: int | None, seed: int) -> None:
     """
     for name, value in (("jobs", jobs), ("threads", threads)):
         if value is not None and value < 1:
-            raise ValueError(f"{name}: want at least 1, got {value!r}")
+            raise ValueError(f"{name}: got {value!r}, want at least 1")
         if value is not None and value > MOST_THREADS:
-            raise ValueError(f"{name}: want at most {MOST_THREADS}, got {value!r}")
+            raise ValueError(f"{name}: got {value!r}, want at most {MOST_THREADS}")
     if seed < 0:
-        raise ValueError(f"seed: want a number >= 0, got {seed!r}")
+        raise ValueError(f"seed: got {seed!r}, want a number >= 0")
     if seed >= 2**63:  # torch accepts no larger seed
-        raise ValueError(f"seed: want a number below 2^63, got {seed!r}")
+        raise ValueError(f"seed: got {seed!r}, want a number below 2^63")
 
 
 def layers_named(amount: Amount | None) -> list[str] | None:

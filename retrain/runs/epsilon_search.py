@@ -87,11 +87,11 @@ class Goal:
         if (self.sparsity is None) == (self.max_drop is None):
             raise ValueError("sparsity, max_drop: want exactly one of the two")
         if self.sparsity is not None and not 0 <= self.sparsity <= 1:
-            raise ValueError(f"sparsity: want a number in [0, 1], got {self.sparsity!r}")
+            raise ValueError(f"sparsity: got {self.sparsity!r}, want a number in [0, 1]")
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
-            raise ValueError(f"max_drop: want points from 0 to 100, got {self.max_drop!r}")
+            raise ValueError(f"max_drop: got {self.max_drop!r}, want points from 0 to 100")
         if self.max_trials < 1:
-            raise ValueError(f"max_trials: want at least 1, got {self.max_trials!r}")
+            raise ValueError(f"max_trials: got {self.max_trials!r}, want at least 1")
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,9 @@ def goal_of(
         If the options contradict each other.
     """
     if sparsity_of not in ("layer", "network"):
-        raise ValueError(f"sparsity_of: want 'layer' or 'network', got {sparsity_of!r}")
+        raise ValueError(f"sparsity_of: got {sparsity_of!r}, want 'layer' or 'network'")
     if max_trials < 1:
-        raise ValueError(f"max_trials: want at least 1, got {max_trials!r}")
+        raise ValueError(f"max_trials: got {max_trials!r}, want at least 1")
     if max_drop is None and sparsity_of == "layer":
         return None
     what = "max_drop" if max_drop is not None else "sparsity_of"

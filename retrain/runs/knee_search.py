@@ -157,10 +157,10 @@ def trainer(
     """
     method = recipe.make_method()
     if not isinstance(method, Itp) or method.descent != "weighted":
-        raise ValueError("recipe: [method]: weighted intra-training pruning was wanted")
+        raise ValueError("recipe: [method]: want weighted intra-training pruning")
     for name, count in (("jobs", jobs), ("threads", threads)):
         if count < 1:
-            raise ValueError(f"{name}: 1 or more were wanted, not {count}")
+            raise ValueError(f"{name}: got {count}, want 1 or more")
 
     def train(weights: Sequence[float]) -> list[Outcome]:
         tasks = (

@@ -151,9 +151,9 @@ def request_of(
     """
     check_out(out)
     if fine_tune < 0:
-        raise ValueError(f"fine_tune: want a number of epochs >= 0, got {fine_tune}")
+        raise ValueError(f"fine_tune: got {fine_tune}, want a number of epochs >= 0")
     if fine_tune > _MOST_EPOCHS:
-        raise ValueError(f"fine_tune: want at most {_MOST_EPOCHS} epochs, got {fine_tune}")
+        raise ValueError(f"fine_tune: got {fine_tune}, want at most {_MOST_EPOCHS} epochs")
     return Request(
         subject=subject_of(model, device),
         data=as_data(data),

@@ -236,7 +236,7 @@ def subject_of(model: Any, device: str | None = None) -> Subject:
         model = unwrapped(model)
         names = {name: name for name in model.state_dict()}
         return _ModuleSubject(model, names, None, "", device)
-    raise ValueError(f"model: want a torch module or a retrain.Chain, got {type(model).__name__}")
+    raise ValueError(f"model: got {type(model).__name__}, want a torch module or a retrain.Chain")
 
 
 def check_device(device: str) -> None:

@@ -83,7 +83,7 @@ class Chain:
         default: tuple[Follows, ...] = (*[relu] * (len(weights) - 1), "linear")
         object.__setattr__(self, "follows", tuple(self.follows) or default)
         if not weights:
-            raise ValueError("weights: want at least one layer, got none")
+            raise ValueError("weights: got none, want at least one layer")
         if not len(weights) == len(self.biases) == len(self.follows):
             raise ValueError(
                 f"biases, follows: want {len(weights)} entries, one a layer, "
@@ -93,14 +93,14 @@ class Chain:
             xp = array_namespace(weight)
             if weight.ndim != 2 or 0 in weight.shape:
                 raise ValueError(
-                    f"weights: layer {index}: want a matrix, got {tuple(weight.shape)}"
+                    f"weights: layer {index}: got {tuple(weight.shape)}, want a matrix"
                 )
             if weight.dtype not in (xp.float32, xp.float64):
-                raise ValueError(f"weights: layer {index}: want float32 or 64, got {weight.dtype}")
+                raise ValueError(f"weights: layer {index}: got {weight.dtype}, want float32 or 64")
             if not bool(xp.all(xp.isfinite(weight))):
                 raise ValueError(f"weights: layer {index} has NaN or infinite entries")
             if self.follows[index] not in ("relu", "linear"):
-                raise ValueError(f"follows: want 'relu' or 'linear', got {self.follows[index]!r}")
+                raise ValueError(f"follows: got {self.follows[index]!r}, want 'relu' or 'linear'")
             if index and self.shape(index)[0] != self.shape(index - 1)[1]:
                 raise ValueError(
                     f"weights: layer {index} takes {self.shape(index)[0]} inputs, "
@@ -277,7 +277,7 @@ def link_denormalise(chain: Chain, scales: np.ndarray) -> Chain:
         If there is not one scale per layer.
     """
     if len(scales) != len(chain):
-        raise ValueError(f"scales: want {len(chain)}, one a layer, got {len(scales)}")
+        raise ValueError(f"scales: got {len(scales)}, want {len(chain)}, one a layer")
     return _rescale(chain, 1 / np.asarray(scales))
 
 
@@ -335,7 +335,7 @@ class ChainStream:
         xp = array_namespace(inputs)
         want = chain.shape(0)[0]
         if inputs.ndim != 2 or inputs.shape[0] == 0 or inputs.shape[1] != want:
-            raise ValueError(f"data: want (n_samples, {want}), got shape {tuple(inputs.shape)}")
+            raise ValueError(f"data: got shape {tuple(inputs.shape)}, want (n_samples, {want})")
         if not bool(xp.all(xp.isfinite(inputs))):
             raise ValueError("data: has NaN or infinite entries")
         self.dense = chain
@@ -478,7 +478,7 @@ class ChainStream:
         index = self._index(name)
         old = self.chain.weights[index]
         if tuple(weight.shape) != tuple(old.shape):
-            raise ValueError(f"weight: want {tuple(old.shape)}, got {tuple(weight.shape)}")
+            raise ValueError(f"weight: got {tuple(weight.shape)}, want {tuple(old.shape)}")
         weights = list(self.chain.weights)
         weights[index] = array_namespace(old).astype(weight, old.dtype)
         self.chain = replace(self.chain, weights=tuple(weights))

@@ -71,7 +71,7 @@ def _truncate(weights: Mapping[str, nn.Parameter], count: int) -> None:
     size = sum(sizes)
     if not 0 <= count <= size:
         raise ValueError(
-            f"count: 0 to {size} of the weights of {', '.join(weights)} were wanted, not {count}"
+            f"count: got {count}, want 0 to {size} of the weights of {', '.join(weights)}"
         )
     for name, parameter in weights.items():
         if not bool(parameter.isfinite().all()):

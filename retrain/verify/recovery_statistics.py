@@ -60,9 +60,9 @@ def sample_size(sparsity: int, n_in: int, mu: float) -> int:
         If ``1 <= sparsity <= n_in`` or ``mu > 1`` fails.
     """
     if not 1 <= sparsity <= n_in:
-        raise ValueError(f"sparsity: want 1 to n_in = {n_in}, got {sparsity}")
+        raise ValueError(f"sparsity: got {sparsity}, want 1 to n_in = {n_in}")
     if not (mu > 1 and math.isfinite(mu)):
-        raise ValueError(f"mu: want a number > 1, got {mu!r}")
+        raise ValueError(f"mu: got {mu!r}, want a number > 1")
     return math.ceil((11 * sparsity + 7) * mu * math.log(n_in))
 
 
@@ -94,7 +94,7 @@ def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> tuple[f
 def sparse_weights(n_in: int, sparsity: int, rng: np.random.Generator) -> np.ndarray:
     """Draw weights with a random support of the given size and standard normal entries on it."""
     if not 1 <= sparsity <= n_in:
-        raise ValueError(f"sparsity: want 1 to n_in = {n_in}, got {sparsity}")
+        raise ValueError(f"sparsity: got {sparsity}, want 1 to n_in = {n_in}")
     weight = np.zeros(n_in)
     weight[rng.choice(n_in, sparsity, replace=False)] = rng.standard_normal(sparsity)
     return weight
@@ -127,7 +127,7 @@ def monte_carlo(
         joblib workers, each with one linear algebra thread.
     """
     if samples < 1 or trials < 1:
-        raise ValueError(f"samples, trials: want at least 1, got {samples} and {trials}")
+        raise ValueError(f"samples, trials: got {samples} and {trials}, want at least 1")
     root = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
     outcomes = workers(jobs)(
         joblib.delayed(_trial)(n_in, tuple(sparsities), samples, child)
@@ -195,7 +195,7 @@ def statistical_dimension(fraction: float) -> float:
     Amelunxen et al., Living on the edge (2014), proposition 4.5 and theorem II.
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction: want 0 < s/N <= 1, got {fraction!r}")
+        raise ValueError(f"fraction: got {fraction!r}, want 0 < s/N <= 1")
 
     def bound(tau: float) -> float:
         tail = 2 * ((1 + tau**2) * norm.sf(tau) - tau * norm.pdf(tau))

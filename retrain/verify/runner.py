@@ -135,7 +135,7 @@ def run(
         If an argument is malformed or another run is at work in `out`.
     """
     if level not in ("quick", "full"):
-        raise ValueError(f"level: want 'quick' or 'full', got {level!r}")
+        raise ValueError(f"level: got {level!r}, want 'quick' or 'full'")
     check_parallel(jobs, None, seed)
     check_out(out)
     chosen = select(names, among)

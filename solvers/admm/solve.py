@@ -184,9 +184,9 @@ def check_limits(tolerance: float, violation_tolerance: float, max_iterations: i
     """Raise ValueError for limits that no solve can meet."""
     for name, value in (("tolerance", tolerance), ("violation_tolerance", violation_tolerance)):
         if not value > 0:
-            raise ValueError(f"{name}: want a positive number, got {value!r}")
+            raise ValueError(f"{name}: got {value!r}, want a positive number")
     if max_iterations < 1:
-        raise ValueError(f"max_iterations: want at least 1, got {max_iterations!r}")
+        raise ValueError(f"max_iterations: got {max_iterations!r}, want at least 1")
 
 
 def check_factor(program: Program, factor: Factor | None) -> None:

@@ -145,7 +145,7 @@ def solve_newton(
             "solves one by one; use solve_admm"
         )
     if threads < 1:
-        raise ValueError(f"threads: want at least 1, got {threads!r}")
+        raise ValueError(f"threads: got {threads!r}, want at least 1")
     limits = (tolerance, violation_tolerance)
     check_limits(tolerance, violation_tolerance, max_iterations)
     check_factor(program, factor)

@@ -304,7 +304,7 @@ def prune_greedy_to_tolerance(
         If the tolerance is negative or NaN, or a Hessian singular to working precision.
     """
     if not tolerance >= 0.0:
-        raise ValueError(f"tolerance: wanted a number >= 0, got {tolerance!r}")
+        raise ValueError(f"tolerance: got {tolerance!r}, want a number >= 0")
     path = removal_path(problem, damping=damping, threads=threads)
     kept = path_support(problem, path, allocate_to_loss(path, tolerance**2).removed)
     weight = refit_weight(in_numpy(problem), kept, refit_damping, threads)

@@ -57,10 +57,10 @@ def add_rows(state: HessianSum | None, inputs: Array) -> HessianSum:
     """
     xp = array_namespace(inputs)
     if inputs.ndim != 2:
-        raise ValueError(f"inputs: wanted shape (rows, n_in), got {tuple(inputs.shape)}")
+        raise ValueError(f"inputs: got {tuple(inputs.shape)}, want shape (rows, n_in)")
     if state is not None and inputs.shape[1] != state.total.shape[0]:
         raise ValueError(
-            f"inputs: wanted {state.total.shape[0]} columns as before, got {inputs.shape[1]}"
+            f"inputs: got {inputs.shape[1]}, want {state.total.shape[0]} columns as before"
         )
     rows = xp.astype(inputs, xp.float64)
     product = rows.T @ rows
@@ -127,7 +127,7 @@ def decoupled(hessian: Array, damping: float) -> Array:
         If the damping is negative or not finite.
     """
     if not 0.0 <= damping < float("inf"):
-        raise ValueError(f"damping: wanted a fraction >= 0 of the mean diagonal, got {damping!r}")
+        raise ValueError(f"damping: got {damping!r}, want a fraction >= 0 of the mean diagonal")
     xp = array_namespace(hessian)
     diagonal = xp.linalg.diagonal(hessian)
     dead = diagonal == 0
@@ -215,7 +215,7 @@ def inverse_recursion(batches: Iterable[np.ndarray], count: int, alpha: float) -
     P <- P - P x x^T P / (n + x^T P x).
     """
     if not 0.0 < alpha < float("inf"):
-        raise ValueError(f"alpha: wanted a positive number, got {alpha!r}")
+        raise ValueError(f"alpha: got {alpha!r}, want a positive number")
     inverse: np.ndarray | None = None
     seen = 0
     for batch in batches:

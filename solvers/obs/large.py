@@ -86,10 +86,10 @@ def admm_support(
     Meng, Behdin, Wang, Mazumder (NeurIPS 2024), ALPS: the splitting and the growth of rho.
     """
     if dtype not in ("float32", "float64"):
-        raise ValueError(f"dtype: wanted 'float32' or 'float64', got {dtype!r}")
+        raise ValueError(f"dtype: got {dtype!r}, want 'float32' or 'float64'")
     for name, value in (("rho", rho), ("pace", pace)):
         if not 0.0 < value < float("inf"):
-            raise ValueError(f"{name}: wanted a positive number, got {value!r}")
+            raise ValueError(f"{name}: got {value!r}, want a positive number")
     xp = array_namespace(problem.weight)
     working = getattr(xp, dtype)
     hessian = decoupled(problem.hessian, damping)

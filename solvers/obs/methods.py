@@ -48,7 +48,7 @@ def prune(problem: LayerProblem, pattern: Pattern, method: str, *, threads: int 
         If there is no such method, it does not support the pattern, or it raises.
     """
     if method not in METHODS:
-        raise ValueError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(f"method: got {method!r}, want one of {', '.join(METHODS)}")
     require(pattern, METHODS[method].patterns, method)
     return METHODS[method].run(problem, pattern, threads)
 

@@ -68,7 +68,7 @@ def sensitivities(
     if inverse is None:
         inverse = inverse_cholesky(decoupled(arrays.hessian, damping))
     if inverse.shape != arrays.hessian.shape or not np.all(np.diagonal(inverse) > 0):
-        raise ValueError(f"inverse: wanted a positive definite {arrays.hessian.shape} matrix")
+        raise ValueError(f"inverse: want a positive definite {arrays.hessian.shape} matrix")
     saliency = 0.5 * arrays.weight**2 / np.diagonal(inverse)[:, None]
     saliency[np.diagonal(arrays.hessian) == 0] = 0.0
     saliency[~arrays.prunable] = np.inf
@@ -145,7 +145,7 @@ def prune_to_tolerance(
     there may be several such counts.
     """
     if not tolerance >= 0.0:
-        raise ValueError(f"tolerance: wanted a number >= 0, got {tolerance!r}")
+        raise ValueError(f"tolerance: got {tolerance!r}, want a number >= 0")
     known = sensitivities(problem, damping=damping)
     arrays = in_numpy(problem)
     least = per_layer_count(0)

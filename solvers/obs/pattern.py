@@ -78,7 +78,7 @@ def per_layer(sparsity: float) -> Pattern:
 def per_layer_count(count: int) -> Pattern:
     """Remove exactly `count` weights of the matrix, wherever it costs least."""
     if isinstance(count, bool) or int(count) != count or count < 0:
-        raise ValueError(f"count: wanted a whole number of weights >= 0, got {count!r}")
+        raise ValueError(f"count: got {count!r}, want a whole number of weights >= 0")
     return Pattern("layer", count=int(count))
 
 
@@ -94,7 +94,7 @@ def n_of_m(keep: int, group: int) -> Pattern:
     """
     whole = all(int(v) == v and not isinstance(v, bool) for v in (keep, group))
     if not whole or not 0 <= keep <= group or group < 1:
-        raise ValueError(f"n_of_m: wanted whole 0 <= N <= M, M >= 1, got {keep!r}:{group!r}")
+        raise ValueError(f"n_of_m: got {keep!r}:{group!r}, want whole 0 <= N <= M, M >= 1")
     return Pattern("n:m", keep=int(keep), group=int(group))
 
 
@@ -121,7 +121,7 @@ def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
         if sparsity is not None:
             raise ValueError(f"sparsity: {text} fixes it; got {sparsity} as well")
         return n_of_m(int(left), int(right))
-    raise ValueError(f"pattern: wanted layer, unit, inputs or N:M, got {text!r}")
+    raise ValueError(f"pattern: got {text!r}, want layer, unit, inputs or N:M")
 
 
 def require(pattern: Pattern, supported: Iterable[Kind], method: str) -> None:
@@ -242,5 +242,5 @@ def _order_statistic(lines: Array, position: int) -> Array:
 def _fraction(sparsity: float) -> float:
     """Check a sparsity."""
     if not 0.0 <= sparsity <= 1.0:  # a NaN fails, too
-        raise ValueError(f"sparsity: wanted a fraction in [0, 1], got {sparsity!r}")
+        raise ValueError(f"sparsity: got {sparsity!r}, want a fraction in [0, 1]")
     return float(sparsity)

@@ -123,20 +123,20 @@ def layer_problem(
     """
     xp = array_namespace(weight, hessian)
     if weight.ndim != 2 or 0 in weight.shape:
-        raise ValueError(f"weight: wanted shape (n_in, n_out), no 0, got {tuple(weight.shape)}")
+        raise ValueError(f"weight: got {tuple(weight.shape)}, want shape (n_in, n_out), no 0")
     n_in = int(weight.shape[0])
     if tuple(hessian.shape) != (n_in, n_in):
-        raise ValueError(f"hessian: wanted shape {(n_in, n_in)}, got {tuple(hessian.shape)}")
+        raise ValueError(f"hessian: got {tuple(hessian.shape)}, want shape {(n_in, n_in)}")
     hessian = xp.astype(hessian, xp.float64)
     for name, value in (("weight", weight), ("hessian", hessian)):
         if not bool(xp.all(xp.isfinite(value))):
             raise ValueError(f"{name}: has entries that are not finite")
     diagonal = xp.linalg.diagonal(hessian)
     if bool(xp.any(diagonal < 0)):
-        raise ValueError("hessian: has a negative diagonal; wanted (1/n) X^T X")
+        raise ValueError("hessian: has a negative diagonal; want (1/n) X^T X")
     scale = float(xp.max(xp.abs(hessian)))
     if float(xp.max(xp.abs(hessian - hessian.T))) > 1e-6 * scale:
-        raise ValueError("hessian: is not symmetric; wanted (1/n) X^T X")
+        raise ValueError("hessian: is not symmetric; want (1/n) X^T X")
     hessian = 0.5 * (hessian + hessian.T)
     if bool(xp.any(hessian[diagonal == 0, :] != 0)):
         raise ValueError("hessian: a zero on the diagonal has entries beside it; not (1/n) X^T X")

@@ -40,7 +40,7 @@ def check_support(problem: LayerProblem, kept: Array) -> np.ndarray:
     support = to_numpy(kept)
     if support.shape != tuple(problem.weight.shape) or support.dtype != np.bool_:
         raise ValueError(
-            f"kept: wanted bool {tuple(problem.weight.shape)}, got {support.dtype} {support.shape}"
+            f"kept: got {support.dtype} {support.shape}, want bool {tuple(problem.weight.shape)}"
         )
     if np.any(support & ~to_numpy(problem.allowed)):
         raise ValueError("kept: keeps a weight that the problem does not allow")

@@ -69,7 +69,7 @@ def prune_sweep(
     """
     require(pattern, ("layer", "unit", "n:m"), "prune_sweep")
     if block < 1:
-        raise ValueError(f"block: wanted at least 1, got {block}")
+        raise ValueError(f"block: got {block}, want at least 1")
     xp = array_namespace(problem.weight)
     where = device_of(problem.weight)
     factor = xp.asarray(

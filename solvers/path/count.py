@@ -99,7 +99,7 @@ def solve_count(
     total = len(counted) * program.shape[2]
     held = held_zeros(program, counted)
     if not held <= zeros <= total:
-        raise ValueError(f"zeros: want a count from {held} to {total}, got {zeros!r}")
+        raise ValueError(f"zeros: got {zeros!r}, want a count from {held} to {total}")
     limits = (tolerance, tolerance if violation_tolerance is None else violation_tolerance)
     factor = prepare(program.inputs)
     search = _Search(counted, limits, factor, solve, options)

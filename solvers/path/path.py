@@ -91,7 +91,7 @@ def solve_path(
         If `values` is empty, or one of them is no radius or no fit weight.
     """
     if not len(values):
-        raise ValueError("values: want at least one epsilon or fit weight, got none")
+        raise ValueError("values: got none, want at least one epsilon or fit weight")
     factor = prepare(program.inputs)
     points: list[PathPoint] = []
     for value in values:

@@ -161,4 +161,4 @@ def _strided(inputs: Tensor, stride: int) -> Tensor:
 def _check_counts(least: int = 0, **counts: int) -> None:
     for name, count in counts.items():
         if type(count) is not int or count < least:
-            raise ValueError(f"{name}: want a whole number >= {least}, got {count!r}")
+            raise ValueError(f"{name}: got {count!r}, want a whole number >= {least}")

@@ -137,7 +137,7 @@ def read_chain(
         If the tensors are not those of dense layers, make no chain, or make several.
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"activation: got {activation!r}, want one of {', '.join(ACTIVATIONS)}")
     shapes = _layer_shapes(tensors)
     order = _order(shapes, ordered)
     layers, names = [], {}
@@ -165,7 +165,7 @@ def _layer_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
                 f"neither a dense layer's weight nor its bias; {WAY_OUT}"
             )
         if tensor.dtype not in FLOATS:
-            raise ValueError(f"model: {name!r} is of type {tensor.dtype}, wanted real weights")
+            raise ValueError(f"model: {name!r} is of type {tensor.dtype}, want real weights")
         if leaf == "weight":
             n_out, n_in = tensor.shape
             if not n_out or not n_in:
@@ -175,7 +175,7 @@ def _layer_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
         prefix, _, leaf = name.rpartition(".")
         if leaf == "bias" and (prefix not in shapes or len(tensor) != shapes[prefix][1]):
             wanted = f"{shapes[prefix][1]} entries" if prefix in shapes else "a weight beside it"
-            raise ValueError(f"model: {name!r} has {len(tensor)} entries, wanted {wanted}")
+            raise ValueError(f"model: {name!r} has {len(tensor)} entries, want {wanted}")
     return shapes
 
 

@@ -213,7 +213,7 @@ def _build(description: Any, name: str, depth: int, budget: list[int]) -> nn.Mod
         raise ValueError(f"description: more than {_DEEPEST} levels or {_MOST} modules at {name}")
     if not isinstance(description, Mapping) or not isinstance(description.get("kind"), str):
         raise ValueError(
-            f"description: {name}: want an object with a kind, got {description!r:.80}"
+            f"description: {name}: got {description!r:.80}, want an object with a kind"
         )
     kind = description["kind"]
     if kind in _CONTAINERS:
@@ -264,7 +264,7 @@ def _value(value: Any, name: str) -> Any:
         return tuple(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ValueError(f"description: {name}: want a number, a word or a list, got {value!r:.80}")
+    raise ValueError(f"description: {name}: got {value!r:.80}, want a number, a word or a list")
 
 
 def _check_keys(description: Mapping[str, Any], known: set[str], name: str) -> None:

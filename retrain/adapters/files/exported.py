@@ -122,7 +122,7 @@ def _linear(
     for key in found:
         tensor = state[str(key)].detach().cpu()
         if tensor.dtype not in FLOATS:
-            raise ValueError(f"model: {key!r} is of type {tensor.dtype}, wanted real weights")
+            raise ValueError(f"model: {key!r} is of type {tensor.dtype}, want real weights")
         tensors[str(key)] = tensor
     n_out, n_in = tensors[f"{name}.weight"].shape
     return DenseLayer(name, (n_in, n_out), len(found) == 2, tensors[f"{name}.weight"].dtype, "none")

@@ -182,7 +182,7 @@ def made_module(arch: str) -> nn.Module:
     """
     module = call_factory(arch, "arch")
     if not isinstance(module, nn.Module):
-        raise ValueError(f"arch: {arch!r} returned a {type(module).__name__}, wanted a module")
+        raise ValueError(f"arch: {arch!r} returned a {type(module).__name__}, want a module")
     return unwrapped(module)
 
 

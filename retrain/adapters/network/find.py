@@ -124,7 +124,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         (pruning masks, weight norm), or cannot be copied.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model: got a {type(model).__name__}, wanted a torch module")
+        raise ValueError(f"model: got a {type(model).__name__}, want a torch module")
     model = unwrapped(model)
     check_plain_weights(model)
     if kind_of(model) is not None:

@@ -87,7 +87,7 @@ class TorchStream:
         device: str | torch.device | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, wanted a positive number")
+            raise ValueError(f"batch_size: got {batch_size}, want a positive number")
         self._data: Data = as_data(data)
         given = evaluation_copy(model)
         parameters = list(given.parameters())
@@ -266,7 +266,7 @@ class TorchStream:
             rows = np.asarray(rows)
             count = self.count(name)
             if rows.ndim != 1 or rows.dtype.kind not in "iu" or (np.diff(rows) <= 0).any():
-                raise ValueError("rows: wanted different row numbers in increasing order")
+                raise ValueError("rows: want different row numbers in increasing order")
             if rows.size and (rows[0] < 0 or rows[-1] >= count):
                 raise ValueError(f"rows: got {rows[0]} to {rows[-1]}, layer {name!r} has {count}")
         return self._batches(spec, group, rows)

@@ -108,11 +108,11 @@ class LobsOptions:
             raise ValueError(f"pattern: {self.method} does {kinds}; got {self.pattern!r}")
         if self.damping is not None:
             if not (0 <= self.damping < math.inf):
-                raise ValueError(f"damping: want a finite fraction >= 0, got {self.damping!r}")
+                raise ValueError(f"damping: got {self.damping!r}, want a finite fraction >= 0")
             if self.method == "best":
                 raise ValueError("damping: the method 'best' has its own; want none")
         if not self.memory > 0:
-            raise ValueError(f"memory: want a positive number, got {self.memory!r}")
+            raise ValueError(f"memory: got {self.memory!r}, want a positive number")
         check_parallel(self.jobs, self.threads, self.seed)
         if self.jobs > 1 and self.calibration != "dense":
             raise ValueError(f"jobs: {self.calibration} calibration takes layers one by one")
@@ -214,9 +214,9 @@ def check_stages(stages: int) -> None:
         If it is not from 1 to 1000.
     """
     if stages < 1:
-        raise ValueError(f"stages: want at least 1, got {stages!r}")
+        raise ValueError(f"stages: got {stages!r}, want at least 1")
     if stages > _MOST_STAGES:
-        raise ValueError(f"stages: want at most {_MOST_STAGES}, got {stages!r}")
+        raise ValueError(f"stages: got {stages!r}, want at most {_MOST_STAGES}")
 
 
 def stage_amounts(amount: Amount | Sequence[Amount], stages: int | None) -> list[Amount]:
@@ -268,4 +268,4 @@ def stage_amounts(amount: Amount | Sequence[Amount], stages: int | None) -> list
 def _one_of(argument: str, value: str, known: Iterable[str]) -> None:
     known = tuple(known)
     if value not in known:
-        raise ValueError(f"{argument}: want one of {', '.join(known)}, got {value!r}")
+        raise ValueError(f"{argument}: got {value!r}, want one of {', '.join(known)}")

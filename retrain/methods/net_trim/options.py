@@ -105,34 +105,34 @@ class NetTrimOptions:
 
     def __post_init__(self) -> None:
         if self.scheme not in ("cascade", "parallel"):
-            raise ValueError(f"scheme: want 'cascade' or 'parallel', got {self.scheme!r}")
+            raise ValueError(f"scheme: got {self.scheme!r}, want 'cascade' or 'parallel'")
         if self.form not in ("constrained", "regularised"):
-            raise ValueError(f"form: want 'constrained' or 'regularised', got {self.form!r}")
+            raise ValueError(f"form: got {self.form!r}, want 'constrained' or 'regularised'")
         if (self.epsilon is None) == (self.relative_epsilon is None):
             raise ValueError("epsilon, relative_epsilon: want exactly one of the two")
         for name in ("epsilon", "relative_epsilon"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: want a finite number >= 0, got {value!r}")
+                raise ValueError(f"{name}: got {value!r}, want a finite number >= 0")
         check_amount("sparsity", self.sparsity, 1.0)
         if self.sparsity is not None and self.epsilon is not None:
             raise ValueError("epsilon: a sparsity finds its own; want one of the two")
         if not (self.inflation >= 1 and math.isfinite(self.inflation)):
-            raise ValueError(f"inflation: want a finite number >= 1, got {self.inflation!r}")
+            raise ValueError(f"inflation: got {self.inflation!r}, want a finite number >= 1")
         if self.fit_weight is not None:
             if self.form == "constrained":
                 raise ValueError("fit_weight: belongs to the regularised form; set form too")
             if not (self.fit_weight > 0 and math.isfinite(self.fit_weight)):
-                raise ValueError(f"fit_weight: want a positive number, got {self.fit_weight!r}")
+                raise ValueError(f"fit_weight: got {self.fit_weight!r}, want a positive number")
         if self.form == "regularised" and not self.penalty.separable:
             raise ValueError(
                 f"penalty: the {self.penalty.name} penalty couples the units, which the "
                 "regularised form solves one by one; use the constrained form"
             )
         if self.zeros not in ("stay", "free"):
-            raise ValueError(f"zeros: want 'stay' or 'free', got {self.zeros!r}")
+            raise ValueError(f"zeros: got {self.zeros!r}, want 'stay' or 'free'")
         if self.solver not in ("auto", "admm", "newton"):
-            raise ValueError(f"solver: want 'auto', 'admm' or 'newton', got {self.solver!r}")
+            raise ValueError(f"solver: got {self.solver!r}, want 'auto', 'admm' or 'newton'")
         if self.solver == "newton" and not self.penalty.separable:
             raise ValueError(
                 f"solver: newton solves the units one by one, which the {self.penalty.name} "
@@ -146,11 +146,11 @@ class NetTrimOptions:
         for name in ("tolerance", "violation_tolerance", "memory"):
             value = getattr(self, name)
             if not (isinstance(value, float | int) and value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}: want a positive finite number, got {value!r}")
+                raise ValueError(f"{name}: got {value!r}, want a positive finite number")
         if self.max_iterations < 1:
-            raise ValueError(f"max_iterations: want at least 1, got {self.max_iterations!r}")
+            raise ValueError(f"max_iterations: got {self.max_iterations!r}, want at least 1")
         if self.max_iterations >= 2**31:  # the kernels count in fixed widths
-            raise ValueError(f"max_iterations: want less than 2^31, got {self.max_iterations!r}")
+            raise ValueError(f"max_iterations: got {self.max_iterations!r}, want less than 2^31")
         check_parallel(self.jobs, self.threads, self.seed)
 
     @property

@@ -32,7 +32,7 @@ def dense_network(
         If there is no layer to gate.
     """
     if layers < 2:
-        raise ValueError(f"layers: 2 or more were wanted, not {layers}: the first is not gated")
+        raise ValueError(f"layers: got {layers}: the first is not gated, want 2 or more")
     modules: list[tuple[str, nn.Module]] = [
         ("flatten", nn.Flatten()),
         ("layer1", nn.Linear(inputs, width)),
@@ -56,7 +56,7 @@ def deep_lenet(layers: int = 10) -> nn.Module:
         If `layers` is odd, or below 4.
     """
     if layers < 4 or layers % 2:
-        raise ValueError(f"layers: an even number, 4 or more, was wanted, not {layers}")
+        raise ValueError(f"layers: got {layers}, want an even number, 4 or more,")
     half = layers // 2
     modules: list[tuple[str, nn.Module]] = []
     for stage, (n_in, n_out) in enumerate(((1, 6), (6, 16)), 1):
@@ -145,7 +145,7 @@ def resnet_cifar(
     """
     blocks, rest = divmod(depth - 2, 6)
     if blocks < 1 or rest:
-        raise ValueError(f"depth: 6 n + 2 with n at least 1 was wanted, not {depth}")
+        raise ValueError(f"depth: got {depth}, want 6 n + 2 with n at least 1")
     make = _chosen("kind", kind, BASIC_BLOCKS)
     skips = _chosen("skip", skip, {"padded": padded, "pointwise": pointwise})
     modules: list[tuple[str, nn.Module]] = [
@@ -262,5 +262,5 @@ def _he(model: nn.Module) -> nn.Module:
 
 def _chosen(argument: str, name: str, among: dict[str, Callable]) -> Callable:
     if name not in among:
-        raise ValueError(f"{argument}: one of {', '.join(among)} was wanted, not {name!r}")
+        raise ValueError(f"{argument}: got {name!r}, want one of {', '.join(among)}")
     return among[name]

@@ -155,7 +155,7 @@ def padded(in_channels: int, out_channels: int, stride: int = 1) -> nn.Module:
     extra = out_channels - in_channels
     if extra < 0:
         raise ValueError(
-            f"out_channels: {in_channels} or more were wanted, not {out_channels}: a skip that "
+            f"out_channels: got {out_channels}, want {in_channels} or more: a skip that "
             f"pads cannot drop channels"
         )
     return PadChannels(extra // 2, extra - extra // 2, stride)

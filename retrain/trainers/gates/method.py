@@ -125,8 +125,8 @@ class Gates:
             _check(f"factors.{pattern}", factor, factor > 0, "a number above 0")
         if self.power and self.theta_optimizer != "sgd":
             raise ValueError(
-                f"theta_optimizer: 'sgd' was wanted with Robbins-Monro steps (power "
-                f"{self.power}), not {self.theta_optimizer!r}"
+                f"theta_optimizer: got {self.theta_optimizer!r}, want 'sgd' with Robbins-Monro "
+                f"steps (power {self.power})"
             )
 
     def start(self, model: nn.Module, setting: Setting) -> Training:
@@ -146,8 +146,8 @@ class Gates:
             )
         if self.fine_tune_epochs >= max(setting.epochs, 1):
             raise ValueError(
-                f"fine_tune_epochs: fewer than the training's {setting.epochs} epochs were wanted, "
-                f"not {self.fine_tune_epochs}"
+                f"fine_tune_epochs: got {self.fine_tune_epochs}, want fewer than the training's "
+                f"{setting.epochs} epochs"
             )
         if self.fine_tune_rate is not None and setting.schedule is not None:
             raise ValueError("fine_tune_rate: cannot be set beside a schedule of learning rates")
@@ -385,14 +385,14 @@ def _check_plain_sgd(optimizer: Optimizer, setting: Setting) -> None:
 
 def _check(name: str, value: float, holds: bool, wanted: str) -> None:
     if not (isinstance(value, int | float) and math.isfinite(value) and holds):
-        raise ValueError(f"{name}: {wanted} was wanted, not {value!r}")
+        raise ValueError(f"{name}: got {value!r}, want {wanted}")
 
 
 def _check_count(name: str, value: Any, least: int) -> None:
     if type(value) is not int or value < least:
-        raise ValueError(f"{name}: a whole number, {least} or more, was wanted, not {value!r}")
+        raise ValueError(f"{name}: got {value!r}, want a whole number, {least} or more,")
 
 
 def _check_choice(name: str, value: Any, among: tuple[str, ...]) -> None:
     if value not in among:
-        raise ValueError(f"{name}: one of {', '.join(among)} was wanted, not {value!r}")
+        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(among)}")

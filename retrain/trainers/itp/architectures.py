@@ -44,7 +44,7 @@ def vgg_like(classes: int = 10, dropout: tuple[float, ...] = (0.2, 0.3, 0.4)) ->
         After the convolutions 2, 4 and 6. The paper does not give them; these are from its code.
     """
     if len(dropout) != 3:
-        raise ValueError(f"dropout: three shares were wanted, not {dropout}")
+        raise ValueError(f"dropout: got {dropout}, want three shares")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = 3
     for index, width in enumerate((32, 32, 64, 64, 128, 128), 1):

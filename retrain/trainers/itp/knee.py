@@ -97,5 +97,5 @@ def _too_few(front: Sequence[Outcome]) -> Knee:
     return Knee(
         None,
         float("nan"),
-        f"no knee: {len(front)} trained networks are on the front, and 3 or more were wanted",
+        f"no knee: got {len(front)} trained networks on the front, want 3 or more",
     )

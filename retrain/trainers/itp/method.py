@@ -85,24 +85,24 @@ class Itp:
         for key, kind in (("pruning", Pruning), ("zeros", Zeros), ("descent", Descent)):
             if getattr(self, key) not in get_args(kind):
                 wanted = ", ".join(map(repr, get_args(kind)))
-                raise ValueError(f"{key}: one of {wanted} was wanted, not {getattr(self, key)!r}")
+                raise ValueError(f"{key}: got {getattr(self, key)!r}, want one of {wanted}")
         for key in ("threshold", "l2", "decay"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise ValueError(
-                    f"{key}: a finite number, 0 or more, was wanted, not {getattr(self, key)}"
+                    f"{key}: got {getattr(self, key)}, want a finite number, 0 or more,"
                 )
         if self.descent == "weighted":
             if self.trade_off is None or not 0 <= self.trade_off < float("inf"):
                 raise ValueError(
-                    f"trade_off: a finite number, 0 or more, was wanted for weighted descent, not "
-                    f"{self.trade_off}"
+                    f"trade_off: got {self.trade_off}, want a finite number, 0 or more, for "
+                    f"weighted descent"
                 )
         elif self.trade_off is not None:
             raise ValueError(
                 "trade_off: multi-gradient descent chooses its own at every step; leave it out"
             )
         if isinstance(self.layers, str) or not self.layers:
-            raise ValueError(f"layers: a list of patterns was wanted, not {self.layers!r}")
+            raise ValueError(f"layers: got {self.layers!r}, want a list of patterns")
         Complexity((), self.power)
 
     def start(self, model: nn.Module, setting: Setting) -> Training:
@@ -142,7 +142,7 @@ class Itp:
         schedule = setting.make_schedule(optimizer)
         if self.decay > 0:
             if schedule is not None:
-                raise ValueError("decay: there is a [schedule] too; only one of them was wanted")
+                raise ValueError("decay: want there is a [schedule] too; only one of them")
             decay = time_decay(optimizer, self.decay)
             parts["decay"] = decay
             calls = replace(calls, after_step=(*calls.after_step, lambda step: decay.step()))

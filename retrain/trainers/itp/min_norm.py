@@ -50,7 +50,7 @@ def min_norm_weights(gram: np.ndarray) -> np.ndarray:
     """
     gram = np.asarray(gram, dtype=np.float64)
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.size == 0:
-        raise ValueError(f"gram: shape (q, q) with q >= 1 was wanted, not {gram.shape}")
+        raise ValueError(f"gram: got {gram.shape}, want shape (q, q) with q >= 1")
     if not np.isfinite(gram).all():
         raise FloatingPointError("gram: a gradient is NaN or infinite")
     lengths = np.sqrt(np.diag(gram))

@@ -39,7 +39,7 @@ class Complexity:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.power) and self.power > 0):
-            raise ValueError(f"power: a positive number was wanted, not {self.power}")
+            raise ValueError(f"power: got {self.power}, want a positive number")
 
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the complexity of `model`, a scalar with a gradient."""
@@ -85,14 +85,14 @@ def gradients(
 def convex_weight(trade_off: float) -> float:
     """Return the weight of the complexity in (7) that is as `trade_off` in (2): l / (1 + l)."""
     if trade_off < 0:
-        raise ValueError(f"trade_off: 0 or more was wanted, not {trade_off}")
+        raise ValueError(f"trade_off: got {trade_off}, want 0 or more")
     return trade_off / (1 + trade_off)
 
 
 def trade_off_of(weight: float) -> float:
     """Return the trade-off of (2) that is as the convex weight of (7): l / (1 - l)."""
     if not 0 <= weight < 1:
-        raise ValueError(f"weight: at least 0 and below 1 was wanted, not {weight}")
+        raise ValueError(f"weight: got {weight}, want at least 0 and below 1")
     return weight / (1 - weight)
 
 

@@ -19,7 +19,7 @@ def time_decay(optimizer: Optimizer, decay: float) -> LambdaLR:
         If `decay` is negative.
     """
     if not decay >= 0:
-        raise ValueError(f"decay: 0 or more was wanted, not {decay}")
+        raise ValueError(f"decay: got {decay}, want 0 or more")
     return LambdaLR(optimizer, lambda step: 1 / (1 + decay * step))
 
 
@@ -49,7 +49,7 @@ def sigmoid_drop(optimizer: Optimizer, setting: Setting, *, end: float = 0.1) ->
     Reiners, Klamroth, Stiglmayr (2020), section 6.1, figure 3 (0.001 to 0.0001, K = 125).
     """
     if not 0 < end <= 1:
-        raise ValueError(f"end: above 0 and at most 1 was wanted, not {end}")
+        raise ValueError(f"end: got {end}, want above 0 and at most 1")
 
     epochs = max(setting.epochs, 1)
 

@@ -167,11 +167,11 @@ def _by_levels(
     _check_weight(low)
     _check_weight(high)
     if not low < high:
-        raise ValueError(f"interval: lambda_1 < lambda_2 was wanted, not {low}, {high}")
+        raise ValueError(f"interval: got {low}, {high}, want lambda_1 < lambda_2")
     if levels < 1:
-        raise ValueError(f"levels: 1 or more were wanted, not {levels}")
+        raise ValueError(f"levels: got {levels}, want 1 or more")
     if budget < 2:
-        raise ValueError(f"budget: 2 trainings or more were wanted, not {budget}")
+        raise ValueError(f"budget: got {budget}, want 2 trainings or more")
     outcomes = train([low, high])
     for _ in range(levels - 1):
         proposed = propose(outcomes)[: budget - len(outcomes)]
@@ -244,4 +244,4 @@ def _near(weight: float, known: Sequence[float], closeness: float) -> list[float
 
 def _check_weight(weight: float) -> None:
     if not 0 <= weight < 1:
-        raise ValueError(f"weight: at least 0 and below 1 was wanted, not {weight}")
+        raise ValueError(f"weight: got {weight}, want at least 0 and below 1")

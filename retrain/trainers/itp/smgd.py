@@ -46,7 +46,7 @@ class MultiGradient(Optimizer):
 
     def __init__(self, params: Any, objectives: int, defaults: dict[str, Any]) -> None:
         if objectives < 1:
-            raise ValueError(f"objectives: 1 or more were wanted, not {objectives}")
+            raise ValueError(f"objectives: got {objectives}, want 1 or more")
         _positive("lr", defaults["lr"])
         super().__init__(params, defaults)
         self.objectives = objectives
@@ -74,26 +74,24 @@ class MultiGradient(Optimizer):
         """
         if not 1 <= objective < self.objectives:
             raise ValueError(
-                f"objective: 1 to {self.objectives - 1} was wanted (0 is in .grad), not {objective}"
+                f"objective: 1 to {self.objectives - 1} was want (0 is in .grad), not {objective}"
             )
         given, parameters = list(gradients), self.parameters()
         if len(given) != len(parameters):
             raise ValueError(
-                f"gradients: one for each of {len(parameters)} parameters was wanted, not "
-                f"{len(given)}"
+                f"gradients: got {len(given)}, want one for each of {len(parameters)} parameters"
             )
         for gradient, parameter in zip(given, parameters, strict=True):
             if gradient is not None and gradient.shape != parameter.shape:
                 raise ValueError(
-                    f"gradients: shape {tuple(parameter.shape)} was wanted, not "
-                    f"{tuple(gradient.shape)}"
+                    f"gradients: got shape {tuple(gradient.shape)}, want {tuple(parameter.shape)}"
                 )
         self._further[objective] = given
 
     def backward(self, losses: Sequence[Tensor]) -> None:
         """Compute the gradients of all objectives: the first's into ``.grad``, the others kept."""
         if len(losses) != self.objectives:
-            raise ValueError(f"losses: {self.objectives} were wanted, not {len(losses)}")
+            raise ValueError(f"losses: got {len(losses)}, want {self.objectives}")
         parameters = self.parameters()
         for objective, loss in enumerate(losses[1:], 1):
             self.set_gradients(
@@ -161,7 +159,7 @@ class MultiGradient(Optimizer):
         record = state_dict["trade_offs"]
         if record.shape[1] != self.objectives:
             raise ValueError(
-                f"state_dict: {self.objectives} objectives were wanted, not {record.shape[1]}"
+                f"state_dict: got {record.shape[1]}, want {self.objectives} objectives"
             )
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self.trade_offs = record.tolist()
@@ -316,9 +314,9 @@ def _buffer(state: dict[str, Any], key: str, parameter: Tensor) -> Tensor:
 
 def _positive(name: str, value: float) -> None:
     if not 0 < value < float("inf"):
-        raise ValueError(f"{name}: a positive number was wanted, not {value}")
+        raise ValueError(f"{name}: got {value}, want a positive number")
 
 
 def _fraction(name: str, value: float) -> None:
     if not 0 <= value < 1:
-        raise ValueError(f"{name}: at least 0 and below 1 was wanted, not {value}")
+        raise ValueError(f"{name}: got {value}, want at least 0 and below 1")

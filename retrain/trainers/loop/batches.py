@@ -191,7 +191,7 @@ def _cut(
     part: Part,
 ) -> Iterator[Batch]:
     if batch_size < 1:
-        raise ValueError(f"batch_size: 1 or more were wanted, not {batch_size}")
+        raise ValueError(f"batch_size: got {batch_size}, want 1 or more")
     count = len(inputs)
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
     whole = [rows for rows in order.split(batch_size) if len(rows) > 0]

@@ -114,7 +114,7 @@ def computation(
     if precision == "float32":
         return Computation(replicas=replicas, part=part)
     if precision not in HALVES:
-        raise ValueError(f"precision: want float32, bfloat16 or float16, got {precision!r}")
+        raise ValueError(f"precision: got {precision!r}, want float32, bfloat16 or float16")
     on_gpu = device.type == "cuda"
     if precision == "float16" and not on_gpu:
         raise ValueError("precision: float16 is for CUDA; use bfloat16 on a CPU")

@@ -54,7 +54,7 @@ class ImageFolder(Rows):
         if not folder.is_dir():
             raise FileNotFoundError(f"data: there is no folder {str(folder)!r}")
         if size < 1:
-            raise ValueError(f"size: want a whole number >= 1, got {size}")
+            raise ValueError(f"size: got {size}, want a whole number >= 1")
         self.folder, self.size = folder, size
         self.classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         found = [
@@ -76,7 +76,7 @@ class ImageFolder(Rows):
         self.mean, self.std = (torch.tensor(value).reshape(-1, 1, 1) for value in (mean, std))
         if self.mean.numel() not in (1, 3) or not bool((self.std > 0).all()):
             raise ValueError(
-                f"normalise: want one mean and one positive STD, or three of each, got {normalise}"
+                f"normalise: got {normalise}, want one mean and one positive STD, or three of each"
             )
         self.shape = (len(found), 3, size, size)
 

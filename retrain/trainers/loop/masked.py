@@ -144,8 +144,8 @@ def _check_masks(masks: Mapping[str, Tensor], model: nn.Module) -> None:
         shape = tuple(parameters[name].shape)
         if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise ValueError(
-                f"masks: {name!r} is {mask.dtype} of shape {tuple(mask.shape)}, but torch.bool of "
-                f"shape {shape} was wanted"
+                f"masks: {name!r}: got {mask.dtype} of shape {tuple(mask.shape)}, want torch.bool "
+                f"of shape {shape}"
             )
 
 

@@ -39,7 +39,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         If `device` is of another kind: its generator could not be put back.
     """
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: 'cpu' or 'cuda' was wanted, not {str(device)!r}")
+        raise ValueError(f"device: got {str(device)!r}, want 'cpu' or 'cuda'")
     on_gpu = device.type == "cuda"
     # torch.manual_seed would seed every device there is, also those that are not put back.
     with torch.random.fork_rng([device] if on_gpu else []):

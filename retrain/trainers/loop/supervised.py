@@ -177,7 +177,7 @@ def fit(
         looked at before its step: the parameters are then those that gave it.
     """
     if epochs < 0:
-        raise ValueError(f"epochs: 0 or more were wanted, not {epochs}")
+        raise ValueError(f"epochs: got {epochs}, want 0 or more")
     calls = callbacks or Callbacks()
     place = device_of(model)
     history: list[Epoch] = []

@@ -92,7 +92,7 @@ def check_not_negative(**values: float) -> None:
     """
     for name, value in values.items():
         if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name}: a finite number of at least 0 was wanted, not {value!r}")
+            raise ValueError(f"{name}: got {value!r}, want a finite number of at least 0")
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
@@ -108,7 +108,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             raise ValueError("NaN is not a number to compute with")
         return msgspec.convert(value, hint, strict=True)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"recipe: {where}: want {_say(hint)}, got {_shown(value)}") from error
+        raise ValueError(f"recipe: {where}: got {_shown(value)}, want {_say(hint)}") from error
 
 
 def _has_nan(value: Any) -> bool:

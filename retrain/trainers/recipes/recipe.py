@@ -121,9 +121,9 @@ class TrainingTable:
     def __post_init__(self) -> None:
         _at_least(0, epochs=self.epochs, seed=self.seed)
         if self.epochs > _MOST_EPOCHS:
-            raise ValueError(f"epochs: want at most {_MOST_EPOCHS}, got {self.epochs}")
+            raise ValueError(f"epochs: got {self.epochs}, want at most {_MOST_EPOCHS}")
         if self.seed >= 2**63:  # torch takes none beyond
-            raise ValueError(f"seed: want less than 2^63, got {self.seed}")
+            raise ValueError(f"seed: got {self.seed}, want less than 2^63")
         _at_least(1, batch_size=self.batch_size)
         if self.precision == "float16" and not self.device.startswith("cuda"):
             raise ValueError("precision: float16 is for CUDA; use bfloat16 on a CPU")
@@ -241,10 +241,10 @@ def parse_recipe(tables: Mapping[str, Any]) -> Recipe:
             raise ValueError(f"recipe: the table [{name}] is missing")
     for name in _TABLES:
         if not isinstance(tables.get(name, {}), Mapping):
-            raise ValueError(f"recipe: want a table [{name}], got {tables[name]!r:.80}")
+            raise ValueError(f"recipe: got {tables[name]!r:.80}, want a table [{name}]")
     title = tables.get("title", "")
     if not isinstance(title, str):
-        raise ValueError(f"recipe: title: want text, got {title!r:.80}")
+        raise ValueError(f"recipe: title: got {title!r:.80}, want text")
     recipe = Recipe(
         title,
         make_options(DataTable, tables["data"], "[data]"),
@@ -289,7 +289,7 @@ def _tables(path: Path, depth: int = 0) -> dict[str, Any]:
     if "base" not in tables:
         return tables
     if not isinstance(tables["base"], str) or depth == 8:
-        raise ValueError(f"recipe: base: want the name of a recipe, got {tables['base']!r:.80}")
+        raise ValueError(f"recipe: base: got {tables['base']!r:.80}, want the name of a recipe")
     beside = path.parent / tables["base"]
     base = _tables(beside if beside.is_file() else _find(tables["base"]), depth + 1)
     for key, value in tables.items():
@@ -347,7 +347,7 @@ def _model(table: Mapping[str, Any]) -> Named:
     factory = table["factory"]
     if not isinstance(factory, str) or ":" not in factory:
         raise ValueError(
-            f"recipe: [model] factory: want package.module:factory, got {factory!r:.80}"
+            f"recipe: [model] factory: got {factory!r:.80}, want package.module:factory"
         )
     return Named(factory, options)
 
@@ -365,4 +365,4 @@ def _named(table: Mapping[str, Any], known: Mapping[str, str], where: str) -> Na
 def _at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
-            raise ValueError(f"{name}: want a whole number >= {least}, got {value}")
+            raise ValueError(f"{name}: got {value}, want a whole number >= {least}")

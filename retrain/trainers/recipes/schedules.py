@@ -21,14 +21,14 @@ def cosine(
     """Half a cosine from the learning rate to `minimum` over `epochs`; by default all there are."""
     length = max(setting.epochs, 1) if epochs is None else epochs
     if length < 1:
-        raise ValueError(f"epochs: want 1 or more, got {length}")
+        raise ValueError(f"epochs: got {length}, want 1 or more")
     return CosineAnnealingLR(optimizer, length, minimum)
 
 
 def step(optimizer: Optimizer, setting: Setting, *, every: int, factor: float) -> LRScheduler:
     """Multiply by `factor` every so many epochs."""
     if every < 1:
-        raise ValueError(f"every: want 1 or more epochs, got {every}")
+        raise ValueError(f"every: got {every}, want 1 or more epochs")
     return StepLR(optimizer, every, factor)
 
 
@@ -49,5 +49,5 @@ def inverse(
 ) -> LRScheduler:
     """Divide by (1 + decay * epoch)^power: with 1/2 < power <= 1, steps of Robbins and Monro."""
     if decay < 0:
-        raise ValueError(f"decay: want a number >= 0, got {decay}")
+        raise ValueError(f"decay: got {decay}, want a number >= 0")
     return LambdaLR(optimizer, lambda epoch: (1 + decay * epoch) ** -power)

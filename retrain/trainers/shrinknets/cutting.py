@@ -39,7 +39,7 @@ def cut_neurons(neurons: Neurons, kept: Tensor, optimizer: Optimizer | None = No
         or the optimiser's state cannot be cut. Nothing has been changed then.
     """
     if len(kept) == 0:
-        raise ValueError(f"kept: at least one of {neurons.name} was wanted")
+        raise ValueError(f"kept: want at least one of {neurons.name}")
     cut(_pieces(neurons, kept), optimizer)
 
 

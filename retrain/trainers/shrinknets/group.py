@@ -72,7 +72,7 @@ def groups_of(
         As for `neurons_of`; if a name is not a layer's, or the outputs of the last layer are named.
     """
     if at not in get_args(Side):
-        raise ValueError(f"at: one of {', '.join(get_args(Side))} was wanted, not {at!r}")
+        raise ValueError(f"at: got {at!r}, want one of {', '.join(get_args(Side))}")
     groups = neurons_of(model)
     found = {}
     for neurons in groups:

@@ -98,10 +98,10 @@ class ShrinkNets:
         _check_common(self.strength, self.at)
         check_not_negative(weight_strength=self.weight_strength)
         if self.power not in POWERS:
-            raise ValueError(f"power: 1 or 2 was wanted, not {self.power!r}")
+            raise ValueError(f"power: got {self.power!r}, want 1 or 2")
         if self.removal not in get_args(Removal):
             choices = " or ".join(map(repr, get_args(Removal)))
-            raise ValueError(f"removal: {choices} was wanted, not {self.removal!r}")
+            raise ValueError(f"removal: got {self.removal!r}, want {choices}")
         SignVariance(self.inertia, self.threshold)
         object.__setattr__(self, "layers", _names(self.layers))
 
@@ -258,7 +258,7 @@ class GroupSparsity:
 def _check_common(strength: float, at: str) -> None:
     check_not_negative(strength=strength)
     if at not in get_args(Side):
-        raise ValueError(f"at: one of {', '.join(get_args(Side))} was wanted, not {at!r}")
+        raise ValueError(f"at: got {at!r}, want one of {', '.join(get_args(Side))}")
 
 
 def _names(layers: Any) -> tuple[str, ...] | None:
@@ -266,5 +266,5 @@ def _names(layers: Any) -> tuple[str, ...] | None:
     if layers is None:
         return None
     if isinstance(layers, str) or not all(isinstance(name, str) for name in layers) or not layers:
-        raise ValueError(f"layers: a list of at least one name was wanted, not {layers!r}")
+        raise ValueError(f"layers: got {layers!r}, want a list of at least one name")
     return tuple(layers)

@@ -99,8 +99,8 @@ def neurons_of(model: nn.Module) -> list[Neurons]:
     leaves = list(_leaves(model))
     if not isinstance(model, nn.Sequential) or not any(isinstance(m, LAYERS) for _, m in leaves):
         raise ValueError(
-            f"model: a Sequential with a dense or convolutional layer was wanted, not "
-            f"{type(model).__name__}"
+            f"model: got {type(model).__name__}, want a Sequential with a dense or convolutional "
+            f"layer"
         )
     if len({id(module) for _, module in leaves}) < len(leaves):
         raise ValueError("model: a module is used twice; its neurons cannot be told apart")
@@ -188,7 +188,7 @@ def _check_layer(name: str, layer: Layer) -> None:
         raise ValueError(f"model: layer {name!r} is parametrised; its weight cannot be cut")
     if not isinstance(layer, nn.Linear) and layer.groups != 1:
         raise ValueError(
-            f"model: layer {name!r} has {layer.groups} groups; 1 was wanted, since a channel of a "
+            f"model: layer {name!r} has {layer.groups} groups, want 1, since a channel of a "
             f"group cannot go alone"
         )
 
@@ -226,7 +226,7 @@ def with_switches(
         mixes neurons or, behind a switch, makes something else than 0 of 0; and as `neurons_of`.
     """
     if at not in get_args(Side):
-        raise ValueError(f"at: one of {', '.join(get_args(Side))} was wanted, not {at!r}")
+        raise ValueError(f"at: got {at!r}, want one of {', '.join(get_args(Side))}")
     copied = copy.deepcopy(model)
     groups = neurons_of(copied)
     inner = groups[1:-1]

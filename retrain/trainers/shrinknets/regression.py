@@ -48,19 +48,15 @@ class Regression:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ValueError(
-                f"kind: one of {', '.join(get_args(Kind))} was wanted, not {self.kind!r}"
-            )
+            raise ValueError(f"kind: got {self.kind!r}, want one of {', '.join(get_args(Kind))}")
         if self.X.ndim != 2 or self.Y.ndim != 2 or len(self.X) != len(self.Y) or not self.X.size:
             raise ValueError(
-                f"X, Y: matrices of as many rows were wanted, not {self.X.shape} and {self.Y.shape}"
+                f"X, Y: got {self.X.shape} and {self.Y.shape}, want matrices of as many rows"
             )
         if not (np.isfinite(self.X).all() and np.isfinite(self.Y).all()):
-            raise ValueError("X, Y: finite numbers were wanted")
+            raise ValueError("X, Y: want finite numbers")
         if not 0 <= self.free < self.X.shape[1]:
-            raise ValueError(
-                f"free: 0 to {self.X.shape[1] - 1} columns of X were wanted, not {self.free}"
-            )
+            raise ValueError(f"free: got {self.free}, want 0 to {self.X.shape[1] - 1} columns of X")
 
     def loss(self, A: np.ndarray) -> float:
         """Return the mean over the samples, A of shape (n, p)."""

@@ -147,11 +147,11 @@ def solve_shrink(
     check_not_negative(strength=strength, weight_strength=weight_strength)
     if strength == 0 or weight_strength == 0:
         raise ValueError(
-            f"strength, weight_strength: above 0 were wanted, not {strength} and "
-            f"{weight_strength}: without one of them there is no minimum"
+            f"strength, weight_strength: got {strength} and {weight_strength}, want more than 0: "
+            f"without one of them there is no minimum"
         )
     if power not in (1, 2):
-        raise ValueError(f"power: 1 or 2 was wanted, not {power!r}")
+        raise ValueError(f"power: got {power!r}, want 1 or 2")
     columns = problem.penalised
     count, moved = 0, math.inf
     C = _start(problem, start)
@@ -263,7 +263,7 @@ def _start(problem: Regression, start: np.ndarray | None) -> np.ndarray:
     if start is None:
         return np.zeros(shape)
     if start.shape != shape:
-        raise ValueError(f"start: shape {shape} was wanted, not {start.shape}")
+        raise ValueError(f"start: got {start.shape}, want shape {shape}")
     return start.astype(float)
 
 

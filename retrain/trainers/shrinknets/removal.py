@@ -56,9 +56,9 @@ class SignVariance:
 
     def __post_init__(self) -> None:
         if not 0 <= self.inertia < 1:
-            raise ValueError(f"inertia: a number in [0, 1) was wanted, not {self.inertia}")
+            raise ValueError(f"inertia: got {self.inertia}, want a number in [0, 1)")
         if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold: a number in (0, 1) was wanted, not {self.threshold}")
+            raise ValueError(f"threshold: got {self.threshold}, want a number in (0, 1)")
 
 
 def follow_signs(switch: Switch, inertia: float) -> None:

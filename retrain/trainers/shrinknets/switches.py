@@ -43,7 +43,7 @@ class Switch(nn.Module):
     def __init__(self, size: int, *, span: int = 1, axis: int = -1) -> None:
         super().__init__()
         if size < 1 or span < 1:
-            raise ValueError(f"size, span: 1 or more were wanted, not {size} and {span}")
+            raise ValueError(f"size, span: got {size} and {span}, want 1 or more")
         self.span = span
         self.axis = axis
         self.beta = nn.Parameter(torch.ones(size))
@@ -138,7 +138,7 @@ def regularised_penalty(
         If the model has no switch, or `power` is not 1 or 2.
     """
     if power not in POWERS:
-        raise ValueError(f"power: 1 or 2 was wanted, not {power!r}")
+        raise ValueError(f"power: got {power!r}, want 1 or 2")
     penalty = switch_penalty(model, strength)
     if weight_strength == 0:
         return penalty
