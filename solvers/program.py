@@ -113,8 +113,19 @@ class LayerProgram:
         for start in range(0, n_out, width):
             yield slice(start, min(start + width, n_out))
 
-    def _forward(self, weight: Array) -> Array:
-        """X weight in float64."""
+    def forward(self, weight: Array) -> Array:
+        """Return X weight in float64.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, k)
+            Weights of any number of units.
+
+        Returns
+        -------
+        array, shape (n_samples, k), float64
+            The units' responses.
+        """
         xp = array_namespace(self.inputs)
         wide = xp.astype(weight, xp.float64)
         parts = [xp.astype(part, xp.float64) @ wide for part in self._chunks(self.inputs)]
@@ -141,7 +152,7 @@ class LayerProgram:
         for block in self._blocks():
             active = self.active[:, block]
             level = xp.astype(self.level[:, block], xp.float64)
-            difference = self._forward(weight[:, block]) - level
+            difference = self.forward(weight[:, block]) - level
             nothing = xp.zeros_like(level)
             residual = xp.where(active, difference, nothing)
             over = xp.where(active, nothing, xp.maximum(difference, nothing))
@@ -185,19 +196,30 @@ class LayerProgram:
             nu = moved
         return nu
 
-    def _old_penalty(self) -> Array:
-        """Penalty of the old weights; zero without any."""
+    def old_penalty(self) -> Array:
+        """Return the penalty of the old weights in float64; zero without any.
+
+        Returns
+        -------
+        array, shape (n_out,) or ()
+            One number a unit where the penalty is separable, else one for the layer.
+        """
         xp = array_namespace(self.inputs)
         if self.old_weight is None:
             shape = (self.shape[2],) if self.penalty.separable else ()
             return xp.zeros(shape, dtype=xp.float64, device=device(self.inputs))
         return self.penalty_value(self.old_weight)
 
-    def _scale_floor(self) -> float:
-        """Response norm a unit, for units that have nothing to fit.
+    def scale_floor(self) -> float:
+        """Return a response norm for units that have nothing to fit.
 
         The violations are relative to |Y|; where a unit (or the layer) has no active entry, the
         ceilings' own size stands in, and 1 where these are zero too.
+
+        Returns
+        -------
+        float
+            |level|_F / sqrt(n_out), or 1.
         """
         xp = array_namespace(self.inputs)
         total = float(xp.sqrt(xp.sum(xp.astype(self.level, xp.float64) ** 2)))
@@ -279,7 +301,7 @@ class ConstrainedProgram(LayerProgram):
         residual = np.sqrt(np.sum(sums["residual"]))
         scale = np.sqrt(np.sum(sums["scale"]))
         if scale == 0:
-            scale = self._scale_floor() * math.sqrt(self.shape[2])
+            scale = self.scale_floor() * math.sqrt(self.shape[2])
         if self.epsilon > 0:
             ball = max(residual - self.epsilon, 0.0) / self.epsilon
         else:
@@ -287,7 +309,7 @@ class ConstrainedProgram(LayerProgram):
         return Certificate(
             objective=objective,
             dual_bound=bound,
-            gap=_gap(objective, bound, to_numpy(xp.sum(self._old_penalty()))),
+            gap=_gap(objective, bound, to_numpy(xp.sum(self.old_penalty()))),
             ball_violation=np.asarray(ball),
             ceiling_violation=np.sqrt(np.sum(sums["over"])) / scale,
             largest_violation=np.max(sums["largest"]),
@@ -346,14 +368,19 @@ class RegularisedProgram(LayerProgram):
         bound = scale * linear - scale**2 * quadratic - self.penalty.conjugate(scale * dual)
         return to_numpy(bound)
 
-    def _penalty_floor(self) -> Array:
-        """Old penalty of each unit, below a millionth of which its gap is rounding.
+    def penalty_floor(self) -> Array:
+        """Return the old penalty of each unit, below a millionth of which its gap is rounding.
 
         A unit whose old weights are all zero has none, and its optimum may be zero too, a bias
         alone fitting its targets. The mean over the layer's units stands in.
+
+        Returns
+        -------
+        array, shape (n_out,)
+            In float64.
         """
         xp = array_namespace(self.inputs)
-        old = self._old_penalty()
+        old = self.old_penalty()
         return xp.where(old > 0, old, xp.mean(old))
 
     def certificate(self, weight: Array, multiplier: Array) -> Certificate:
@@ -366,11 +393,11 @@ class RegularisedProgram(LayerProgram):
         sums = {name: to_numpy(value) for name, value in self._primal_sums(weight).items()}
         objective = to_numpy(self.penalty_value(weight)) + self.fit_weight * sums["residual"]
         scale = np.sqrt(sums["scale"])
-        scale = np.where(scale > 0, scale, self._scale_floor())
+        scale = np.where(scale > 0, scale, self.scale_floor())
         return Certificate(
             objective=objective,
             dual_bound=bound,
-            gap=_gap(objective, bound, to_numpy(self._penalty_floor())),
+            gap=_gap(objective, bound, to_numpy(self.penalty_floor())),
             ball_violation=np.zeros_like(scale),
             ceiling_violation=np.sqrt(sums["over"]) / scale,
             largest_violation=sums["largest"],

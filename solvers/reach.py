@@ -26,7 +26,7 @@ def far(program: Program) -> np.ndarray:
     wide = xp.astype(program.inputs, xp.float64)
     lengths = xp.sqrt(xp.sum(wide * wide, axis=0))
     targets = program.fitted_norms()
-    targets = like(np.where(targets > 0, targets, program._scale_floor()), program.inputs)
+    targets = like(np.where(targets > 0, targets, program.scale_floor()), program.inputs)
     one = xp.ones_like(lengths)
     reach = xp.where(lengths > 0, 1 / xp.where(lengths > 0, lengths, one), 0 * one)
     weights = reach[:, None] * targets

@@ -20,7 +20,7 @@ from solvers.obs import (
     prune_swaps,
     whole_inputs,
 )
-from solvers.obs.swaps import _swap
+from solvers.obs.swaps import Room, Tableau, take_swaps
 
 
 def random_support(seed, weight, pattern, allowed=None, prunable=None):
@@ -163,9 +163,9 @@ def test_a_swap_on_lost_digits_is_not_made(leaver, enterer):
     diagonal = np.array([leaver, enterer])
     table, line = np.array([[-leaver, 1.0]]), np.array([1.0, 2.0])
     bounds = np.zeros(2, dtype=np.int64), np.full(2, 2)
-    support, kept, movable = np.array([0]), np.array([True, False]), np.ones(2, dtype=bool)
-    state = (np.eye(2), table, line, diagonal, support, kept, movable)
-    done, loss = _swap(*state, *bounds, 1, 3.0, 0.0)
+    kept = np.array([True, False])
+    tableau = Tableau(np.eye(2), table, line, diagonal, np.array([0]), kept)
+    done, loss = take_swaps(tableau, Room(np.ones(2, dtype=bool), *bounds), 1, 3.0, 0.0)
     assert (done, loss) == (-1, 3.0)
     np.testing.assert_array_equal(kept, [True, False])
 

@@ -336,7 +336,7 @@ def _first_weight(program: ConstrainedProgram, size: float) -> float:
     # An epsilon that is nothing, or next to it, is no place to look for a number of zeros from.
     exact = program.epsilon < _SMALLEST_RADIUS * size
     epsilon = _SMALL_RADIUS * size if exact else program.epsilon
-    penalty = float(xp.sum(program._old_penalty()))
+    penalty = float(xp.sum(program.old_penalty()))
     if penalty == 0:
         inputs = float(xp.sqrt(xp.sum(xp.astype(program.inputs, xp.float64) ** 2)))
         penalty = size * math.sqrt(len(program.penalised) * program.shape[2]) / (inputs or 1.0)

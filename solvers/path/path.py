@@ -112,7 +112,7 @@ def _at(program: Program, value: float) -> Program:
 def point_of(program: Program, result: SolveResult, counted: np.ndarray) -> PathPoint:
     """Count the zeros and measure the residual of a solution."""
     weight = to_numpy(result.weight)[counted]
-    response = program._forward(result.weight)
+    response = program.forward(result.weight)
     xp = array_namespace(program.inputs)
     residual = norm_on_omega(program, response - xp.astype(program.level, xp.float64))
     size = norm_on_omega(program, program.level)
