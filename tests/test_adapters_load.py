@@ -529,7 +529,9 @@ def test_paths(tmp_path):
     with pytest.raises(ValueError, match="is not a file"):
         load_model(tmp_path / "d.pt")
     (tmp_path / "m.onnx").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"'m.onnx' is of no known kind, want .safetensors, .pt2"):
+    with pytest.raises(
+        ValueError, match=r"model: 'm\.onnx' is of no known kind, wanted \.safetensors, \.pt2 or a"
+    ):
         load_model(tmp_path / "m.onnx")
 
 

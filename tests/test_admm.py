@@ -457,7 +457,7 @@ def test_malformed_arguments_are_refused():
         solve_admm(program, warm_start=other)
     short = replace(other, weight=np.zeros((12, 4)), multiplier=np.zeros((7, 4)))
     with pytest.raises(
-        ValueError, match=r"warm_start: got \(7, want a multiplier of shape \(40, 4\)"
+        ValueError, match=r"warm_start: got \(7, 4\), want a multiplier of shape \(40, 4\)"
     ):
         solve_admm(program, warm_start=short)
     with pytest.raises(ValueError, match=r"factor: want that of inputs \(40, 12\), .* order 4"):

@@ -141,7 +141,7 @@ def test_hidden_scales_whose_squares_float32_cannot_hold(power):
     x = samples()
     run = retrain.net_trim(net, x, relative_epsilon=0.2, accept_inexact=True)
     for report in run.layers:
-        assert np.isfinite(report.details["epsilon"]) and report.details["epsilon"] > 0
+        assert np.isfinite(report.details.epsilon) and report.details.epsilon > 0
         assert np.isfinite(report.error)
     holds(net, run, x)
 

@@ -100,21 +100,25 @@ BAD = {
     "truncated data": ({"data": "cut.npz"}, (), "data:"),
     "wide held-out": ({}, ("--evaluate", "wide.npz"), "wants 16 inputs and got 17"),
     "epsilon": ({}, ("--epsilon", "-1"), "epsilon: got -1.0, want a finite number >= 0"),
-    "relative": ({}, ("--relative-epsilon", "nan"), "relative_epsilon: want a finite"),
+    "relative": ({}, ("--relative-epsilon", "nan"), "relative_epsilon: got nan, want a finite"),
     "both": ({}, ("--epsilon", "1", "--relative-epsilon", "1"), "not allowed with"),
-    "inflation": ({}, ("--inflation", "0.9"), "inflation: want a finite number >= 1"),
+    "inflation": ({}, ("--inflation", "0.9"), "inflation: got 0.9, want a finite number >= 1"),
     "group": ({}, ("--penalty", "group", "--form", "regularised"), "couples the units"),
     "penalty": ({}, ("--penalty", "l2"), "got 'l2', want l1, elastic:RIDGE or group[:WEIGHT]"),
-    "ridge": ({}, ("--penalty", "elastic:-1"), "ridge: want a positive"),
-    "gap": ({}, ("--gap", "0"), "tolerance: want a positive finite number"),
-    "violation": ({}, ("--violation", "nan"), "violation_tolerance: want a positive finite number"),
+    "ridge": ({}, ("--penalty", "elastic:-1"), "ridge: got -1.0, want a positive"),
+    "gap": ({}, ("--gap", "0"), "tolerance: got 0.0, want a positive finite number"),
+    "violation": (
+        {},
+        ("--violation", "nan"),
+        "violation_tolerance: got nan, want a positive finite number",
+    ),
     "layers": ({}, ("--layers", "fc*"), "no layer matches 'fc*'; there are 0, 2, 4"),
     "skip": ({}, ("--skip", "9"), "skip: no layer matches '9'"),
     "skip all": ({}, ("--skip", "*"), "nothing is left to retrain"),
     "no labels": ({"data": "unlabelled.npz"}, ("--fine-tune", "1"), "wants labels"),
     "real labels": ({"data": "real.npz"}, ("--fine-tune", "1"), "class number"),
     "many labels": ({"data": "many.npz"}, ("--fine-tune", "1"), "labels from 0"),
-    "epochs": ({}, ("--fine-tune", "-1"), "fine_tune: want a number of epochs >= 0"),
+    "epochs": ({}, ("--fine-tune", "-1"), "fine_tune: got -1, want a number of epochs >= 0"),
     "device": ({}, ("--device", "tpu"), "cannot compute on 'tpu'"),
     "meta": ({}, ("--device", "meta"), "cannot compute on 'meta'"),
     "cuda": ({}, ("--device", "cuda:77"), "cannot compute on 'cuda:77'"),
@@ -122,9 +126,9 @@ BAD = {
     "limit text": ({}, ("--limit", "ten"), "invalid int value: 'ten'"),
     "normalise": ({}, ("--normalise", "1"), "normalise:"),
     "std": ({}, ("--normalise", "1,0"), "positive STDs"),
-    "jobs": ({}, ("--jobs", "0"), "jobs: want at least 1"),
-    "memory": ({}, ("--memory", "nan"), "memory: want a positive finite number"),
-    "iterations": ({}, ("--max-iterations", "0"), "max_iterations: want at least 1"),
+    "jobs": ({}, ("--jobs", "0"), "jobs: got 0, want at least 1"),
+    "memory": ({}, ("--memory", "nan"), "memory: got nan, want a positive finite number"),
+    "iterations": ({}, ("--max-iterations", "0"), "max_iterations: got 0, want at least 1"),
     "lambda": ({}, ("--fit-weight", "1"), "belongs to the regularised form"),
     "links": ({}, ("--link-normalised",), "set epsilon"),
     "arch": ({}, ("--arch", "nowhere:net"), "arch: 'nowhere:net'"),
@@ -304,7 +308,7 @@ def test_a_fresh_interpreter_keeps_stderr_clean(case, tmp_path, threads):
         assert (answer.returncode, answer.stderr) == (0, "")
     else:
         assert answer.returncode == 2
-        assert answer.stderr == "retrain: error: threads: got -1\n, want at least 1"
+        assert answer.stderr == "retrain: error: threads: got -1, want at least 1\n"
 
 
 def test_a_terminal_gets_a_progress_bar(case, tmp_path):
@@ -395,4 +399,4 @@ def test_a_former_name_is_read_with_a_warning(tmp_path, monkeypatch):
             assert (
                 main(["trim", "net.pt", "--data", "x.npy", "--tolerance", text, "--out", "x"]) == 2
             )
-        assert "--tolerance: want GAP or GAP,VIOLATION" in err.getvalue()
+        assert "--tolerance: got 'tight', want GAP or GAP,VIOLATION" in err.getvalue()

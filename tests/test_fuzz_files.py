@@ -310,7 +310,7 @@ def show(path):
             epoch_line(line, 2)
     else:
         run_table(run.layers)
-        summary(run.record, run.bounds)
+        summary(run.record, run.layers, run.bounds)
     assert run.model is not None
 
 

@@ -133,7 +133,7 @@ def test_vgg_like_is_that_of_table_1():
         shapes[name] = tuple(x.shape[1:])
     assert shapes["conv2"] == (32, 32, 32) and shapes["conv4"] == (64, 16, 16)
     assert shapes["conv6"] == (128, 8, 8) and shapes["flatten"] == (2048,)
-    with pytest.raises(ValueError, match="dropout: want three shares"):
+    with pytest.raises(ValueError, match=r"dropout: got \(0\.1,\), want three shares"):
         vgg_like(dropout=(0.1,))
 
 

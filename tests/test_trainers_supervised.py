@@ -436,7 +436,7 @@ def test_parameters_that_overflow_in_the_last_step_are_an_error():
         (samples(0), {"epochs": 1}, "data: there is no sample"),
         ([], {"epochs": 1}, "data: there is no sample"),
         ((pair for pair in [samples(4)]), {"epochs": 2}, "a generator is used up"),
-        (samples(), {"epochs": 1, "device": "meta"}, "'cpu' or 'cuda' was wanted, not 'meta'"),
+        (samples(), {"epochs": 1, "device": "meta"}, "device: got 'meta', want 'cpu' or 'cuda'"),
     ],
 )
 def test_wrong_arguments_are_told(data, options, message):

@@ -235,7 +235,7 @@ def conclude(run: Run, options: argparse.Namespace, note: str) -> int:
         if note:
             console.print(note, markup=False)
         console.print(run_table(run.layers))
-        for line in summary(run.record, run.bounds):
+        for line in summary(run.record, run.layers, run.bounds):
             console.print(line, markup=False)
         console.print(f"written to {run.directory}", markup=False)
     met = (

@@ -150,8 +150,7 @@ def layer_problem(
         allowed = xp.ones(weight.shape, dtype=xp.bool, device=device_of(weight))
     if tuple(allowed.shape) != tuple(weight.shape) or allowed.dtype != xp.bool:
         raise ValueError(
-            f"allowed: wanted bool {tuple(weight.shape)}, got {allowed.dtype} "
-            f"{tuple(allowed.shape)}"
+            f"allowed: got {allowed.dtype} {tuple(allowed.shape)}, want bool {tuple(weight.shape)}"
         )
     if not bool(np.all(to_numpy(allowed)[~prunable])):
         raise ValueError("allowed: forbids a weight of a free row")

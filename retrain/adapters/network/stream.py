@@ -225,7 +225,9 @@ class TorchStream:
         wanted = (spec.shape[0] + spec.bias, spec.shape[1])
         new = weight if isinstance(weight, Tensor) else torch.tensor(np.asarray(weight))
         if tuple(new.shape) != wanted:
-            raise ValueError(f"weight: got shape {tuple(new.shape)}, layer {name!r} wants {wanted}")
+            raise ValueError(
+                f"weight: got shape {tuple(new.shape)}, want {wanted} for layer {name!r}"
+            )
         module = self._model.get_submodule(name)
         new = new.detach().to(self._device, cast("Tensor", module.weight).dtype)
         if not torch.isfinite(new).all():
@@ -567,7 +569,7 @@ class TorchStream:
         if not isinstance(output, Tensor) or output.shape[:1] != values.shape[:1]:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"model: returned {got} for {samples} samples, wanted one tensor whose first "
+                f"model: returned {got} for {samples} samples, want one tensor whose first "
                 "axis is the sample"
             )
         received[""] = part(output)

@@ -101,11 +101,13 @@ class LobsOptions:
         check_amount("tolerance", self.tolerance, math.inf)
         if self.tolerance is not None:
             if kind != "layer":
-                raise ValueError(f"tolerance: wants the pattern 'layer', got {self.pattern!r}")
+                raise ValueError(f"pattern: got {self.pattern!r}, want 'layer' with a tolerance")
             _one_of("method (with a tolerance)", self.method, ("auto", *TO_TOLERANCE))
         elif self.method != "auto" and kind not in METHODS[self.method].patterns:
             kinds = ", ".join(METHODS[self.method].patterns)
-            raise ValueError(f"pattern: {self.method} does {kinds}; got {self.pattern!r}")
+            raise ValueError(
+                f"pattern: got {self.pattern!r}, want one of {kinds} for {self.method}"
+            )
         if self.damping is not None:
             if not (0 <= self.damping < math.inf):
                 raise ValueError(f"damping: got {self.damping!r}, want a finite fraction >= 0")

@@ -56,7 +56,7 @@ def deep_lenet(layers: int = 10) -> nn.Module:
         If `layers` is odd, or below 4.
     """
     if layers < 4 or layers % 2:
-        raise ValueError(f"layers: got {layers}, want an even number, 4 or more,")
+        raise ValueError(f"layers: got {layers}, want an even number, 4 or more")
     half = layers // 2
     modules: list[tuple[str, nn.Module]] = []
     for stage, (n_in, n_out) in enumerate(((1, 6), (6, 16)), 1):

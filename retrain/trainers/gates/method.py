@@ -390,7 +390,7 @@ def _check(name: str, value: float, holds: bool, wanted: str) -> None:
 
 def _check_count(name: str, value: Any, least: int) -> None:
     if type(value) is not int or value < least:
-        raise ValueError(f"{name}: got {value!r}, want a whole number, {least} or more,")
+        raise ValueError(f"{name}: got {value!r}, want a whole number, {least} or more")
 
 
 def _check_choice(name: str, value: Any, among: tuple[str, ...]) -> None:

@@ -89,7 +89,7 @@ class Itp:
         for key in ("threshold", "l2", "decay"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise ValueError(
-                    f"{key}: got {getattr(self, key)}, want a finite number, 0 or more,"
+                    f"{key}: got {getattr(self, key)}, want a finite number, 0 or more"
                 )
         if self.descent == "weighted":
             if self.trade_off is None or not 0 <= self.trade_off < float("inf"):

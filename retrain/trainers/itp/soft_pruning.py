@@ -34,7 +34,7 @@ class SoftPruning:
 
     def __init__(self, model: nn.Module, names: Iterable[str], threshold: float) -> None:
         if not (math.isfinite(threshold) and threshold >= 0):
-            raise ValueError(f"threshold: got {threshold}, want a finite number, 0 or more,")
+            raise ValueError(f"threshold: got {threshold}, want a finite number, 0 or more")
         self.threshold = threshold
         self.weights = {name: model.get_parameter(name) for name in names}
         # Where the last pruning left a zero; counts of what came and went since the start, kept on

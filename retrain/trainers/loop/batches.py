@@ -166,7 +166,7 @@ def parts(
         yield batch._replace(inputs=inputs, targets=batch.targets.to(device))
     if count == 0:
         raise ValueError(
-            "data: there is no sample; wanted at least one, and an iterable that can be "
+            "data: got no sample, want at least one, and an iterable that can be "
             "passed over again (a generator is used up after one pass)"
         )
 

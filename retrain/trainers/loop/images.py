@@ -65,7 +65,7 @@ class ImageFolder(Rows):
         ]
         if not found:
             raise ValueError(
-                f"data: {str(folder)!r} has no images, wanted DIR/CLASS/IMAGE with one of "
+                f"data: {str(folder)!r} has no images, want DIR/CLASS/IMAGE with one of "
                 f"{', '.join(KINDS)}"
             )
         if limit is not None and limit < len(found):
