@@ -399,4 +399,4 @@ def test_a_former_name_is_read_with_a_warning(tmp_path, monkeypatch):
             assert (
                 main(["trim", "net.pt", "--data", "x.npy", "--tolerance", text, "--out", "x"]) == 2
             )
-        assert "--tolerance: got 'tight', want GAP or GAP,VIOLATION" in err.getvalue()
+        assert f"--tolerance: got '{text}', want GAP or GAP,VIOLATION" in err.getvalue()
