@@ -12,13 +12,14 @@ gives the tightest.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from array_api_compat import array_namespace, is_numpy_array
 from numba import njit
+
+from solvers import checks
 
 Array = Any
 
@@ -153,8 +154,7 @@ class ElasticNet:
     separable = True
 
     def __post_init__(self) -> None:
-        if not (self.ridge > 0 and math.isfinite(self.ridge)):
-            raise ValueError(f"ridge: got {self.ridge!r}, want a positive finite number")
+        checks.positive(ridge=self.ridge)
 
     def value(self, weight: Array) -> Array:
         """Return the penalty of each unit, shape (n_out,)."""
@@ -225,8 +225,7 @@ class Group:
     separable = False
 
     def __post_init__(self) -> None:
-        if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ValueError(f"weight: got {self.weight!r}, want a positive finite number")
+        checks.positive(weight=self.weight)
 
     def _norms(self, matrix: Array) -> Array:
         xp = array_namespace(matrix)

@@ -36,6 +36,7 @@ from typing import Any, Literal
 import numpy as np
 from array_api_compat import array_namespace, device
 
+from solvers import checks
 from solvers.arrays import like, to_numpy
 from solvers.free_row import orthogonalise
 from solvers.penalties import L1, Penalty
@@ -260,8 +261,7 @@ class ConstrainedProgram(LayerProgram):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.epsilon >= 0 and math.isfinite(self.epsilon)):
-            raise ValueError(f"epsilon: got {self.epsilon!r}, want a finite number >= 0")
+        checks.not_negative(epsilon=self.epsilon)
 
     def objective(self, weight: Array) -> np.ndarray:
         """Return penalty(weight), shape ()."""
@@ -344,8 +344,7 @@ class RegularisedProgram(LayerProgram):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.fit_weight > 0 and math.isfinite(self.fit_weight)):
-            raise ValueError(f"fit_weight: got {self.fit_weight!r}, want a positive finite number")
+        checks.positive(fit_weight=self.fit_weight)
         if not self.penalty.separable:
             raise ValueError(
                 f"penalty: the {self.penalty.name} penalty couples the units, which the "

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from solvers import checks
 from solvers.arrays import like, to_numpy
 from solvers.penalties import L1, ElasticNet, Group
 from solvers.program import Program, RegularisedProgram
@@ -63,8 +64,7 @@ def solve_cvxpy(
     import cvxpy as cp
 
     violation_tolerance = tolerance if violation_tolerance is None else violation_tolerance
-    if solver not in cp.installed_solvers():
-        raise ValueError(f"solver: got {solver!r}, want one of {', '.join(cp.installed_solvers())}")
+    checks.one_of(cp.installed_solvers(), solver=solver)
     started = time.perf_counter()
     data = _Data(program)
     weight = cp.Variable((data.inputs.shape[1], data.level.shape[1]))

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from solvers import checks
+
 T = TypeVar("T")
 
 
@@ -21,8 +23,7 @@ def map_units(function: Callable[[int], T], units: Iterable[int], threads: int) 
     ValueError
         If `threads` is not positive.
     """
-    if threads < 1:
-        raise ValueError(f"threads: got {threads}, want at least 1")
+    checks.count(1, threads=threads)
     # two BLAS threads under many small factorisations are slower than one, by far
     with threadpool_limits(1, user_api="blas"):
         if threads == 1:

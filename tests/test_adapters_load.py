@@ -288,7 +288,7 @@ def test_tied_weights_stay_tied(tmp_path, factories):
         (
             {"0.weight": torch.ones(5, 6, dtype=torch.int64)},
             "my_factories:plain",
-            "'0.weight' is of type torch.int64, .* wants torch.float32",
+            r"model: '0\.weight': got type torch\.int64, want torch\.float32 as in",
         ),
         ({"0.bias": torch.full((5,), torch.nan)}, "my_factories:plain", "'0.bias' has NaN or"),
         ({"1.running_var": torch.full((5,), torch.nan)}, "my_factories:plain", "var' has NaN"),
@@ -530,7 +530,8 @@ def test_paths(tmp_path):
         load_model(tmp_path / "d.pt")
     (tmp_path / "m.onnx").write_bytes(b"")
     with pytest.raises(
-        ValueError, match=r"model: 'm\.onnx' is of no known kind, wanted \.safetensors, \.pt2 or a"
+        ValueError,
+        match=r"model: 'm\.onnx' is of no known kind, want .safetensors",
     ):
         load_model(tmp_path / "m.onnx")
 

@@ -120,7 +120,7 @@ def test_unknown_problems_are_refused(name, said, capsys):
 
 
 def test_sizes_that_a_family_does_not_have():
-    with pytest.raises(ValueError, match="known: wants a quarter as many units as samples, got 60"):
+    with pytest.raises(ValueError, match="known: got 60 units, want at most a quarter"):
         problem("known-10x100x60").make()
     with pytest.raises(ValueError, match="digits: has 64 inputs and a bias, 65, got 64"):
         problem("digits-64x100x8").make()
@@ -302,6 +302,6 @@ def test_the_curve_of_a_layer(tmp_path, capsys):
     assert capsys.readouterr().out == printed
     assert len(out.read_text().splitlines()) == 3
     assert curve.main(["--problems", "nothing"]) == 2
-    with pytest.raises(ValueError, match="problem: wants a ball to follow"):
+    with pytest.raises(ValueError, match="want one with a ball to follow"):
         curve.follow(problem("iid-6x20x2"), [0.1], 1e-2, {})
     assert isinstance(problem("iid-6x20x2"), Problem)

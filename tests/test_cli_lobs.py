@@ -174,11 +174,11 @@ BAD = {
     "fixed": (("--sparsity", 0.5, "--pattern", "2:4"), "the pattern 2:4 fixes the sparsity"),
     "method and pattern": (
         ("--sparsity", 0.5, "--pattern", "inputs", "--method", "sweep"),
-        "pattern: sweep does layer, unit, n:m",
+        "want one of layer, unit, n:m for sweep",
     ),
     "calibration": (("--sparsity", 0.5, "--calibration", "none"), "invalid choice: 'none'"),
     "damping": (("--sparsity", 0.5, "--damping", -1), "damping: got -1.0, want a finite fraction"),
-    "stages": (("--sparsity", 0.5, "--stages", 0), "stages: got 0, want at least 1"),
+    "stages": (("--sparsity", 0.5, "--stages", 0), "stages: got 0, want a whole number >= 1"),
     "stages and sparsities": (
         ("--sparsity", 0.5, "--sparsity", 0.6, "--stages", 3),
         "stages: 3 wanted, but there are sparsities for 2",

@@ -309,11 +309,11 @@ def test_fronts_without_a_knee_say_so():
         ),
         (
             lambda: bisection(Hyperbola(), (0.2, 1.0), levels=2, budget=9),
-            r"weight: got 1\.0, want at least 0 and below 1",
+            r"high: got 1\.0, want at least 0 and below 1",
         ),
         (
             lambda: bisection(Hyperbola(), (0.1, 0.2), levels=0, budget=9),
-            "levels: got 0, want 1 or more",
+            "levels: got 0, want a whole number >= 1",
         ),
         (
             lambda: bisection(Hyperbola(), (0.1, 0.2), levels=2, budget=1),

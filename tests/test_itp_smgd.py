@@ -260,11 +260,11 @@ def test_misuse_is_told():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: SMGD(p, -1.0), "lr: got -1.0, want a positive number"),
+        (lambda p: SMGD(p, -1.0), r"lr: got -1\.0, want a positive finite number"),
         (lambda p: SMGD(p, momentum=1.0), "momentum: got 1.0, want at least 0 and below 1"),
-        (lambda p: SMGD(p, objectives=0), "objectives: got 0, want 1 or more"),
+        (lambda p: SMGD(p, objectives=0), "objectives: got 0, want a whole number >= 1"),
         (lambda p: MAdam(p, betas=(0.9, 1.0)), r"betas: got 1\.0, want at least 0 and below 1"),
-        (lambda p: MAdam(p, eps=0.0), "eps: got 0.0, want a positive number"),
+        (lambda p: MAdam(p, eps=0.0), r"eps: got 0\.0, want a positive finite number"),
         (lambda p: MRMSProp(p, alpha=-0.1), r"alpha: got -0\.1, want at least 0 and below 1"),
     ],
 )

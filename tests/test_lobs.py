@@ -540,20 +540,20 @@ def test_the_plan_has_the_counts():
         ({"sparsity": math.nan}, r"sparsity: got nan, want a number in \[0, 1\]"),
         ({"sparsity": {"a": -0.1}}, r"sparsity: got -0.1, want a number in \[0, 1\]"),
         ({"sparsity": {}}, "sparsity: got a mapping without layers"),
-        ({"tolerance": -1}, "tolerance: got -1, want a number >= 0"),
+        ({"tolerance": -1}, "tolerance: got -1, want a finite number >= 0"),
         ({"tolerance": math.inf}, "tolerance: got inf, want a number >= 0"),
         ({"sparsity": 0.5, "method": "x"}, "method: got 'x', want one of auto, one-shot, .*"),
         (
             {"tolerance": 1, "method": "swaps"},
             r"method \(with a tolerance\): got 'swaps', want one of auto, greedy,",
         ),
-        ({"tolerance": 1, "pattern": "unit"}, "tolerance: wants the pattern 'layer', got 'unit'"),
+        ({"tolerance": 1, "pattern": "unit"}, "pattern: got 'unit', want 'layer' with a tolerance"),
         ({"sparsity": 0.5, "pattern": "x"}, "pattern: got 'x', want layer, unit, inputs or N:M"),
         ({"sparsity": 0.5, "pattern": "2:4"}, "the pattern 2:4 fixes the sparsity; want none"),
         ({"pattern": "5:4"}, "want whole 0 <= N <= M"),
         (
             {"sparsity": 0.5, "pattern": "inputs", "method": "greedy"},
-            "pattern: greedy does layer, unit, n:m; got 'inputs'",
+            "pattern: got 'inputs', want one of layer, unit, n:m for greedy",
         ),
         ({"sparsity": 0.5, "damping": -1.0}, "damping: got -1.0, want a finite fraction >= 0"),
         ({"sparsity": 0.5, "damping": 0.1, "method": "best"}, "damping: the method 'best' has its"),
@@ -563,13 +563,13 @@ def test_the_plan_has_the_counts():
         ),
         ({"sparsity": 0.5, "bias": "x"}, "bias: got 'x', want one of update, keep"),
         ({"sparsity": 0.5, "zeros": "x"}, "zeros: got 'x', want one of stay, free"),
-        ({"sparsity": 0.5, "memory": 0}, "memory: got 0, want a positive number"),
-        ({"sparsity": 0.5, "jobs": 0}, "jobs: got 0, want at least 1"),
+        ({"sparsity": 0.5, "memory": 0}, "memory: got 0, want a positive finite number"),
+        ({"sparsity": 0.5, "jobs": 0}, "jobs: got 0, want a whole number >= 1"),
         (
             {"sparsity": 0.5, "jobs": 2, "calibration": "sequential"},
             "jobs: sequential calibration takes layers one by one",
         ),
-        ({"sparsity": 0.5, "threads": 0}, "threads: got 0, want at least 1"),
+        ({"sparsity": 0.5, "threads": 0}, "threads: got 0, want a whole number >= 1"),
     ],
 )
 def test_unfit_options(settings, message):
@@ -602,7 +602,7 @@ def test_stages_keep_the_same_share_each():
     assert stage_amounts(0.5, None) == [0.5]
     with pytest.raises(ValueError, match="stages: 3 wanted, but there are sparsities for 2"):
         stage_amounts([0.5, 0.9], 3)
-    with pytest.raises(ValueError, match="stages: got 0, want at least 1"):
+    with pytest.raises(ValueError, match="stages: got 0, want a whole number >= 1"):
         stage_amounts(0.5, 0)
 
 

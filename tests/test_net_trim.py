@@ -290,15 +290,15 @@ def test_counts_are_of_what_is_saved():
         ({"fit_weight": 1.0}, "belongs to the regularised form"),
         (
             {"form": "regularised", "fit_weight": 0.0},
-            r"fit_weight: got 0\.0, want a positive number",
+            r"fit_weight: got 0\.0, want a positive finite number",
         ),
         ({"form": "regularised", "relative_epsilon": 0.0}, "want one in the regularised form"),
         ({"form": "regularised", "penalty": Group()}, "group penalty couples the units"),
         ({"link_normalised": True}, "gives an absolute epsilon its meaning"),
         ({"tolerance": 0.0}, r"tolerance: got 0\.0, want a positive finite number"),
         ({"memory": math.inf}, "memory: got inf, want a positive finite number"),
-        ({"jobs": 0}, "jobs: got 0, want at least 1"),
-        ({"threads": 0}, "threads: got 0, want at least 1"),
+        ({"jobs": 0}, "jobs: got 0, want a whole number >= 1"),
+        ({"threads": 0}, "threads: got 0, want a whole number >= 1"),
     ],
 )
 def test_bad_options_are_named(options, words):

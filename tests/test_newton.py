@@ -236,11 +236,11 @@ def test_malformed_arguments_are_refused():
     program = of_a_layer(23, "constrained")
     with pytest.raises(ValueError, match="penalty: the group penalty couples the units, which New"):
         solve_newton(replace(program, penalty=Group()))
-    with pytest.raises(ValueError, match="threads: got 0, want at least 1"):
+    with pytest.raises(ValueError, match="threads: got 0, want a whole number >= 1"):
         solve_newton(program, threads=0)
-    with pytest.raises(ValueError, match="tolerance: got 0, want a positive number"):
+    with pytest.raises(ValueError, match="tolerance: got 0, want a positive finite number"):
         solve_newton(program, tolerance=0)
-    with pytest.raises(ValueError, match="max_iterations: got 0, want at least 1"):
+    with pytest.raises(ValueError, match="max_iterations: got 0, want a whole number >= 1"):
         solve_newton(program, max_iterations=0)
     with pytest.raises(ValueError, match=r"factor: want that of inputs \(40, 12\)"):
         solve_newton(program, factor=prepare(np.ones((4, 5))))

@@ -123,8 +123,8 @@ def test_recursion_agrees_with_cholesky(samples, damping):
 @pytest.mark.parametrize(
     ("count", "alpha", "message"),
     [
-        (4, 0.0, r"alpha: got 0\.0, want a positive number"),
-        (4, np.nan, "alpha: got nan, want a positive number"),
+        (4, 0.0, r"alpha: got 0\.0, want a positive finite number"),
+        (4, np.nan, "alpha: got nan, want a positive finite number"),
         (5, 1.0, "5 rows announced, 4 came"),
     ],
 )

@@ -203,7 +203,7 @@ def test_unknown_methods_and_patterns_are_refused_by_name():
         (np.ones((3, 2)), np.eye(3), {"free_rows": [3]}, "free_rows: row 3 of a weight with 3"),
         (np.ones((3, 2)), np.eye(3), {"free_rows": [9]}, "free_rows: row 9 of a weight with 3"),
         (np.ones((3, 2)), np.eye(3), {"free_rows": [-4]}, "free_rows: row -4 of a weight with 3"),
-        (np.ones((3, 2)), np.eye(3), {"allowed": np.ones((3, 2))}, r"allowed: got float64 \(3, 2\), want bool"),
+        (np.ones((3, 2)), np.eye(3), {"allowed": np.ones((3, 2))}, "allowed: got float64"),
         (
             np.ones((3, 2)), np.eye(3),
             {"allowed": np.zeros((3, 2), dtype=bool), "free_rows": [0]},

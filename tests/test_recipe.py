@@ -79,7 +79,10 @@ MISTAKES = [
         with_("training", loss="mae"),
         r"recipe: \[training\] loss: got 'mae', want 'cross-entropy' or 'mse'",
     ),
-    (with_("model", architecture="densse"), r"\[model\] architecture: want one of .*dense"),
+    (
+        with_("model", architecture="densse"),
+        r"\[model\] architecture: got .densse., want one of dense",
+    ),
     (with_("model", factory="a:b"), r"\[model\] wants either architecture or factory"),
     (with_("model", architecture=None), r"\[model\] wants either architecture or factory"),
     (with_("model", depth=3), r"\[model\] has no option 'depth'; there are widths"),
@@ -89,10 +92,22 @@ MISTAKES = [
         r"recipe: \[model\] factory: got 'nowhere', want package\.module:factory",
     ),
     ({**TABLES, "model": {"factory": "no_such_module:f"}}, r"no_such_module"),
-    (with_("optimizer", name="adamm"), r"\[optimizer\] name: want one of sgd, adam"),
-    (with_("optimizer", name=None), r"\[optimizer\] name: want one of .*; got None"),
-    (with_("schedule", name="cosinus"), r"\[schedule\] name: want one of cosine"),
-    (with_("method", name="gate"), r"\[method\] name: want one of plain, gates"),
+    (
+        with_("optimizer", name="adamm"),
+        r"recipe: \[optimizer\] name: got 'adamm', want one of sgd",
+    ),
+    (
+        with_("optimizer", name=None),
+        r"recipe: \[optimizer\] name: got None, want one of sgd",
+    ),
+    (
+        with_("schedule", name="cosinus"),
+        r"recipe: \[schedule\] name: got 'cosinus', want one of cosine",
+    ),
+    (
+        with_("method", name="gate"),
+        r"recipe: \[method\] name: got 'gate', want one of plain",
+    ),
     (with_("method", name="plain", x=1), r"\[method\] has no option 'x'; there are no options"),
 ]
 

@@ -53,9 +53,9 @@ def test_the_rates_by_hand():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("cosine", {"epochs": 0}, "epochs: got 0, want 1 or more"),
-        ("step", {"every": 0, "factor": 1.0}, "every: got 0, want 1 or more epochs"),
-        ("inverse", {"decay": -1.0}, r"decay: got -1\.0, want a number >= 0"),
+        ("cosine", {"epochs": 0}, "epochs: got 0, want a whole number >= 1"),
+        ("step", {"every": 0, "factor": 1.0}, "every: got 0, want a whole number >= 1"),
+        ("inverse", {"decay": -1.0}, r"decay: got -1\.0, want a finite number >= 0"),
     ],
 )
 def test_refusals(name, options, message):

@@ -364,11 +364,11 @@ def test_a_sigmoid_ahead_of_the_switches_is_fine():
 
 
 def test_wrong_sizes_powers_and_cuts_are_told():
-    with pytest.raises(ValueError, match="size, span: got 0 and 1, want 1 or more"):
+    with pytest.raises(ValueError, match="size: got 0, want a whole number >= 1"):
         Switch(0)
     with pytest.raises(ValueError, match="model: it has no switches"):
         switch_penalty(dense(), 1)
-    with pytest.raises(ValueError, match="power: got 3, want 1 or 2"):
+    with pytest.raises(ValueError, match="power: got 3, want one of 1, 2"):
         regularised_penalty(with_switches(dense()), 1, 1, 3)
     inputs, inner, *_ = neurons_of(dense())
     with pytest.raises(ValueError, match="kept: want at least one of the neurons of layer '0'"):

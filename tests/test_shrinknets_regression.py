@@ -238,18 +238,18 @@ def test_gradients_run_out_and_it_is_told():
     [
         (
             lambda p: solve_group(p, -1),
-            "strength: got -1, want a finite number of at least 0",
+            "strength: got -1, want a finite number >= 0",
         ),
         (
             lambda p: solve_group(p, float("nan")),
-            "strength: got nan, want a finite number of at least 0",
+            "strength: got nan, want a finite number >= 0",
         ),
         (lambda p: solve_group(p, 1, start=np.zeros(3)), r"start: got \(3,\), want shape \(3, 7\)"),
         (
             lambda p: solve_shrink(p, 0, 1),
             "strength, weight_strength: got 0 and 1, want more than 0: without one",
         ),
-        (lambda p: solve_shrink(p, 1, 1, power=3), "power: got 3, want 1 or 2"),
+        (lambda p: solve_shrink(p, 1, 1, power=3), "power: got 3, want one of 1, 2"),
         (
             lambda p: Regression(p.X, p.Y[:5], "linear"),
             r"X, Y: got \(40, 7\) and \(5, 3\), want matrices of as many rows",

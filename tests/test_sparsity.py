@@ -282,7 +282,7 @@ def test_a_drop_that_no_trial_keeps_is_said_so(trained):
         ),
         ({"max_drop": 1.0, "sparsity": 0.5}, "max_drop: finds the sparsity; want one of the two"),
         ({"max_drop": 1.0, "epsilon": 0.5}, "max_drop: searches for one relative epsilon"),
-        ({"max_drop": 1.0, "max_trials": 0}, "max_trials: got 0, want at least 1"),
+        ({"max_drop": 1.0, "max_trials": 0}, "max_trials: got 0, want a whole number >= 1"),
         (
             {"max_drop": 1.0, "form": "regularised", "fit_weight": 1.0},
             "max_drop: searches for one epsilon, which a fit_weight does not heed",

@@ -337,7 +337,11 @@ def test_what_cannot_be_trained_is_refused_before_a_directory_is_made(folder):
         (tables(optimizer={"lr": -1}), {}, r"\[optimizer\] .*learning rate"),
         (tables(optimizer={"lr": "fast"}), {}, r"\[optimizer\] "),
         (tables(optimizer={"speed": 1}), {}, r"\[optimizer\] .*speed"),
-        (tables(schedule={"epochs": 0}), {}, r"\[schedule\] epochs: got 0, want 1 or more"),
+        (
+            tables(schedule={"epochs": 0}),
+            {},
+            r"\[schedule\] epochs: got 0, want",
+        ),
         (tables(schedule={"length": 0}), {}, r"\[schedule\] .*length"),
         (tables(data={"train": None}), {}, r"\[data\] lacks train"),
         (tables(data={"train": "absent.npz"}), {}, r"no file 'absent.npz'"),

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device
 
+from solvers import checks
 from solvers.admm.increments import walk_by_increments
 from solvers.admm.splitting import Factor, Progress, Splitting, State, advance, prepare, start
 from solvers.arrays import like
@@ -182,11 +183,8 @@ def _splitting(scaling: Scaling, factor: Factor, dtype: Any) -> Splitting:
 
 def check_limits(tolerance: float, violation_tolerance: float, max_iterations: int) -> None:
     """Raise ValueError for limits that no solve can meet."""
-    for name, value in (("tolerance", tolerance), ("violation_tolerance", violation_tolerance)):
-        if not value > 0:
-            raise ValueError(f"{name}: got {value!r}, want a positive number")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations: got {max_iterations!r}, want at least 1")
+    checks.positive(tolerance=tolerance, violation_tolerance=violation_tolerance)
+    checks.count(1, max_iterations=max_iterations)
 
 
 def check_factor(program: Program, factor: Factor | None) -> None:

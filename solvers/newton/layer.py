@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
+from solvers import checks
 from solvers.admm.bfloat16 import half_walk
 from solvers.admm.solve import check_factor, check_limits
 from solvers.admm.splitting import (
@@ -141,8 +142,7 @@ def solve_newton(
             f"penalty: the {program.penalty.name} penalty couples the units, which Newton's method "
             "solves one by one; use solve_admm"
         )
-    if threads < 1:
-        raise ValueError(f"threads: got {threads!r}, want at least 1")
+    checks.count(1, threads=threads)
     limits = (tolerance, violation_tolerance)
     check_limits(tolerance, violation_tolerance, max_iterations)
     check_factor(program, factor)

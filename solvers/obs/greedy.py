@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
+from solvers import checks
 from solvers.obs.hessian import decoupled, inverse_cholesky
 from solvers.obs.pattern import Pattern, layer_count, require, row_groups
 from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy
@@ -303,8 +304,7 @@ def prune_greedy_to_tolerance(
     ValueError
         If the tolerance is negative or NaN, or a Hessian singular to working precision.
     """
-    if not tolerance >= 0.0:
-        raise ValueError(f"tolerance: got {tolerance!r}, want a number >= 0")
+    checks.not_negative(tolerance=tolerance)
     path = removal_path(problem, damping=damping, threads=threads)
     kept = path_support(problem, path, allocate_to_loss(path, tolerance**2).removed)
     weight = refit_weight(in_numpy(problem), kept, refit_damping, threads)

@@ -17,6 +17,8 @@ from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 from numba import njit
 
+from solvers import checks
+
 Array = Any
 
 
@@ -214,8 +216,7 @@ def inverse_recursion(batches: Iterable[np.ndarray], count: int, alpha: float) -
     Dong, Chen, Pan (NIPS 2017), the recursion for the inverse of the layer Hessian:
     P <- P - P x x^T P / (n + x^T P x).
     """
-    if not 0.0 < alpha < float("inf"):
-        raise ValueError(f"alpha: got {alpha!r}, want a positive number")
+    checks.positive(alpha=alpha)
     inverse: np.ndarray | None = None
     seen = 0
     for batch in batches:

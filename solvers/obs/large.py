@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from array_api_compat import array_namespace
 
+from solvers import checks
 from solvers.obs.hessian import dead_inputs, decoupled
 from solvers.obs.pattern import Pattern, kept_by
 from solvers.obs.problem import LayerProblem, Pruned, finish
@@ -85,11 +86,8 @@ def admm_support(
     ----------
     Meng, Behdin, Wang, Mazumder (NeurIPS 2024), ALPS: the splitting and the growth of rho.
     """
-    if dtype not in ("float32", "float64"):
-        raise ValueError(f"dtype: got {dtype!r}, want 'float32' or 'float64'")
-    for name, value in (("rho", rho), ("pace", pace)):
-        if not 0.0 < value < float("inf"):
-            raise ValueError(f"{name}: got {value!r}, want a positive number")
+    checks.one_of(("float32", "float64"), dtype=dtype)
+    checks.positive(rho=rho, pace=pace)
     xp = array_namespace(problem.weight)
     working = getattr(xp, dtype)
     hessian = decoupled(problem.hessian, damping)

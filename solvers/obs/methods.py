@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from solvers import checks
 from solvers.arrays import to_numpy
 from solvers.obs.greedy import pattern_support, prune_greedy, removal_path
 from solvers.obs.large import admm_support, prune_large
@@ -47,8 +48,7 @@ def prune(problem: LayerProblem, pattern: Pattern, method: str, *, threads: int 
     ValueError
         If there is no such method, it does not support the pattern, or it raises.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, want one of {', '.join(METHODS)}")
+    checks.one_of(METHODS, method=method)
     require(pattern, METHODS[method].patterns, method)
     return METHODS[method].run(problem, pattern, threads)
 

@@ -39,6 +39,7 @@ from retrain.stream.stream import (
     identity_hash,
     layer,
 )
+from solvers import checks
 
 _log = logging.getLogger(__name__)
 
@@ -86,8 +87,7 @@ class TorchStream:
         batch_size: int = 256,
         device: str | torch.device | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, want a positive number")
+        checks.count(1, batch_size=batch_size)
         self._data: Data = as_data(data)
         given = evaluation_copy(model)
         parameters = list(given.parameters())

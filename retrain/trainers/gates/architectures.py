@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from retrain.trainers.gates.block import Gated, padded, pointwise, stacked
+from solvers import checks
 
 
 def dense_network(
@@ -261,6 +262,5 @@ def _he(model: nn.Module) -> nn.Module:
 
 
 def _chosen(argument: str, name: str, among: dict[str, Callable]) -> Callable:
-    if name not in among:
-        raise ValueError(f"{argument}: got {name!r}, want one of {', '.join(among)}")
+    checks.one_of(among, **{argument: name})
     return among[name]
