@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrain.data.factories import import_factory
+from retrain.trainers.named import Named
 from retrain.trainers.recipes.options import check_arguments, check_names, make_options
 from solvers import checks
 
@@ -128,14 +129,6 @@ class TrainingTable:
         _at_least(1, batch_size=self.batch_size)
         if self.precision == "float16" and not self.device.startswith("cuda"):
             raise ValueError("precision: float16 is for CUDA; use bfloat16 on a CPU")
-
-
-@dataclass(frozen=True)
-class Named:
-    """A name, and the options that came with it."""
-
-    name: str
-    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
