@@ -21,7 +21,18 @@ _FAR = 1e6  # larger: fewer programs are told to be unreachable; smaller: hard o
 
 
 def far(program: Program) -> np.ndarray:
-    """Return an objective that no weights of use have: the layer's, or each unit's in form (11)."""
+    """Return an objective that no weights of use have: the layer's, or each unit's in form (11).
+
+    Parameters
+    ----------
+    program : ConstrainedProgram or RegularisedProgram
+        The layer's program.
+
+    Returns
+    -------
+    ndarray, shape () or (n_out,)
+        A bound above it proves that the constraints are out of reach.
+    """
     xp = array_namespace(program.inputs)
     wide = xp.astype(program.inputs, xp.float64)
     lengths = xp.sqrt(xp.sum(wide * wide, axis=0))

@@ -147,6 +147,11 @@ def judge(
         Whether the solver used up its iterations (rather than stopping by itself).
     unreachable : bool
         Whether the bound proves that no weights of use meet the constraints (`solvers.reach`).
+
+    Returns
+    -------
+    Status
+        The first that applies: numerical error, solved, unreachable, iteration limit, inexact.
     """
     if not finite:
         return Status.NUMERICAL_ERROR

@@ -18,6 +18,20 @@ def map_units(function: Callable[[int], T], units: Iterable[int], threads: int) 
 
     The order of the results, and every bit of them, is independent of the number of threads.
 
+    Parameters
+    ----------
+    function : callable
+        From a unit's number to its result.
+    units : iterable of int
+        Numbers of the units.
+    threads : int
+        Threads to use, at least 1.
+
+    Returns
+    -------
+    list
+        A result for each unit, in their order.
+
     Raises
     ------
     ValueError

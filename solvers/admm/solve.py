@@ -182,13 +182,39 @@ def _splitting(scaling: Scaling, factor: Factor, dtype: Any) -> Splitting:
 
 
 def check_limits(tolerance: float, violation_tolerance: float, max_iterations: int) -> None:
-    """Raise ValueError for limits that no solve can meet."""
+    """Raise ValueError for limits that no solve can meet.
+
+    Parameters
+    ----------
+    tolerance, violation_tolerance : float
+        Largest relative gap and violation of a certified result.
+    max_iterations : int
+        Iterations at most.
+
+    Raises
+    ------
+    ValueError
+        If a tolerance is not positive and finite, or no iteration is allowed.
+    """
     checks.positive(tolerance=tolerance, violation_tolerance=violation_tolerance)
     checks.count(1, max_iterations=max_iterations)
 
 
 def check_factor(program: Program, factor: Factor | None) -> None:
-    """Raise ValueError for a factor of other inputs, as far as its order tells."""
+    """Raise ValueError for a factor of other inputs, as far as its order tells.
+
+    Parameters
+    ----------
+    program : ConstrainedProgram or RegularisedProgram
+        The layer's program.
+    factor : Factor or None
+        What the caller passed; None passes.
+
+    Raises
+    ------
+    ValueError
+        If its order is not that of the program's inputs.
+    """
     order = min(program.inputs.shape)
     if factor is not None and factor.gram.shape[0] != order:
         raise ValueError(

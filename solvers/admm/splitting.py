@@ -115,7 +115,22 @@ def prepare(inputs: Array) -> Factor:
 
 
 def metric(program: LayerProgram, factor: Factor, size: float = METRIC) -> float:
-    """The tau of |u|^2 + tau |z|^2, `size` N / |X|_F^2: the weight of responses beside weights."""
+    """The tau of |u|^2 + tau |z|^2, `size` N / |X|_F^2: the weight of responses beside weights.
+
+    Parameters
+    ----------
+    program : LayerProgram
+        The layer's program; its number of inputs counts.
+    factor : Factor
+        Factorisation of the inputs (`prepare`).
+    size : float, optional
+        Larger values move the responses less, and the weights more, in each iteration.
+
+    Returns
+    -------
+    float
+        tau, above 0.
+    """
     squared_norm = factor.squared_norm if factor.squared_norm > 0 else 1.0
     return size * program.shape[1] / squared_norm
 
@@ -262,6 +277,22 @@ def advance(
 
     The arrays of the state are overwritten. Ends early, with `finite` False, where the residuals
     are not finite.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    progress : Progress
+        Where the iteration stands.
+    target : int
+        Iteration to stop at.
+    walk : callable, optional
+        Takes iterations between changes of rho; `plain_walk` by default.
+
+    Returns
+    -------
+    Progress
+        At the iteration `target`, or earlier where it is not finite.
     """
     walk = plain_walk if walk is None else walk
     while progress.iteration < target:
@@ -283,7 +314,22 @@ def advance(
 
 
 def step(splitting: Splitting, state: State) -> tuple[State, Array]:
-    """One iteration, as in the module's docstring; also returns v."""
+    """One iteration, as in the module's docstring; also returns v.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    state : State
+        Iterates u, z, the scaled multipliers p, q, the last w, and rho.
+
+    Returns
+    -------
+    State
+        After one iteration.
+    array, shape (n_samples, n_out)
+        v, the responses that the constraints allow.
+    """
     alpha = splitting.relaxation
     w = splitting.prox_penalty(state.u - state.p, state.rho)
     v = splitting.prox_response(state.z, state.q, state.rho)
@@ -294,7 +340,22 @@ def step(splitting: Splitting, state: State) -> tuple[State, Array]:
 
 
 def plain_walk(splitting: Splitting, state: State, count: int) -> State:
-    """Take `count` iterations; for tall numpy arrays in place, each array passed over twice."""
+    """Take `count` iterations; for tall numpy arrays in place, each array passed over twice.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    state : State
+        Iterates u, z, the scaled multipliers p, q, the last w, and rho.
+    count : int
+        Iterations to take.
+
+    Returns
+    -------
+    State
+        After `count` iterations.
+    """
     inputs = splitting.inputs
     if not is_numpy_array(inputs) or inputs.shape[0] < inputs.shape[1]:
         for _ in range(count):
@@ -315,7 +376,19 @@ def plain_walk(splitting: Splitting, state: State, count: int) -> State:
 
 
 def relax(splitting: Splitting, z: np.ndarray, q: np.ndarray, rho: np.ndarray) -> None:
-    """Overwrite q by c - z = alpha (v - z) + q, on numpy arrays in one pass."""
+    """Overwrite q by c - z = alpha (v - z) + q, on numpy arrays in one pass.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    z : ndarray, shape (n_samples, n_out)
+        Responses.
+    q : ndarray, shape (n_samples, n_out)
+        Scaled multipliers; overwritten.
+    rho : ndarray, shape () or (n_out,)
+        Penalty parameter, shared or by unit.
+    """
     alpha = z.dtype.type(splitting.relaxation)
     shrinkage = np.broadcast_to(splitting.shrinkage(z, q, rho), (z.shape[1],))
     _relax(z, q, splitting.level, splitting.program.active, shrinkage, alpha)
@@ -344,7 +417,22 @@ def _relax(z, q, level, active, shrinkage, alpha):  # type: ignore[no-untyped-de
 
 
 def start(splitting: Splitting, factor: Factor, warm_start: SolveResult | None) -> State:
-    """First point: the warm start's, in a solver's units, or the old weights', often feasible."""
+    """First point: the warm start's, in a solver's units, or the old weights', often feasible.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    factor : Factor
+        Factorisation of the inputs (`prepare`).
+    warm_start : SolveResult or None
+        Result to go on from, in the units of the splitting.
+
+    Returns
+    -------
+    State
+        First point.
+    """
     program = splitting.program
     xp = array_namespace(splitting.inputs)
     n_samples, n_in, n_out = program.shape
@@ -402,6 +490,24 @@ def residuals(
     """Relative primal and dual residuals: scalars where rho is shared, by unit where it is not.
 
     `previous` is (u, z) before the last step, v what that step made.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    previous : pair of arrays
+        u and z before the last step.
+    state : State
+        Iterates u, z, the scaled multipliers p, q, the last w, and rho.
+    v : array, shape (n_samples, n_out)
+        What the last step made of the responses.
+
+    Returns
+    -------
+    array, shape () or (n_out,)
+        Primal residual.
+    array, shape () or (n_out,)
+        Dual residual.
     """
     xp = array_namespace(state.u)
 
@@ -431,6 +537,18 @@ def balance(state: State, primal: Array, dual: Array) -> State:
 
     A primal residual that is rounding tells nothing: a unit that is done keeps its rho. A dual one
     beside a primal one that is not (constraints that cannot be met leave such) counts as rounding.
+
+    Parameters
+    ----------
+    state : State
+        Iterates u, z, the scaled multipliers p, q, the last w, and rho.
+    primal, dual : array, shape () or (n_out,)
+        Relative residuals, as `residuals` gives them.
+
+    Returns
+    -------
+    State
+        The same point, with another rho and multipliers scaled to it.
     """
     xp = array_namespace(primal)
     rounding = _ROUNDING * xp.finfo(state.rho.dtype).eps

@@ -54,6 +54,12 @@ def solve_block(
 
     Parameters
     ----------
+    shared : Shared
+        Inputs and penalty, the same for all units.
+    units : Units
+        Data of these units.
+    points : Points
+        Where they stand; not changed.
     slack : float
         s = 1 / (2 fit_weight); 0 fits Omega exactly, infinity not at all.
     tolerance, violation : float

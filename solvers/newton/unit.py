@@ -142,6 +142,12 @@ def minimise(
 
     Parameters
     ----------
+    inner : Inner
+        The function F on the working set.
+    accuracy : float
+        How near 0 the optimality conditions must be, relative to the boxes.
+    max_steps : int
+        Newton steps at most.
     over : Gram
         Of the ceilings in play; it is brought up to date.
     x, z : array, shape (|W|,), (|K|,)

@@ -307,13 +307,39 @@ class Work:
 
 
 def precision_for(shared: Shared, slack: float, accuracy: float) -> Any:
-    """What to make the fitted samples' matrices in."""
+    """What to make the fitted samples' matrices in.
+
+    Parameters
+    ----------
+    shared : Shared
+        Inputs, also in float32 where that serves.
+    slack : float
+        s = 1 / (2 fit_weight); 0 fits exactly.
+    accuracy : float
+        Accuracy asked of the solve.
+
+    Returns
+    -------
+    dtype
+        numpy.float32 or numpy.float64.
+    """
     rough = shared.single is not None and slack > 0 and accuracy >= _FINE
     return np.float32 if rough else np.float64
 
 
 def holds_single(size: float) -> bool:
-    """Tell whether float32 holds the squares of numbers of this magnitude."""
+    """Tell whether float32 holds the squares of numbers of this magnitude.
+
+    Parameters
+    ----------
+    size : float
+        A magnitude, at least 0.
+
+    Returns
+    -------
+    bool
+        Whether its square neither vanishes nor overflows in float32.
+    """
     return size == 0 or 1 / _SINGLE <= size <= _SINGLE
 
 

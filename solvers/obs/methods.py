@@ -43,6 +43,22 @@ class Method:
 def prune(problem: LayerProblem, pattern: Pattern, method: str, *, threads: int = 1) -> Pruned:
     """Prune a layer by a method of `METHODS`.
 
+    Parameters
+    ----------
+    problem : LayerProblem
+        The layer: weights, Hessian, mask, prunable inputs.
+    pattern : Pattern
+        Where zeros are counted, and how many.
+    method : str
+        Key of `METHODS`.
+    threads : int, optional
+        Threads over the units; results do not depend on them.
+
+    Returns
+    -------
+    Pruned
+        New weights, their support and layer error.
+
     Raises
     ------
     ValueError
@@ -56,7 +72,26 @@ def prune(problem: LayerProblem, pattern: Pattern, method: str, *, threads: int 
 def prune_swaps(
     problem: LayerProblem, pattern: Pattern, *, kicks: int = 0, seed: int = 0, threads: int = 1
 ) -> Pruned:
-    """Prune along the exact greedy path, then search locally; see `greedy.py`, `swaps.py`."""
+    """Prune along the exact greedy path, then search locally; see `greedy.py`, `swaps.py`.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+        The layer: weights, Hessian, mask, prunable inputs.
+    pattern : Pattern
+        Where zeros are counted, and how many.
+    kicks : int, optional
+        How often each unit's best support is perturbed and searched again.
+    seed : int, optional
+        Seed of the kicks.
+    threads : int, optional
+        Threads over the units; results do not depend on them.
+
+    Returns
+    -------
+    Pruned
+        New weights, their support and layer error.
+    """
     path = removal_path(problem, pattern=pattern, threads=threads)
     kept = pattern_support(problem, path, pattern)
     return improve(problem, kept, pattern, kicks=kicks, seed=seed, threads=threads)

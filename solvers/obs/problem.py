@@ -158,7 +158,18 @@ def layer_problem(
 
 
 def in_numpy(problem: LayerProblem) -> LayerProblem:
-    """Copy a problem to numpy, the weight in float64; for the methods that work unit by unit."""
+    """Copy a problem to numpy, the weight in float64; for the methods that work unit by unit.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+        The layer: weights, Hessian, mask, prunable inputs.
+
+    Returns
+    -------
+    LayerProblem
+        On the CPU.
+    """
     return LayerProblem(
         to_numpy(problem.weight).astype(np.float64),
         to_numpy(problem.hessian),
@@ -168,7 +179,20 @@ def in_numpy(problem: LayerProblem) -> LayerProblem:
 
 
 def layer_error(hessian: Array, old: Array, new: Array) -> float:
-    """Compute (1/n) ||X (new - old)||_F^2 = trace(D^T H D) in float64."""
+    """Compute (1/n) ||X (new - old)||_F^2 = trace(D^T H D) in float64.
+
+    Parameters
+    ----------
+    hessian : array, shape (n_in, n_in), float64
+        H, the mean of x x^T over the rows.
+    old, new : array, shape (n_in, n_out)
+        Weights before and after.
+
+    Returns
+    -------
+    float
+        Mean over the rows of the squared change of the responses; at least 0.
+    """
     xp = array_namespace(hessian)
     change = xp.astype(new, xp.float64) - xp.astype(old, xp.float64)
     return max(0.0, float(xp.sum(change * (hessian @ change))))
@@ -184,7 +208,30 @@ def finish(
     status: str = "done",
     history: dict[str, Sequence[float]] | None = None,
 ) -> Pruned:
-    """Cast a solution back to the caller's namespace and dtype and measure what is returned."""
+    """Cast a solution back to the caller's namespace and dtype and measure what is returned.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+        The layer: weights, Hessian, mask, prunable inputs.
+    weight : array, shape (n_in, n_out)
+        New weights; what is not kept becomes 0.
+    kept : bool array, shape (n_in, n_out)
+        Support: True where a weight stays.
+    method : str
+        Name of the method that made them.
+    damping : float
+        Fraction of the mean diagonal that is added to the Hessian's diagonal.
+    status : str, optional
+        How the method ended.
+    history : dict, optional
+        Figures of its course by name.
+
+    Returns
+    -------
+    Pruned
+        Weights as returned, and their layer error.
+    """
     given = problem.weight
     xp = array_namespace(given)
     where = device_of(given)

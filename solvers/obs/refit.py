@@ -32,6 +32,18 @@ REFIT_DAMPING = 1e-9
 def check_support(problem: LayerProblem, kept: Array) -> np.ndarray:
     """Check a support and copy it to numpy.
 
+    Parameters
+    ----------
+    problem : LayerProblem
+        The layer: weights, Hessian, mask, prunable inputs.
+    kept : bool array, shape (n_in, n_out)
+        Support: True where a weight stays.
+
+    Returns
+    -------
+    bool ndarray, shape (n_in, n_out)
+        A copy.
+
     Raises
     ------
     ValueError
@@ -94,7 +106,24 @@ def refit(
 def refit_weight(
     problem: LayerProblem, kept: np.ndarray, damping: float, threads: int
 ) -> np.ndarray:
-    """Refit a numpy problem; see `refit`."""
+    """Refit a numpy problem; see `refit`.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+        In numpy.
+    kept : bool array, shape (n_in, n_out)
+        Support: True where a weight stays.
+    damping : float
+        Fraction of the mean diagonal that is added to the Hessian's diagonal.
+    threads : int
+        Threads over the units.
+
+    Returns
+    -------
+    ndarray, shape (n_in, n_out), float64
+        Optimal weights on the support, 0 elsewhere.
+    """
     hessian = decoupled(problem.hessian, damping)
     removed = np.where(kept, 0.0, problem.weight)
     gradient = hessian @ removed

@@ -197,6 +197,15 @@ def improve(
 def check_pattern(problem: LayerProblem, kept: np.ndarray, pattern: Pattern) -> None:
     """Check that a numpy support has the pattern's counts.
 
+    Parameters
+    ----------
+    problem : LayerProblem
+        In numpy.
+    kept : bool array, shape (n_in, n_out)
+        Support: True where a weight stays.
+    pattern : Pattern
+        Where zeros are counted, and how many.
+
     Raises
     ------
     ValueError

@@ -137,7 +137,20 @@ def solve_count(
 
 
 def held_zeros(program: Program, rows: np.ndarray) -> int:
-    """Count the weights of some rows that the program's mask holds at zero."""
+    """Count the weights of some rows that the program's mask holds at zero.
+
+    Parameters
+    ----------
+    program : ConstrainedProgram or RegularisedProgram
+        The layer's program.
+    rows : int array
+        Numbers of the rows counted.
+
+    Returns
+    -------
+    int
+        0 without a mask.
+    """
     return 0 if program.support is None else int((~to_numpy(program.support)[rows]).sum())
 
 

@@ -110,7 +110,22 @@ def _at(program: Program, value: float) -> Program:
 
 
 def point_of(program: Program, result: SolveResult, counted: np.ndarray) -> PathPoint:
-    """Count the zeros and measure the residual of a solution."""
+    """Count the zeros and measure the residual of a solution.
+
+    Parameters
+    ----------
+    program : ConstrainedProgram or RegularisedProgram
+        The layer's program.
+    result : SolveResult
+        Its solution.
+    counted : int array
+        Rows whose zeros count.
+
+    Returns
+    -------
+    PathPoint
+        The solution with its zeros and its residual.
+    """
     weight = to_numpy(result.weight)[counted]
     response = program.forward(result.weight)
     xp = array_namespace(program.inputs)
@@ -127,7 +142,20 @@ def point_of(program: Program, result: SolveResult, counted: np.ndarray) -> Path
 
 
 def norm_on_omega(program: Program, values: Array) -> float:
-    """Norm of `values` over Omega, in float64."""
+    """Norm of `values` over Omega, in float64.
+
+    Parameters
+    ----------
+    program : ConstrainedProgram or RegularisedProgram
+        The layer's program.
+    values : array, shape (n_samples, n_out)
+        One number for each response.
+
+    Returns
+    -------
+    float
+        Root of the sum of squares where the program fits.
+    """
     xp = array_namespace(program.inputs)
     wide = xp.astype(values, xp.float64)
     return float(xp.linalg.vector_norm(xp.where(program.active, wide, 0 * wide)))
