@@ -41,7 +41,18 @@ class Penalty(Protocol):
         ...
 
     def value(self, weight: Array) -> Array:
-        """Penalty of each unit, shape (n_out,); of all units together, shape (), if coupled."""
+        """Penalty of each unit, shape (n_out,); of all units together, shape (), if coupled.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+
+        Returns
+        -------
+        array, shape (n_out,) or ()
+            The penalty; not negative.
+        """
         ...
 
     def prox(self, weight: Array, step: Array) -> Array:
@@ -49,26 +60,83 @@ class Penalty(Protocol):
 
         `step` is a scalar, one for each unit (n_out,), one for each input (n_in, 1), or one for
         each weight (n_in, n_out), which divides its own square.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Where the prox is taken.
+        step : array
+            Step, above 0, in one of the shapes above.
+
+        Returns
+        -------
+        array, shape (n_in, n_out)
+            The minimiser u.
         """
         ...
 
     def in_unit(self, unit: float) -> Penalty:
-        """Return the penalty p with ``p(u) = penalty(unit u) / unit``."""
+        """Return the penalty p with ``p(u) = penalty(unit u) / unit``.
+
+        Parameters
+        ----------
+        unit : float
+            Size of a weight in the new unit, above 0.
+
+        Returns
+        -------
+        Penalty
+            For weights in that unit.
+        """
         ...
 
     def conjugate(self, dual: Array) -> Array:
         """Finite part of sup_u <dual, u> - penalty(u), shaped like `value`.
 
         Where the conjugate is an indicator, the caller has scaled `dual` into its domain.
+
+        Parameters
+        ----------
+        dual : array, shape (n_in, n_out)
+            Dual point.
+
+        Returns
+        -------
+        array, shape (n_out,) or ()
+            Of each unit, or of all together.
         """
         ...
 
     def shrink_units(self, dual: Array) -> Array:
-        """Scale <= 1 of each unit, (n_out,), that brings it into its own part of the domain."""
+        """Scale <= 1 of each unit, (n_out,), that brings it into its own part of the domain.
+
+        Parameters
+        ----------
+        dual : array, shape (n_in, n_out)
+            Dual point.
+
+        Returns
+        -------
+        array, shape (n_out,)
+            Factors from 0 to 1.
+        """
         ...
 
     def scale_dual(self, dual: Array, linear: Array, quadratic: Array) -> Array:
-        """Scale s >= 0 that maximises ``s linear - s^2 quadratic - conjugate(s dual)``."""
+        """Scale s >= 0 that maximises ``s linear - s^2 quadratic - conjugate(s dual)``.
+
+        Parameters
+        ----------
+        dual : array, shape (n_in, n_out)
+            Dual point c.
+        linear, quadratic : array, shape (n_out,) or ()
+            Coefficients of the dual function.
+
+        Returns
+        -------
+        array, shape (n_out,) or ()
+            The scales.
+        """
         ...
 
 

@@ -93,13 +93,30 @@ class LayerProgram:
         return np.setdiff1d(np.arange(self.inputs.shape[1]), self.free_rows)
 
     def penalty_value(self, weight: Array) -> Array:
-        """Penalty of `weight` (n_in, n_out) in float64: (n_out,) if separable, () if not."""
+        """Penalty of `weight` (n_in, n_out) in float64: (n_out,) if separable, () if not.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights; free rows do not count.
+
+        Returns
+        -------
+        array, shape (n_out,) or (), float64
+            The penalty.
+        """
         xp = array_namespace(self.inputs)
         rows = like(self.penalised, self.inputs)
         return self.penalty.value(xp.take(xp.astype(weight, xp.float64), rows, axis=0))
 
     def fitted_norms(self) -> np.ndarray:
-        """Norm of each unit's fitted entries |y|_Omega in float64, shape (n_out,)."""
+        """Norm of each unit's fitted entries |y|_Omega in float64, shape (n_out,).
+
+        Returns
+        -------
+        ndarray, shape (n_out,), float64
+            The norms.
+        """
         xp = array_namespace(self.inputs)
         squares = []
         for block in self._blocks():
@@ -264,7 +281,18 @@ class ConstrainedProgram(LayerProgram):
         checks.not_negative(epsilon=self.epsilon)
 
     def objective(self, weight: Array) -> np.ndarray:
-        """Return penalty(weight), shape ()."""
+        """Return penalty(weight), shape ().
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+
+        Returns
+        -------
+        ndarray, shape (), float64
+            The objective.
+        """
         self._check_weight(weight)
         return to_numpy(array_namespace(weight).sum(self.penalty_value(weight)))
 
@@ -273,6 +301,16 @@ class ConstrainedProgram(LayerProgram):
 
         Each unit is first brought into its own box, where it has one; one factor, up or down, then
         scales the whole, since the ball ties the units together.
+
+        Parameters
+        ----------
+        multiplier : array, shape (n_samples, n_out)
+            Any numbers: they are made admissible first.
+
+        Returns
+        -------
+        ndarray, shape (), float64
+            At most the optimum.
         """
         self._check_multiplier(multiplier)
         xp = array_namespace(self.inputs)
@@ -290,11 +328,37 @@ class ConstrainedProgram(LayerProgram):
         return to_numpy(xp.reshape(bound, ()))
 
     def certificate(self, weight: Array, multiplier: Array) -> Certificate:
-        """Judge a pair of weights (n_in, n_out) and multiplier (n_samples, n_out)."""
+        """Judge a pair of weights (n_in, n_out) and multiplier (n_samples, n_out).
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+        multiplier : array, shape (n_samples, n_out)
+            Multiplier.
+
+        Returns
+        -------
+        Certificate
+            Objective, bound, gap and violations.
+        """
         return self.certificate_beside(weight, self.dual_bound(multiplier))
 
     def certificate_beside(self, weight: Array, bound: np.ndarray) -> Certificate:
-        """Judge weights (n_in, n_out) beside a bound that `dual_bound` has given."""
+        """Judge weights (n_in, n_out) beside a bound that `dual_bound` has given.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+        bound : ndarray, shape ()
+            Lower bound on the optimum.
+
+        Returns
+        -------
+        Certificate
+            Objective, bound, gap and violations.
+        """
         xp = array_namespace(self.inputs)
         objective = self.objective(weight)
         sums = {name: to_numpy(value) for name, value in self._primal_sums(weight).items()}
@@ -352,13 +416,35 @@ class RegularisedProgram(LayerProgram):
             )
 
     def objective(self, weight: Array) -> np.ndarray:
-        """Return penalty + fit_weight * squared residual of each unit, shape (n_out,)."""
+        """Return penalty + fit_weight * squared residual of each unit, shape (n_out,).
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+
+        Returns
+        -------
+        ndarray, shape (n_out,), float64
+            The objective.
+        """
         self._check_weight(weight)
         residual = self._primal_sums(weight)["residual"]
         return to_numpy(self.penalty_value(weight) + self.fit_weight * residual)
 
     def dual_bound(self, multiplier: Array) -> np.ndarray:
-        """Return the lower bound of each unit that `multiplier` proves, shape (n_out,)."""
+        """Return the lower bound of each unit that `multiplier` proves, shape (n_out,).
+
+        Parameters
+        ----------
+        multiplier : array, shape (n_samples, n_out)
+            Any numbers: they are made admissible first.
+
+        Returns
+        -------
+        ndarray, shape (n_out,), float64
+            At most the optimum.
+        """
         self._check_multiplier(multiplier)
         sums = self._dual_sums(multiplier)
         linear, dual = sums["linear"], sums["dual"]
@@ -383,11 +469,37 @@ class RegularisedProgram(LayerProgram):
         return xp.where(old > 0, old, xp.mean(old))
 
     def certificate(self, weight: Array, multiplier: Array) -> Certificate:
-        """Judge a pair of weights (n_in, n_out) and multiplier (n_samples, n_out), by unit."""
+        """Judge a pair of weights (n_in, n_out) and multiplier (n_samples, n_out), by unit.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+        multiplier : array, shape (n_samples, n_out)
+            Multiplier.
+
+        Returns
+        -------
+        Certificate
+            Objective, bound, gap and violations.
+        """
         return self.certificate_beside(weight, self.dual_bound(multiplier))
 
     def certificate_beside(self, weight: Array, bound: np.ndarray) -> Certificate:
-        """Judge weights (n_in, n_out) beside the units' bounds that `dual_bound` has given."""
+        """Judge weights (n_in, n_out) beside the units' bounds that `dual_bound` has given.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+        bound : ndarray, shape (n_out,)
+            Lower bound on the optimum.
+
+        Returns
+        -------
+        Certificate
+            Objective, bound, gap and violations.
+        """
         self._check_weight(weight)
         sums = {name: to_numpy(value) for name, value in self._primal_sums(weight).items()}
         objective = to_numpy(self.penalty_value(weight)) + self.fit_weight * sums["residual"]
@@ -434,8 +546,14 @@ def trim_program(
         without activation has every entry fitted and no ceiling.
     ceilings : array, shape (n_samples, n_out), optional
         V; zero by default. In the cascade the old weights' responses on the retrained inputs (6).
-    penalty, free_rows, support, old_weight
-        See `LayerProgram`.
+    penalty : Penalty, optional
+        l1 by default.
+    free_rows : tuple of int, optional
+        Rows of the weights without penalty: the bias's.
+    support : bool array, shape (n_in, n_out), optional
+        Mask: False where a weight must be zero.
+    old_weight : array, shape (n_in, n_out), optional
+        Weights that the layer has; the scale of the gap, and where solvers begin.
 
     Returns
     -------
@@ -446,9 +564,26 @@ def trim_program(
     ValueError
         If not exactly one of `epsilon` and `fit_weight` is given, or an argument is malformed.
 
+    Notes
+    -----
+    Costs nothing but a check of the arrays, which are not copied.
+
     References
     ----------
     Aghasi et al., Net-Trim (2017), equations (4)-(6) and (11).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> program = trim_program(X, Y, epsilon=0.1 * np.linalg.norm(Y), old_weight=W)
+    >>> program.shape
+    (50, 10, 3)
+    >>> bool(program.certificate(W, np.zeros_like(Y)).ball_violation == 0)
+    True
     """
     if (epsilon is None) == (fit_weight is None):
         raise ValueError("epsilon, fit_weight: want exactly one of the two")

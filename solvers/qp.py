@@ -63,9 +63,24 @@ def solve_osqp(
     ValueError
         For the constrained form, whose ball is not a quadratic program.
 
+    Notes
+    -----
+    Each unit is a quadratic program of its own with 2 n_in + n_samples variables and constraints.
+
     References
     ----------
     Aghasi et al., Net-Trim (2017), equations (12)-(14). Stellato et al., OSQP (2020).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import solve_osqp, trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> program = trim_program(X, Y, fit_weight=1.0, old_weight=W)
+    >>> solve_osqp(program).status.value
+    'solved'
     """
     import osqp
 

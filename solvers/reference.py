@@ -60,6 +60,17 @@ def solve_cvxpy(
     -----
     Entries below 1e-9 of the largest weight are the solver's rounding, not set to zero here: an
     interior-point method's weights are not exactly sparse.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import solve_cvxpy, trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> program = trim_program(X, Y, fit_weight=1.0, old_weight=W)
+    >>> solve_cvxpy(program).status.value
+    'solved'
     """
     import cvxpy as cp
 

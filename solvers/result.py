@@ -87,7 +87,20 @@ class Certificate:
         return np.maximum(self.ball_violation, self.ceiling_violation)
 
     def within(self, tolerance: float, violation_tolerance: float) -> np.ndarray:
-        """Tell, per entry, whether gap and violations are both within tolerance (NaN is not)."""
+        """Tell, per entry, whether gap and violations are both within tolerance (NaN is not).
+
+        Parameters
+        ----------
+        tolerance : float
+            Largest relative gap.
+        violation_tolerance : float
+            Largest relative violation.
+
+        Returns
+        -------
+        bool ndarray, shape () or (n_out,)
+            True where it is met.
+        """
         return (self.gap <= tolerance) & (self.violation <= violation_tolerance)
 
 

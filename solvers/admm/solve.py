@@ -111,6 +111,18 @@ def solve_admm(
     References
     ----------
     Aghasi et al., Net-Trim (2017), equations (4), (6), (11).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import solve_admm, trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> program = trim_program(X, Y, epsilon=0.1 * np.linalg.norm(Y), old_weight=W)
+    >>> result = solve_admm(program)
+    >>> result.status.value, bool(result.certificate.gap <= 1e-4)
+    ('solved', True)
     """
     violation_tolerance = tolerance if violation_tolerance is None else violation_tolerance
     check_limits(tolerance, violation_tolerance, max_iterations)

@@ -102,7 +102,25 @@ def prepare(inputs: Array) -> Factor:
     Returns
     -------
     Factor
-        Cost: one product X^T X (or X X^T) in float64. A solve inverts I + tau times it.
+        For the solvers' argument of that name.
+
+    Notes
+    -----
+    Costs one product X^T X (or X X^T) in float64. A solve inverts I + tau times it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import prepare, solve_admm, trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> factor = prepare(X)
+    >>> for size in (1.0, 2.0):
+    ...     program = trim_program(X, Y, epsilon=size, old_weight=W)
+    ...     print(solve_admm(program, factor=factor).status.value)
+    solved
+    solved
     """
     started = time.perf_counter()
     xp = array_namespace(inputs)
@@ -162,7 +180,28 @@ class Splitting:
         relaxation: float = RELAXATION,
         emphasis: float | Array = 1.0,
     ) -> Splitting:
-        """Cast a program in a solver's units to the dtype to iterate in."""
+        """Cast a program in a solver's units to the dtype to iterate in.
+
+        Parameters
+        ----------
+        scaling : Scaling
+            The program, and the same in a solver's units.
+        factor : Factor
+            Factorisation of the inputs (`prepare`).
+        dtype : dtype
+            float32 or float64 of the arrays' namespace.
+        tau : float, optional
+            Weight of responses beside weights; `metric` by default.
+        relaxation : float, optional
+            Over-relaxation, between 1 and 2.
+        emphasis : float or array, shape (n_out,), optional
+            Factor on the primal residual when rho is balanced.
+
+        Returns
+        -------
+        Splitting
+            What the iterations need.
+        """
         program = scaling.program
         xp = array_namespace(program.inputs)
         tau = metric(program, factor) if tau is None else tau
@@ -190,7 +229,22 @@ class Splitting:
         )
 
     def project(self, a: Array, c: Array) -> tuple[Array, Array]:
-        """Project onto the graph {z = Xu} in the metric |u|^2 + tau |z|^2."""
+        """Project onto the graph {z = Xu} in the metric |u|^2 + tau |z|^2.
+
+        Parameters
+        ----------
+        a : array, shape (n_in, n_out)
+            Point to project, weights.
+        c : array, shape (n_samples, n_out)
+            Point to project, responses.
+
+        Returns
+        -------
+        array, shape (n_in, n_out)
+            u of the nearest point of the graph.
+        array, shape (n_samples, n_out)
+            z = Xu there.
+        """
         n_samples, n_in = self.inputs.shape
         if n_samples >= n_in:
             u = self.inverse @ (a + self.tau * (self.inputs.T @ c))
@@ -199,7 +253,20 @@ class Splitting:
         return a + self.tau * (self.inputs.T @ e), c - e
 
     def prox_penalty(self, t: Array, rho: Array) -> Array:
-        """Prox of f / rho: the penalty on the penalised rows, the mask everywhere."""
+        """Prox of f / rho: the penalty on the penalised rows, the mask everywhere.
+
+        Parameters
+        ----------
+        t : array, shape (n_in, n_out)
+            Where the prox is taken.
+        rho : array, shape () or (n_out,)
+            Penalty parameter, shared or by unit.
+
+        Returns
+        -------
+        array, shape (n_in, n_out)
+            Weights, exactly 0 where the penalty or the mask says so.
+        """
         xp = array_namespace(t)
         if self.program.support is not None:
             # Before the shrinkage: an entry held at zero must not count in its group's norm.
@@ -221,6 +288,20 @@ class Splitting:
 
         In the ball, min(1, epsilon / |(z - q - y)_Omega|); for the fit, 1 / (1 + weight) with
         weight = 2 fit_weight / (rho tau), unit by unit.
+
+        Parameters
+        ----------
+        z : array, shape (n_samples, n_out)
+            Responses.
+        q : array, shape (n_samples, n_out)
+            Scaled multipliers.
+        rho : array, shape () or (n_out,)
+            Penalty parameter, shared or by unit.
+
+        Returns
+        -------
+        array, shape () or (n_out,)
+            Factor from 0 to 1.
         """
         xp = array_namespace(z)
         if isinstance(self.program, ConstrainedProgram):
@@ -234,7 +315,22 @@ class Splitting:
         return 1 / (1 + 2 * self.program.fit_weight / (rho * self.tau))
 
     def prox_response(self, z: Array, q: Array, rho: Array) -> Array:
-        """Prox of g / (rho tau) at z - q: the ball or the fit on Omega, the ceilings off it."""
+        """Prox of g / (rho tau) at z - q: the ball or the fit on Omega, the ceilings off it.
+
+        Parameters
+        ----------
+        z : array, shape (n_samples, n_out)
+            Responses.
+        q : array, shape (n_samples, n_out)
+            Scaled multipliers.
+        rho : array, shape () or (n_out,)
+            Penalty parameter, shared or by unit.
+
+        Returns
+        -------
+        array, shape (n_samples, n_out)
+            Responses that the constraints allow.
+        """
         xp = array_namespace(z)
         t = z - q
         fitted = self.level + self.shrinkage(z, q, rho) * (t - self.level)
@@ -253,7 +349,18 @@ class State:
     rho: Array
 
     def astype(self, dtype: Any) -> State:
-        """Go on in another dtype."""
+        """Go on in another dtype.
+
+        Parameters
+        ----------
+        dtype : dtype
+            float32 or float64 of the arrays' namespace.
+
+        Returns
+        -------
+        State
+            The same point.
+        """
         xp = array_namespace(self.u)
         names = ("u", "z", "p", "q", "w", "rho")
         return State(**{name: xp.astype(getattr(self, name), dtype) for name in names})

@@ -130,6 +130,18 @@ def solve_newton(
     Aghasi et al., Net-Trim (2017), equations (4), (6), (11). Rockafellar, Augmented Lagrangians and
     applications of the proximal point algorithm (1976). Li, Sun, Toh, A highly efficient semismooth
     Newton augmented Lagrangian method for solving lasso problems (2018).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import solve_newton, trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> program = trim_program(X, Y, epsilon=0.1 * np.linalg.norm(Y), old_weight=W)
+    >>> result = solve_newton(program, tolerance=1e-8)
+    >>> result.status.value, bool(result.certificate.gap <= 1e-8)
+    ('solved', True)
     """
     violation_tolerance = tolerance if violation_tolerance is None else violation_tolerance
     if program.penalty.separable and not isinstance(program.penalty, L1 | ElasticNet):

@@ -74,7 +74,17 @@ class Gram:
     included: np.ndarray
 
     def update(self, samples: np.ndarray, rows: np.ndarray, pushing: np.ndarray) -> None:
-        """Make it that of the pushing ones among `samples`, whose inputs are `rows`."""
+        """Make it that of the pushing ones among `samples`, whose inputs are `rows`.
+
+        Parameters
+        ----------
+        samples : int array
+            Numbers of the ceilings in play.
+        rows : array, shape (len(samples), |W|)
+            Their inputs.
+        pushing : bool array, shape (len(samples),)
+            Which of them push.
+        """
         included = self.included[samples]
         changed = pushing != included
         if not changed.any():

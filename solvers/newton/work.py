@@ -70,7 +70,26 @@ class Shared:
         *,
         single: bool = True,
     ) -> Shared:
-        """Make the copies of X, that in float32 if it is wanted."""
+        """Make the copies of X, that in float32 if it is wanted.
+
+        Parameters
+        ----------
+        exact : ndarray, shape (n_samples, n_in), float64
+            Inputs X.
+        weight : ndarray, shape (n_in,)
+            Weight of each input in the l1 norm.
+        ridge : ndarray, shape (n_in,)
+            Weight of each input in half the squared norm.
+        gram : ndarray, shape (n_in, n_in), optional
+            X^T X, where it is known.
+        single : bool, optional
+            Whether X is held in float32 too, where that can hold it.
+
+        Returns
+        -------
+        Shared
+            What all units use.
+        """
         inputs = np.ascontiguousarray(exact, dtype=np.float64)
         lengths = np.sqrt(np.einsum("ji,ji->i", inputs, inputs))
         rough = exact.astype(np.float32, copy=False) if single else None
@@ -129,17 +148,51 @@ class Points:
 
     @staticmethod
     def at(u: np.ndarray, nu: np.ndarray, sigma: np.ndarray, tau: np.ndarray) -> Points:
-        """Points nothing is known of yet."""
+        """Points nothing is known of yet.
+
+        Parameters
+        ----------
+        u : ndarray, shape (units, n_in)
+            Weights.
+        nu : ndarray, shape (units, n_samples)
+            Multipliers.
+        sigma, tau : ndarray, shape (units,)
+            First weights of the two proximal terms.
+
+        Returns
+        -------
+        Points
+            With infinite gaps and no steps taken.
+        """
         count, unknown = len(u), np.full(len(u), math.inf)
         steps = np.zeros(count, dtype=int)
         return Points(u, nu, sigma, tau, steps, unknown, unknown.copy(), unknown.copy())
 
     def take(self, rows: slice | np.ndarray) -> Points:
-        """Copy some of them."""
+        """Copy some of them.
+
+        Parameters
+        ----------
+        rows : slice or int array
+            Which units.
+
+        Returns
+        -------
+        Points
+            A copy.
+        """
         return Points(*(np.array(getattr(self, name)[rows]) for name in self.__annotations__))
 
     def put(self, rows: slice | np.ndarray, others: Points) -> None:
-        """Write others over some of them; the first sigma and tau stay."""
+        """Write others over some of them; the first sigma and tau stay.
+
+        Parameters
+        ----------
+        rows : slice or int array
+            Which units.
+        others : Points
+            What to write there.
+        """
         for name in ("u", "nu", "steps", "gap", "violation", "residual"):
             getattr(self, name)[rows] = getattr(others, name)
 
@@ -211,7 +264,28 @@ class Work:
     def build(
         shared: Shared, units: Units, b: int, u: np.ndarray, c: np.ndarray, precision: Any
     ) -> Work:
-        """Begin with the inputs that are nonzero or near their bound."""
+        """Begin with the inputs that are nonzero or near their bound.
+
+        Parameters
+        ----------
+        shared : Shared
+            Inputs and penalty, the same for all units.
+        units : Units
+            Data of a block of units.
+        b : int
+            Number of the unit in the block.
+        u : ndarray, shape (n_in,)
+            The unit's weights.
+        c : ndarray, shape (n_in,)
+            X^T nu.
+        precision : dtype
+            Of the fitted samples' matrix.
+
+        Returns
+        -------
+        Work
+            The unit's working sets and their matrices.
+        """
         near = (u != 0) | (shared.weight == 0) | (np.abs(c) > shared.weight * (1 - _MARGIN))
         inputs = np.flatnonzero(near & units.allowed[b])
         nothing = np.zeros(len(shared.inputs), dtype=bool)
@@ -222,7 +296,22 @@ class Work:
         return Work(inputs, fitted, over, extra, none, np.zeros(0), precision)
 
     def refine(self, shared: Shared, units: Units, b: int) -> bool:
-        """Make the fitted samples' matrix in float64; tell if it was not."""
+        """Make the fitted samples' matrix in float64; tell if it was not.
+
+        Parameters
+        ----------
+        shared : Shared
+            Inputs and penalty, the same for all units.
+        units : Units
+            Data of a block of units.
+        b : int
+            Number of the unit in the block.
+
+        Returns
+        -------
+        bool
+            False where it was in float64 already.
+        """
         if self.precision is np.float64:
             return False
         self.precision = np.float64
@@ -230,7 +319,21 @@ class Work:
         return True
 
     def run(self, shared: Shared, units: Units, now: Points, b: int, turn: Turn) -> None:
-        """Minimise the unit's F over W and K, and write the weights and the steps to `now`."""
+        """Minimise the unit's F over W and K, and write the weights and the steps to `now`.
+
+        Parameters
+        ----------
+        shared : Shared
+            Inputs and penalty, the same for all units.
+        units : Units
+            Data of a block of units.
+        now : Points
+            Where the units stand; this unit's weights and steps are written.
+        b : int
+            Number of the unit in the block.
+        turn : Turn
+            What this turn asks of the unit.
+        """
         level, tau, sigma = units.level[b], float(now.tau[b]), float(now.sigma[b])
         distance = np.where(units.active[b], 0.0, turn.z - level)
         width = _NEAR * math.sqrt(float(distance @ distance) / max(1, len(turn.z)))
@@ -273,7 +376,28 @@ class Work:
         c: np.ndarray,
         accuracy: float,
     ) -> bool:
-        """Take in the inputs and the ceilings that the last solution wants; tell if there are."""
+        """Take in the inputs and the ceilings that the last solution wants; tell if there are.
+
+        Parameters
+        ----------
+        shared : Shared
+            Inputs and penalty, the same for all units.
+        units : Units
+            Data of a block of units.
+        b : int
+            Number of the unit in the block.
+        nu : ndarray, shape (n_samples,)
+            The unit's multipliers.
+        c : ndarray, shape (n_in,)
+            X^T nu.
+        accuracy : float
+            How far beyond its bound an input may be and stay out.
+
+        Returns
+        -------
+        bool
+            Whether the working sets grew.
+        """
         pushed = ~units.active[b] & (nu > 0)
         pushed[self.seen] = False
         self.extra |= pushed

@@ -55,6 +55,16 @@ class Pattern:
 
         ``floor(sparsity * size + 1/2)``, or the count asked for.
 
+        Parameters
+        ----------
+        size : int
+            Number of weights, or of inputs.
+
+        Returns
+        -------
+        int
+            From 0 to `size`.
+
         Raises
         ------
         ValueError

@@ -78,7 +78,7 @@ def solve_path(
         On gap and violation.
     solve : callable
         The solver.
-    options
+    **options : object
         Further arguments of `solve`.
 
     Returns
@@ -89,6 +89,23 @@ def solve_path(
     ------
     ValueError
         If `values` is empty, or one of them is no radius or no fit weight.
+
+    Notes
+    -----
+    Each solve begins at the last one's result, so a path costs less than its solves one by one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import solve_path, trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> program = trim_program(X, Y, epsilon=1.0, old_weight=W)
+    >>> points = solve_path(program, [1.0, 2.0, 4.0])
+    >>> zeros = [point.zeros for point in points]
+    >>> zeros == sorted(zeros)
+    True
     """
     if not len(values):
         raise ValueError("values: got none, want at least one epsilon or fit weight")
