@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from shared_data import SHARED
 from torch import nn
 
 from retrain.adapters.files.load import fill, load_model
 
-MODELS = Path(__file__).parents[1].parent / "shared" / "data" / "models"
+MODELS = SHARED / "data" / "models"
 
 
 def chain_tensors(widths=(6, 5, 4, 3), names=("fc1", "fc2", "fc3"), dtype=torch.float32):
@@ -191,7 +192,7 @@ def test_saved_on_a_gpu(tmp_path):
     assert all(tensor.device.type == "cpu" for tensor in loaded.module.state_dict().values())
 
 
-@pytest.mark.skipif(not MODELS.is_dir(), reason="the saved networks are not there")
+@pytest.mark.shared_data("data/models")
 def test_saved_networks_of_others(tmp_path, monkeypatch):
     lenet = load_model(MODELS / "lobs_LeNet300100_pretrain.pth")
     assert lenet.note == "read as dense layers 784-300-100-10, assuming relu between them"

@@ -20,7 +20,7 @@ from solvers import (
     solve_newton,
     trim_program,
 )
-from solvers.admm.solve import _stalled
+from solvers.admm.solve import stalled
 from solvers.admm.splitting import Splitting
 from solvers.scaling import Scaling
 
@@ -446,7 +446,9 @@ def test_malformed_arguments_are_refused():
         solve_admm(program, tolerance=0)
     with pytest.raises(ValueError, match="tolerance: got nan, want a positive finite number"):
         solve_admm(program, tolerance=float("nan"))
-    with pytest.raises(ValueError, match="violation_tolerance: got -1, want a positive number"):
+    with pytest.raises(
+        ValueError, match="violation_tolerance: got -1, want a positive finite number"
+    ):
         solve_admm(program, violation_tolerance=-1)
     with pytest.raises(ValueError, match="max_iterations: got 0, want a whole number >= 1"):
         solve_admm(program, max_iterations=0)
@@ -469,12 +471,12 @@ def test_float32_data_is_certified_beyond_what_float32_iterates_reach(monkeypatc
     program = in_single_precision(relu2(120, 400, 10, ball=False).program)
     limits = {"tolerance": 1e-6, "max_iterations": 4000}
     assert solve_admm(program, **limits).status is Status.SOLVED
-    monkeypatch.setattr("solvers.admm.solve._stalled", lambda *_: False)
+    monkeypatch.setattr("solvers.admm.solve.stalled", lambda *_: False)
     assert solve_admm(program, **limits).status is Status.ITERATION_LIMIT
 
 
 @pytest.mark.parametrize(
-    ("gaps", "violations", "stalled"),
+    ("gaps", "violations", "given"),
     [
         ((1.0, 0.9), (1.0, 0.9), False),  # too few
         ((1.0, 0.9, 0.85), (1.0, 1.0, 1.0), True),
@@ -484,9 +486,9 @@ def test_float32_data_is_certified_beyond_what_float32_iterates_reach(monkeypatc
         ((0.1, 0.05, 0.01), (1.0, 1.0, 1.0), True),  # the gap is within its tolerance
     ],
 )
-def test_float32_has_given_what_it_can(gaps, violations, stalled):
+def test_float32_has_given_what_it_can(gaps, violations, given):
     history = [
         {"gap": gap, "violation": violation}
         for gap, violation in zip(gaps, violations, strict=True)
     ]
-    assert _stalled(history, 0.2, 0.2) is stalled
+    assert stalled(history, 0.2, 0.2) is given

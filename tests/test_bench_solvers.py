@@ -3,12 +3,12 @@
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shared_data import SHARED
 
 from bench import answers, curve, peers, solver_tables, solvers
 from bench.forms import FORMS
@@ -126,10 +126,9 @@ def test_sizes_that_a_family_does_not_have():
         problem("digits-64x100x8").make()
 
 
+@pytest.mark.shared_data("data/models", "data/mnist")
 def test_the_layers_of_lenet():
-    data = Path(__file__).parents[1].parent / "shared" / "data"
-    if not (data / "models/lobs_LeNet300100_pretrain.pth").exists():
-        pytest.skip("no LeNet-300-100 and MNIST here")
+    data = SHARED / "data"
     program = problem("lenet-fc3-200-ball", data).make().program
     assert program.shape == (200, 101, 10)
     assert program.active.all()
@@ -228,11 +227,11 @@ def test_verdicts_take_the_fastest_rival_that_is_certified():
 
 
 def test_gap_and_violation_may_be_asked_for_apart():
-    assert solvers._limits("1e-3") == (1e-3, 1e-3)
-    assert solvers._limits("1e-3,1e-4") == (1e-3, 1e-4)
+    assert solvers.parse_limits("1e-3") == (1e-3, 1e-3)
+    assert solvers.parse_limits("1e-3,1e-4") == (1e-3, 1e-4)
     for text in ("0", "1e-3,1e-4,1e-5", "2"):
         with pytest.raises(argparse.ArgumentTypeError, match="want GAP"):
-            solvers._limits(text)
+            solvers.parse_limits(text)
     both = {"name": "lenet-fc2-ball", "tolerance": 1e-3, "violation_tolerance": 1e-4}
     taken = [
         row("newton", 1, passes=n, certified=c, **both) for n, c in ((299, 1), (301, 1), (9, 0))

@@ -194,7 +194,7 @@ def test_without_the_allowance_for_rounding_bounds_are_broken(monkeypatch):
 
     assert broken(torch.float32, 1e6, [0, 1]) == broken(torch.float64, 1e13, [3]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(passage._Walk, "_allowance", lambda *_: 0.0)
+        patch.setattr(passage.Walk, "_allowance", lambda *_: 0.0)
         assert broken(torch.float64, 1e13, [3]) > 0
     monkeypatch.setattr(bounds, "widened", lambda bound, _: bound)
     assert broken(torch.float32, 1e6, [0, 1]) > 0
@@ -396,7 +396,7 @@ def test_second_order_bounds_are_checked_too(monkeypatch):
     assert "theorem 3.2" in run.defects[0]
     monkeypatch.undo()
     monkeypatch.setattr(deviations, "spectral_norm", lambda _: 0.0)
-    monkeypatch.setattr(deviations, "_ROUNDOFF", 0.0)
+    monkeypatch.setattr(deviations, "ROUNDOFF", 0.0)
     run = retrain.lobs(net, x, sparsity=0.4, method="one-shot")
     assert "theorem 5.1 of layer b" in run.defects[0]
 

@@ -218,14 +218,14 @@ def slowly():
 
     from retrain.methods.lobs import method
 
-    solve = method._solve
+    solve = method.solve_layer
 
     def halting(task, options):
         if task.spec.name != "0":
             time.sleep(60)
         return solve(task, options)
 
-    method._solve = halting
+    method.solve_layer = halting
 
 
 @pytest.mark.parametrize("calibration", ["dense", "sequential"])

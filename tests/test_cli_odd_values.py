@@ -89,7 +89,7 @@ def case(tmp_path, monkeypatch):
 
     for place, name in (
         (retrain.runs.drive, "_retrain"),
-        (retrain.runs.training._Run, "fit"),
+        (retrain.runs.training.TrainingRun, "fit"),
         (retrain.verify.runner, "_run"),
         (retrain.demo, "trained_network"),
     ):

@@ -17,7 +17,7 @@ from solvers.scaling import Scaling
 @pytest.fixture
 def always(monkeypatch):
     """Small layers too, and any processor: torch multiplies bfloat16 everywhere, if slowly."""
-    monkeypatch.setattr(half_products, "_LEAST_FLOPS", 0.0)
+    monkeypatch.setattr(half_products, "LEAST_FLOPS", 0.0)
     monkeypatch.setattr(half_products, "has_products", lambda: True)
 
 
@@ -74,7 +74,7 @@ def test_where_it_is_no_gain_there_is_none(monkeypatch):
     monkeypatch.setattr(half_products, "has_products", lambda: True)
     _, small = in_float32(0, "regularised")
     assert half_walk(small) is None
-    monkeypatch.setattr(half_products, "_LEAST_FLOPS", 0.0)
+    monkeypatch.setattr(half_products, "LEAST_FLOPS", 0.0)
     assert half_walk(small) is not None
     _, wide = in_float32(0, "regularised", kind="wide")
     assert half_walk(wide) is None

@@ -10,7 +10,7 @@ from instances import of_a_layer
 from bench.problems import correlated, in_single_precision, relu2
 from solvers import Status, prepare, solve_admm
 from solvers.admm.increments import step_by_increments, walk_by_increments
-from solvers.admm.solve import _splitting
+from solvers.admm.solve import splitting_of
 from solvers.admm.splitting import Splitting, plain_walk, start, step
 from solvers.scaling import Scaling
 
@@ -83,7 +83,7 @@ def test_what_float32_rounds_vanishes_with_the_changes():
 def test_float32_is_certified_without_float64(monkeypatch):
     """Plain steps stall above the tolerance in float32, those by increments do not."""
     program = in_single_precision(correlated(150, 600, 10, ball=True).program)
-    monkeypatch.setattr("solvers.admm.solve._stalled", lambda *_: False)
+    monkeypatch.setattr("solvers.admm.solve.stalled", lambda *_: False)
     limits = {"tolerance": 3e-5, "max_iterations": 1000}
     assert solve_admm(program, **limits).status is Status.SOLVED
     monkeypatch.setattr("solvers.admm.solve.walk_by_increments", plain_walk)
@@ -102,7 +102,7 @@ def test_the_tuning_saves_iterations(monkeypatch):
         "EMPHASIS_BALL": 1.0,
         "EMPHASIS_CEILING": 1.0,
     }.items():
-        monkeypatch.setattr(f"solvers.admm.solve._{name}", plain)
+        monkeypatch.setattr(f"solvers.admm.solve.{name}", plain)
     textbook = [solve_admm(program, tolerance=1e-5) for program in programs]
     for one, other in zip(ours, textbook, strict=True):
         assert one.status is other.status is Status.SOLVED
@@ -123,6 +123,6 @@ def test_units_without_ceilings_keep_their_penalty_low():
     splittings = []
     for each in (program, everywhere):
         factor = prepare(each.inputs)
-        splittings.append(_splitting(Scaling.of(each, factor.sizes), factor, float))
+        splittings.append(splitting_of(Scaling.of(each, factor.sizes), factor, float))
     np.testing.assert_array_equal(splittings[0].emphasis, np.where(program.active.all(0), 1, 2))
     np.testing.assert_array_equal(splittings[1].emphasis, np.ones(4))

@@ -73,4 +73,4 @@ def test_the_printed_tables_say_what_the_text_does(table, share):
 
 
 def test_wins_leave_out_collapsed_networks():
-    assert itp_rows._wins([(1, 2), (3, 3), (0, 5), (4, 0), (5, 4)]) == "1 of 3"
+    assert itp_rows.wins([(1, 2), (3, 3), (0, 5), (4, 0), (5, 4)]) == "1 of 3"

@@ -4,11 +4,11 @@ import copy
 import math
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from shared_data import SHARED
 from torch import nn
 from torch.nn import functional
 
@@ -21,7 +21,7 @@ from retrain.stream.stream import LayerBatch, collect, layer
 from solvers import Status
 from solvers.obs import METHODS, hessian_of, layer_problem, per_layer, prune
 
-DATA = Path(__file__).parents[1].parent / "shared" / "data"
+DATA = SHARED / "data"
 WIDTHS = (12, 16, 10, 4)
 
 
@@ -609,7 +609,7 @@ def test_stages_keep_the_same_share_each():
 # --- the authors' own files ----------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not (DATA / "lobs-authors").exists(), reason="no shared data here")
+@pytest.mark.shared_data("data/lobs-authors", "data/models", "data/mnist")
 def test_our_streamed_hessians_are_the_authors():
     """Theirs: (1/n) sum x x^T over all 60 000 images, the bias last, float32 sums."""
     from retrain.adapters.files.load import load_model

@@ -22,10 +22,10 @@ from solvers import (
     trim_program,
 )
 from solvers.newton import block as newton_block
-from solvers.newton.block import _noise, solve_block
-from solvers.newton.layer import _holds_single
-from solvers.newton.unit import _ceiling_slope, _exact_step
-from solvers.newton.work import Points, Shared, Units, _fitted, precision_for
+from solvers.newton.block import noise, solve_block
+from solvers.newton.layer import columns_hold_single
+from solvers.newton.unit import ceiling_slope, exact_step
+from solvers.newton.work import Points, Shared, Units, fitted_matrix, precision_for
 
 FORMS = ("constrained", "regularised")
 ORACLE = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}
@@ -283,7 +283,7 @@ def test_the_matrix_over_omega_is_its_own_or_the_rest_s(share):
         want = shared.inputs[active].T @ shared.inputs[active]
         for precision, error in ((np.float32, 1e-5), (np.float64, 1e-13)):
             for each in (shared, replace(shared, gram=None)):
-                found = _fitted(each, active, some, np.arange(12), precision)
+                found = fitted_matrix(each, active, some, np.arange(12), precision)
                 assert np.abs(found - want[some]).max() <= error * np.abs(want).max()
 
 
@@ -312,9 +312,9 @@ def test_float32_is_for_what_it_can_resolve():
 @pytest.mark.parametrize("factor", [1e-100, 1e100])
 def test_data_beyond_float32_are_left_in_float64(factor):
     program = of_a_layer(3, "regularised")
-    assert _holds_single(program)
+    assert columns_hold_single(program)
     for name in ("inputs", "level"):
-        assert not _holds_single(replace(program, **{name: factor * getattr(program, name)}))
+        assert not columns_hold_single(replace(program, **{name: factor * getattr(program, name)}))
 
 
 def test_rounded_products_do_not_decide_a_fine_solution():
@@ -335,10 +335,10 @@ def test_products_too_rough_to_begin_with_are_not_used(monkeypatch):
     u = np.random.default_rng(6).standard_normal(12)
     z = shared.inputs @ u + np.where(np.arange(60) == 7, 0.01, 0.0)
     want = 0.01 * np.abs(shared.inputs[7]).max() / 0.25 if units.active[0, 7] else 0.0
-    assert _noise(shared, units, 0, u, z, 0.25) == pytest.approx(want, abs=1e-12)
+    assert noise(shared, units, 0, u, z, 0.25) == pytest.approx(want, abs=1e-12)
     noisy = replace(shared, single=(1.1 * shared.inputs).astype(np.float32))
     found, _ = solve_block(noisy, units, replace(points, u=points.u + u), 0.25, 1e-4, 1e-4, 200)
-    monkeypatch.setattr(newton_block, "_noise", lambda *_: np.inf)
+    monkeypatch.setattr(newton_block, "noise", lambda *_: np.inf)
     fine, _ = solve_block(shared, units, replace(points, u=points.u + u), 0.25, 1e-4, 1e-4, 200)
     assert found.u.tobytes() == fine.u.tobytes()
 
@@ -353,11 +353,11 @@ def test_the_exact_step_is_the_minimum_along_the_direction(seed):
     times = np.sort(rng.random(kinks))
     jumps = np.cumsum(rng.random(kinks))
     curvature = 0.1
-    at_zero = -abs(rng.standard_normal()) - _ceiling_slope(z, dz, centre, level, tau, 0.0)[0]
-    t, kink = _exact_step(z, dz, centre, level, tau, at_zero, curvature, times, jumps)
+    at_zero = -abs(rng.standard_normal()) - ceiling_slope(z, dz, centre, level, tau, 0.0)[0]
+    t, kink = exact_step(z, dz, centre, level, tau, at_zero, curvature, times, jumps)
 
     def slope(t, passed):
-        smooth = _ceiling_slope(z, dz, centre, level, tau, t)[0]
+        smooth = ceiling_slope(z, dz, centre, level, tau, t)[0]
         return smooth + at_zero + t * curvature + (jumps[passed - 1] if passed else 0.0)
 
     passed = int(np.sum(times < t))

@@ -6,7 +6,7 @@ from instances import of_a_layer, with_optimum
 from kkt import assert_kkt
 
 from solvers import ElasticNet, Status, solve_admm, solve_cvxpy, solve_osqp, trim_program
-from solvers.qp import _program_14
+from solvers.qp import program_14
 
 EXACT = {"eps_abs": 1e-9, "eps_rel": 1e-9}
 CONIC = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}
@@ -34,7 +34,7 @@ def test_the_doubled_program_has_the_objective_of_the_unit():
     constant = program.objective(weight)  # |y_Omega|^2, which (14) leaves out
     for unit in range(4):
         active = program.active[:, unit]
-        quadratic, linear, matrix, upper = _program_14(
+        quadratic, linear, matrix, upper = program_14(
             program, program.inputs, program.level[:, unit], active, np.arange(12)
         )
         full = (quadratic + quadratic.T).toarray() - np.diag(quadratic.diagonal())

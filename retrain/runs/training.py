@@ -210,13 +210,13 @@ def run_training(
         if out is not None and shared(finished):
             note = on_epoch if part.rank == 0 else None
             return _again(Path(out), begun, export, note)
-        run = _Run(recipe, begun, directory, how, on_epoch)
+        run = TrainingRun(recipe, begun, directory, how, on_epoch)
         run.resume()
         run.fit()
         return run.conclude(identity, export)
 
 
-class _Run:
+class TrainingRun:
     """A training run in progress."""
 
     def __init__(
@@ -248,7 +248,13 @@ class _Run:
             )
 
     def others(self) -> dict[str, Stateful]:
-        """Return the states beside the training's own: the order of samples, torch's generators."""
+        """Return the states beside the training's own: the order of samples, torch's generators.
+
+        Returns
+        -------
+        dict
+            Objects with a state, by name.
+        """
         states: dict[str, Stateful] = {
             "sampler": GeneratorState(self.sampler),
             "generator": GeneratorState(torch.default_generator),
@@ -352,7 +358,20 @@ class _Run:
             self.on_epoch(self.history[-1], self.begun.setting.epochs)
 
     def conclude(self, identity: dict[str, Any], export: bool) -> TrainedRun:
-        """Make the network plain, evaluate and save it."""
+        """Make the network plain, evaluate and save it.
+
+        Parameters
+        ----------
+        identity : dict
+            Identity of the run, for its record.
+        export : bool
+            Whether an exported program is written too.
+
+        Returns
+        -------
+        TrainedRun
+            The finished run.
+        """
         begun, dense = self.begun, self.begun.dense
         part_batch_norms(self.begun.training.model)
         network = self.begun.method.finish(self.begun.training).eval()

@@ -41,7 +41,7 @@ from numba import njit
 
 from solvers.admm.splitting import Splitting, State, relax
 
-_LEAST_FLOPS = 5e8  # of a step; below, importing torch takes longer than all steps do
+LEAST_FLOPS = 5e8  # of a step; below, importing torch takes longer than all steps do
 _SPLIT = np.float32(2**16 + 1)
 
 
@@ -65,7 +65,7 @@ def half_walk(splitting: Splitting) -> Callable[[Splitting, State, int], State] 
     n_samples, n_in, n_out = splitting.program.shape
     if not is_numpy_array(inputs) or inputs.dtype != np.float32 or n_samples < n_in:
         return None
-    if 4.0 * n_samples * n_in * n_out < _LEAST_FLOPS or not has_products():
+    if 4.0 * n_samples * n_in * n_out < LEAST_FLOPS or not has_products():
         return None
     forward, adjoint, inverse = map(_rounded, (inputs, inputs.T, splitting.inverse))
 

@@ -50,8 +50,8 @@ Array = Any
 _log = logging.getLogger(__name__)
 
 _FIRST_CHECK = 50
-_RELAXATION_BALL = 1.8
-_EMPHASIS_BALL, _EMPHASIS_CEILING = 3.0, 2.0
+RELAXATION_BALL = 1.8
+EMPHASIS_BALL, EMPHASIS_CEILING = 3.0, 2.0
 # A new low of the gap or of the violation is at most this share of the lowest before.
 _PROGRESS = 0.8
 
@@ -134,7 +134,7 @@ def solve_admm(
 
     dtype = program.inputs.dtype
     scaling = Scaling.of(program, factor.sizes)
-    splitting = _splitting(scaling, factor, dtype)
+    splitting = splitting_of(scaling, factor, dtype)
     progress = Progress(start(splitting, factor, scaling.warm_start(warm_start)))
     best = _Best(program, scaling)
     history: list[dict[str, float]] = []
@@ -149,9 +149,9 @@ def solve_admm(
         _log.debug("solving: ADMM, %d of at most %d iterations", progress.iteration, max_iterations)
         if bool(np.all(certified | best.unreachable)):
             break
-        if dtype != xp.float64 and _stalled(history, tolerance, violation_tolerance):
+        if dtype != xp.float64 and stalled(history, tolerance, violation_tolerance):
             dtype = xp.float64
-            splitting = _splitting(scaling, factor, dtype)
+            splitting = splitting_of(scaling, factor, dtype)
             progress = replace(progress, state=progress.state.astype(dtype))
         check_at += max(25, min(progress.iteration // 4, 250))
 
@@ -180,16 +180,31 @@ def solve_admm(
     )
 
 
-def _splitting(scaling: Scaling, factor: Factor, dtype: Any) -> Splitting:
-    """Build the splitting, with the relaxation and the emphasis of the module's docstring."""
+def splitting_of(scaling: Scaling, factor: Factor, dtype: Any) -> Splitting:
+    """Build the splitting, with the relaxation and the emphasis of the module's docstring.
+
+    Parameters
+    ----------
+    scaling : Scaling
+        The program in a solver's units.
+    factor : Factor
+        Factorisation of the inputs (`prepare`).
+    dtype : dtype
+        float32 or float64 of the arrays' namespace.
+
+    Returns
+    -------
+    Splitting
+        What the iterations need.
+    """
     program = scaling.program
     xp = array_namespace(program.inputs)
     if not isinstance(program, RegularisedProgram):
-        tuning = {"relaxation": _RELAXATION_BALL, "emphasis": _EMPHASIS_BALL}
+        tuning = {"relaxation": RELAXATION_BALL, "emphasis": EMPHASIS_BALL}
         return Splitting.build(scaling, factor, dtype, **tuning)
     ceilings = xp.any(~program.active, axis=0)
     one = xp.ones(ceilings.shape, dtype=xp.float64, device=device(program.inputs))
-    emphasis = xp.where(ceilings, _EMPHASIS_CEILING * one, one)
+    emphasis = xp.where(ceilings, EMPHASIS_CEILING * one, one)
     return Splitting.build(scaling, factor, dtype, emphasis=emphasis)
 
 
@@ -235,13 +250,25 @@ def check_factor(program: Program, factor: Factor | None) -> None:
         )
 
 
-def _stalled(
+def stalled(
     history: Sequence[dict[str, float]], tolerance: float, violation_tolerance: float
 ) -> bool:
     """Tell whether two checks in a row brought no new low: float32 has then given what it can.
 
     Neither of the gap nor of the violation, as far as each is above its tolerance: a violation goes
     up and down on its way, while the gap falls.
+
+    Parameters
+    ----------
+    history : sequence of dict
+        Gap and violation of each check, in order.
+    tolerance, violation_tolerance : float
+        What is asked for.
+
+    Returns
+    -------
+    bool
+        False before three checks.
     """
     for name, limit in (("gap", tolerance), ("violation", violation_tolerance)):
         values = [max(row[name], limit) for row in history]

@@ -162,7 +162,7 @@ def solve_newton(
     factor = prepare(program.inputs) if factor is None else factor
     started = time.perf_counter()
     scaling = Scaling.of(program, factor.sizes)
-    single = _holds_single(scaling.program)
+    single = columns_hold_single(scaling.program)
     warm_start = scaling.warm_start(warm_start)
     near = _near(scaling, max_iterations, warm_start, factor, single=single)
     rho = scaling.penalty_parameter_back(near.rho)
@@ -227,8 +227,19 @@ def _near(
     return progress.state if progress.finite else start(splitting, factor, warm_start)
 
 
-def _holds_single(program: Program) -> bool:
-    """Tell whether float32 holds the squares of the data."""
+def columns_hold_single(program: Program) -> bool:
+    """Tell whether float32 holds the squares of the data.
+
+    Parameters
+    ----------
+    program : ConstrainedProgram or RegularisedProgram
+        The layer's program.
+
+    Returns
+    -------
+    bool
+        Whether no square of them vanishes or overflows there.
+    """
     xp = array_namespace(program.inputs)
     return all(holds_single(float(xp.max(xp.abs(a)))) for a in (program.inputs, program.level))
 

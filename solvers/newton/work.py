@@ -25,7 +25,7 @@ from solvers.newton.unit import Gram, Inner, minimise
 
 _MARGIN = 0.1  # inputs with |c| above weight (1 - margin) join W
 _NEAR = 0.1  # ceilings closer than this part of the unit's rms distance to its ceilings join K
-_CHUNK = 8192  # samples whose inputs are gathered at a time
+CHUNK = 8192  # samples whose inputs are gathered at a time
 _FINE = 1e-9  # optimality conditions that ask for matrices in float64 from the start
 _SINGLE = 1e12  # largest magnitude, and its inverse the smallest, whose squares float32 holds
 
@@ -291,7 +291,7 @@ class Work:
         nothing = np.zeros(len(shared.inputs), dtype=bool)
         square = np.zeros((len(inputs), len(inputs)))
         none = np.zeros(0, dtype=int)
-        fitted = _fitted(shared, units.active[b], inputs, inputs, precision)
+        fitted = fitted_matrix(shared, units.active[b], inputs, inputs, precision)
         over, extra = Gram(square, nothing), nothing.copy()
         return Work(inputs, fitted, over, extra, none, np.zeros(0), precision)
 
@@ -315,7 +315,7 @@ class Work:
         if self.precision is np.float64:
             return False
         self.precision = np.float64
-        self.fitted = _fitted(shared, units.active[b], self.inputs, self.inputs, np.float64)
+        self.fitted = fitted_matrix(shared, units.active[b], self.inputs, self.inputs, np.float64)
         return True
 
     def run(self, shared: Shared, units: Units, now: Points, b: int, turn: Turn) -> None:
@@ -423,7 +423,7 @@ class Work:
             return wider
 
         over = np.flatnonzero(self.over.included)
-        fitted = _fitted(shared, active, new, everything, self.precision)
+        fitted = fitted_matrix(shared, active, new, everything, self.precision)
         self.fitted = widen(self.fitted, fitted)
         pushed = _gram(shared.exact, over, new, everything, np.float64)
         self.over.matrix = widen(self.over.matrix, pushed)
@@ -484,10 +484,27 @@ def _gather(
     return out
 
 
-def _fitted(
+def fitted_matrix(
     shared: Shared, active: np.ndarray, left: np.ndarray, right: np.ndarray, precision: Any
 ) -> np.ndarray:
-    """X_left^T X_right over Omega: the sum over it, or all but the sum over the rest."""
+    """X_left^T X_right over Omega: the sum over it, or all but the sum over the rest.
+
+    Parameters
+    ----------
+    shared : Shared
+        Inputs, and X^T X where it is known.
+    active : bool array, shape (n_samples,)
+        Omega of the unit.
+    left, right : int array
+        Numbers of the inputs.
+    precision : dtype
+        Of the sums.
+
+    Returns
+    -------
+    ndarray, shape (len(left), len(right))
+        The product.
+    """
     on, off = np.flatnonzero(active), np.flatnonzero(~active)
     if shared.gram is None or len(on) <= len(off):
         return _gram(shared.exact, on, left, right, precision)
@@ -501,8 +518,8 @@ def _gram(
 ) -> np.ndarray:
     """X_left^T X_right over some samples, a chunk of them at a time, summed in float64."""
     total = np.zeros((len(left), len(right)))
-    for start in range(0, len(samples), _CHUNK):
-        chunk = samples[start : start + _CHUNK]
+    for start in range(0, len(samples), CHUNK):
+        chunk = samples[start : start + CHUNK]
         first = _gather(inputs, chunk, left, precision)
         second = first if left is right else _gather(inputs, chunk, right, precision)
         total += first.T @ second
