@@ -9,6 +9,7 @@ from obs_cases import (
     problem_of,
 )
 
+from solvers import Status
 from solvers.obs import (
     improve,
     kept_by,
@@ -48,7 +49,7 @@ def test_ends_at_a_local_optimum(seed, pattern):
     inputs, weight = correlated(seed)
     start = random_support(seed, weight, pattern)
     result = improve(problem_of(inputs, weight), start, pattern, damping=1e-12)
-    assert result.status == "done"
+    assert result.status is Status.SOLVED
     loss = exact_loss(inputs, weight, result.kept)
     assert loss <= exact_loss(inputs, weight, start)
     assert result.error == pytest.approx(loss, rel=1e-6)
@@ -145,10 +146,12 @@ def test_limits_are_reported():
     problem, pattern = problem_of(inputs, weight), per_layer(0.7)
     start = random_support(1, weight, pattern)
     few = improve(problem, start, pattern, max_rounds=1)
-    assert few.status == "exchanges left; raise max_rounds"
-    assert improve(problem, start, pattern, max_rounds=0).status == "done"  # none were asked for
+    assert few.note == "exchanges left; raise max_rounds"
+    assert (
+        improve(problem, start, pattern, max_rounds=0).status is Status.SOLVED
+    )  # none were asked for
     few = improve(problem, random_support(1, weight, per_unit(0.7)), per_unit(0.7), max_swaps=1)
-    assert few.status == "swaps left; raise max_swaps" and few.history["swaps"] == [4]
+    assert few.note == "swaps left; raise max_swaps" and few.history["swaps"] == [4]
     none = improve(problem, start, pattern, max_swaps=0, max_rounds=0)
     np.testing.assert_array_equal(none.kept, start)
     assert (none.history["swaps"], none.history["exchanges"]) == ([0], [0])

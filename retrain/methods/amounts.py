@@ -72,8 +72,8 @@ def check_amount(argument: str, amount: Amount | None, largest: float) -> None:
         raise ValueError(f"{argument}: got a mapping without layers")
     for value in values:
         if not (0 <= value <= largest and value < math.inf):
-            limit = "in [0, 1]" if largest == 1 else ">= 0"
-            raise ValueError(f"{argument}: got {value!r}, want a number {limit}")
+            want = "a number in [0, 1]" if largest == 1 else "a finite number >= 0"
+            raise ValueError(f"{argument}: got {value!r}, want {want}")
 
 
 def check_parallel(jobs: int, threads: int | None, seed: int) -> None:

@@ -148,14 +148,14 @@ def prune_best(
         wins = losses[0] <= losses[1]
         weight = np.where(wins, to_numpy(first.weight), to_numpy(second.weight))
         kept = np.where(wins, to_numpy(first.kept), to_numpy(second.kept))
-    said = dict.fromkeys(p.status for p in (found, first, second) if p.status != "done")
+    said = dict.fromkeys(p.note for p in (found, first, second) if p.note)
     return finish(
         problem,
         weight,
         kept,
         method="best",
         damping=first.damping,
-        status="; ".join(said) or "done",
+        note="; ".join(said),
         history={"error": [first.error, second.error]},
     )
 

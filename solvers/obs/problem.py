@@ -21,6 +21,7 @@ from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 
 from solvers.arrays import to_numpy
+from solvers.result import Status
 
 Array = Any
 
@@ -72,8 +73,9 @@ class Pruned:
         Which function made it.
     damping : float
         Fraction of the mean diagonal the method worked with.
-    status : str
-        ``"done"``, or what the method says of an early stop.
+    note : str
+        What the method says of an early stop, and what to do about it; empty where it ended by
+        itself.
     history : dict of str to sequence
         What the method recorded on its way.
     """
@@ -85,8 +87,13 @@ class Pruned:
     removed: int
     method: str
     damping: float
-    status: str = "done"
+    note: str = ""
     history: dict[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def status(self) -> Status:
+        """`Status.SOLVED` where the method ended by itself, else `Status.ITERATION_LIMIT`."""
+        return Status.ITERATION_LIMIT if self.note else Status.SOLVED
 
 
 def layer_problem(
@@ -205,7 +212,7 @@ def finish(
     *,
     method: str,
     damping: float,
-    status: str = "done",
+    note: str = "",
     history: dict[str, Sequence[float]] | None = None,
 ) -> Pruned:
     """Cast a solution back to the caller's namespace and dtype and measure what is returned.
@@ -222,8 +229,8 @@ def finish(
         Name of the method that made them.
     damping : float
         Fraction of the mean diagonal that is added to the Hessian's diagonal.
-    status : str, optional
-        How the method ended.
+    note : str, optional
+        What it says of an early stop.
     history : dict, optional
         Figures of its course by name.
 
@@ -242,4 +249,4 @@ def finish(
     energy = layer_error(problem.hessian, xp.zeros_like(given), given)
     relative = error / energy if energy > 0 else (0.0 if error == 0 else float("inf"))
     removed = int((~to_numpy(support))[problem.prunable].sum())
-    return Pruned(new, support, error, relative, removed, method, damping, status, history or {})
+    return Pruned(new, support, error, relative, removed, method, damping, note, history or {})

@@ -171,7 +171,7 @@ def refit_cg(
     Returns
     -------
     Pruned
-        `status` is ``"done"``, or names the number of units that miss the tolerance after
+        `note` is empty, or names the number of units that miss the tolerance after
         `max_iterations`; every iterate is feasible, and better than the mask alone. `history`
         holds the largest relative residual of each iteration.
 
@@ -217,13 +217,13 @@ def refit_cg(
         ratio = xp.where(going, following / xp.where(product > 0, product, 1.0), 0.0)
         direction = scale * residual + ratio * direction
         product = following
-    status = "done" if missing == 0 else f"{missing} units miss the tolerance; raise max_iterations"
+    note = "" if missing == 0 else f"{missing} units miss the tolerance; raise max_iterations"
     return finish(
         problem,
         old * support + change,
         kept,
         method="refit_cg",
         damping=damping,
-        status=status,
+        note=note,
         history={"residual": worst},
     )

@@ -121,7 +121,7 @@ def improve(
     Returns
     -------
     Pruned
-        Refitted on the final support. ``status`` is ``"done"`` at a local optimum, or says which
+        Refitted on the final support. ``note`` is empty at a local optimum, or says which
         limit came first. ``history``: the layer's loss after each round, and the numbers of swaps
         and exchanges.
 
@@ -178,18 +178,18 @@ def improve(
         losses.append(sum(u.loss for u in units))
 
     if stuck:
-        status = "exchanges left; raise max_rounds"
+        note = "exchanges left; raise max_rounds"
     elif any(u.swaps >= max_swaps for u in units):
-        status = "swaps left; raise max_swaps"
+        note = "swaps left; raise max_swaps"
     else:
-        status = "done"
+        note = ""
     return finish(
         problem,
         refit_weight(arrays, support, refit_damping, threads),
         support,
         method=method,
         damping=damping,
-        status=status,
+        note=note,
         history={"loss": losses, "swaps": [swaps], "exchanges": [exchanges]},
     )
 

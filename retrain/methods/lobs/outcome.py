@@ -145,7 +145,7 @@ def _report(
     within = tolerance is None or error <= tolerance**2 * (1 + _STORED)
     certified = within and all(check.agrees and check.exact for check in checks)
     solved = [result for result in results if result is not None]
-    said = dict.fromkeys(result.status for result in solved)
+    said = dict.fromkeys(result.note or "done" for result in solved)
     details = LobsDetails(
         method=options.method_for(spec),
         pattern=options.pattern,
