@@ -541,7 +541,7 @@ def test_the_plan_has_the_counts():
         ({"sparsity": {"a": -0.1}}, r"sparsity: got -0.1, want a number in \[0, 1\]"),
         ({"sparsity": {}}, "sparsity: got a mapping without layers"),
         ({"tolerance": -1}, "tolerance: got -1, want a finite number >= 0"),
-        ({"tolerance": math.inf}, "tolerance: got inf, want a number >= 0"),
+        ({"tolerance": math.inf}, "tolerance: got inf, want a finite number >= 0"),
         ({"sparsity": 0.5, "method": "x"}, "method: got 'x', want one of auto, one-shot, .*"),
         (
             {"tolerance": 1, "method": "swaps"},
