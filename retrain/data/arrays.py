@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -23,14 +23,54 @@ class Data:
         Integer labels or real targets.
     name : str
         Source of the samples, for messages and records.
+    inputs : tuple of (str or None, ndarray)
+        For a network with several inputs, or inputs by name: all of them, positional ones (None)
+        first; `x` is then the first, as numbers. Empty for a network that takes `x` alone.
+    raw : ndarray or None
+        `x` as it was given, where it was of whole numbers (token ids); a network that looks them up
+        takes these.
     """
 
     x: np.ndarray
     y: np.ndarray | None
     name: str
+    inputs: tuple[tuple[str | None, np.ndarray], ...] = ()
+    raw: np.ndarray | None = None
 
     def __len__(self) -> int:
         return int(self.x.shape[0])
+
+    @property
+    def integers(self) -> bool:
+        """Whether an input is of whole numbers, which a network may look up."""
+        arrays = [self.raw] if not self.inputs else [values for _, values in self.inputs]
+        return any(values is not None and values.dtype.kind in "iu" for values in arrays)
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """``attention_mask``, shape (n_samples, positions): False where a position is padding."""
+        found = dict(self.inputs).get("attention_mask")
+        return found != 0 if found is not None and found.ndim == 2 else None
+
+    def arguments(self, *, integers: bool) -> tuple[tuple[str | None, np.ndarray], ...]:
+        """Return the network's arguments.
+
+        Parameters
+        ----------
+        integers : bool
+            Whether whole numbers stay whole; otherwise they become float32.
+
+        Returns
+        -------
+        tuple of (str or None, ndarray)
+            Positional ones, named None, first.
+        """
+        if not self.inputs:
+            return ((None, self.raw if integers and self.raw is not None else self.x),)
+        return tuple(
+            (name, values if integers or values.dtype.kind == "f" else values.astype(np.float32))
+            for name, values in self.inputs
+        )
 
     @property
     def flat(self) -> np.ndarray:
@@ -41,7 +81,7 @@ class Data:
     def fingerprint(self) -> str:
         """SHA-256 of dtypes, shapes and bytes of samples and labels; the name is left out."""
         digest = hashlib.sha256()
-        for array in (self.x, self.y):
+        for array in (self.x, self.y, *self._others()):
             if array is None:
                 digest.update(b"none;")
                 continue
@@ -49,6 +89,12 @@ class Data:
             little = array.astype(array.dtype.newbyteorder("<"), copy=False)
             digest.update(np.ascontiguousarray(little).data)
         return digest.hexdigest()
+
+    def _others(self) -> list[np.ndarray]:
+        """What a fingerprint covers beside samples and labels, names included."""
+        names = [np.array([ord(c) for c in f"{name};"]) for name, _ in self.inputs]
+        raw = [] if self.raw is None else [self.raw]
+        return [*names, *(values for _, values in self.inputs), *raw]
 
 
 def parse_normalise(text: str) -> tuple[Any, Any]:
@@ -175,8 +221,18 @@ def gathered(batches: Iterable[Any], name: str) -> Data:
     """
     xs: list[np.ndarray] = []
     ys: list[np.ndarray] = []
+    dicts: list[Mapping[Any, Any]] = []
+    tuples: list[tuple[np.ndarray, ...]] = []
     for batch in batches:
+        if isinstance(batch, Mapping):
+            dicts.append({key: to_array(value) for key, value in batch.items()})
+            continue
         parts = batch if isinstance(batch, list | tuple) else (batch,)
+        if parts and isinstance(parts[0], list | tuple) and all(map(is_array, parts[0])):
+            tuples.append(tuple(map(to_array, parts[0])))
+            if len(parts) > 1:
+                ys.append(to_array(parts[1]))
+            continue
         if not parts or not all(is_array_or_numbers(part) for part in parts[:2]):
             raise ValueError(
                 f"data: got a batch of type {type(batch).__name__}, want x or (x, y) of arrays"
@@ -184,6 +240,17 @@ def gathered(batches: Iterable[Any], name: str) -> Data:
         xs.append(to_array(parts[0]))
         if len(parts) > 1:
             ys.append(to_array(parts[1]))
+    if (bool(dicts) + bool(tuples) + bool(xs)) > 1:
+        raise ValueError("data: the batches are of different kinds")
+    if dicts:
+        keys = list(dicts[0])
+        if any(list(batch) != keys for batch in dicts):
+            raise ValueError("data: the batches have different keys")
+        return named({key: _joined([b[key] for b in dicts], str(key)) for key in keys}, name)
+    if tuples:
+        columns = zip(*tuples, strict=True)
+        inputs = tuple((None, _joined(list(c), f"input {i}")) for i, c in enumerate(columns))
+        return several(inputs, np.concatenate(ys) if ys else None, name)
     if not xs:
         raise ValueError("data: there is no sample")
     if len({x.shape[1:] for x in xs}) > 1:
@@ -191,6 +258,14 @@ def gathered(batches: Iterable[Any], name: str) -> Data:
     if ys and len(ys) != len(xs):
         raise ValueError(f"data: {len(ys)} of {len(xs)} batches have labels")
     return checked(np.concatenate(xs), np.concatenate(ys) if ys else None, name)
+
+
+def _joined(arrays: list[np.ndarray], what: str) -> np.ndarray:
+    """Concatenate an input's batches."""
+    if len({array.shape[1:] for array in arrays}) > 1:
+        shapes = sorted({array.shape[1:] for array in arrays})
+        raise ValueError(f"data: {what}: batches of different shapes {shapes}; pad them alike")
+    return np.concatenate(arrays)
 
 
 def checked(x: np.ndarray, y: np.ndarray | None, name: str, limit: int | None = None) -> Data:
@@ -233,11 +308,114 @@ def checked(x: np.ndarray, y: np.ndarray | None, name: str, limit: int | None = 
         if not np.isfinite(y).all():
             raise ValueError(f"data: {name!r} has NaN or infinite labels")
     x = x[:limit]
+    whole = x.dtype.kind in "iu" and x.dtype.itemsize >= 4
+    raw = x.astype(np.int64, copy=False) if whole else None
     dtype = np.float64 if x.dtype.kind == "f" and x.dtype.itemsize >= 8 else np.float32
     x = x.astype(dtype, copy=False)  # in the native byte order too
     if not np.isfinite(x).all():
         raise ValueError(f"data: {name!r} has NaN or infinite samples")
-    return Data(x, y, name)
+    return Data(x, y, name, raw=raw)
+
+
+def first(data: Data, count: int | None) -> Data:
+    """Return the first samples.
+
+    Parameters
+    ----------
+    data : Data
+        Samples.
+    count : int or None
+        Number of samples; all of them where it is None.
+
+    Returns
+    -------
+    Data
+        With all inputs and labels cut alike.
+    """
+    if count is None:
+        return data
+    return replace(
+        data,
+        x=data.x[:count],
+        y=None if data.y is None else data.y[:count],
+        inputs=tuple((name, values[:count]) for name, values in data.inputs),
+        raw=None if data.raw is None else data.raw[:count],
+    )
+
+
+LABELS = ("labels", "label", "y", "targets", "target")
+"""Names under which a mapping of arrays holds labels."""
+
+
+def named(arrays: Mapping[Any, Any], name: str) -> Data:
+    """Check a mapping of arrays: a network's inputs by argument, labels beside them.
+
+    Parameters
+    ----------
+    arrays : mapping from str to array
+        Inputs by the name of the network's argument, as a tokenizer returns them; `LABELS` names
+        what is not an input. Whole numbers stay whole.
+    name : str
+        Name in messages and records.
+
+    Returns
+    -------
+    Data
+        Samples with `inputs`.
+
+    Raises
+    ------
+    ValueError
+        If there is no input, or an array is empty, not numeric, not finite, or of another length.
+    """
+    labels = next((key for key in LABELS if key in arrays), None)
+    values = {str(key): to_array(value) for key, value in arrays.items() if key != labels}
+    if not values:
+        raise ValueError(f"data: {name!r} has no input beside {labels!r}")
+    y = None if labels is None else to_array(arrays[labels])
+    return several(tuple(values.items()), y, name)
+
+
+def several(
+    inputs: tuple[tuple[str | None, np.ndarray], ...], y: np.ndarray | None, name: str
+) -> Data:
+    """Check a network's several inputs.
+
+    Parameters
+    ----------
+    inputs : tuple of (str or None, ndarray)
+        Positional inputs, named None, first.
+    y : ndarray or None
+        Labels.
+    name : str
+        Name in messages and records.
+
+    Returns
+    -------
+    Data
+        Samples with `inputs`.
+
+    Raises
+    ------
+    ValueError
+        If an array is empty, not numeric, not finite, or of another length than the first.
+    """
+    found = []
+    for key, values in inputs:
+        label = name if key is None else f"{name}[{key!r}]"
+        count = len(values) if values.ndim else 0
+        if count != len(inputs[0][1]):
+            raise ValueError(
+                f"data: {label!r}: got {count} samples, want {len(inputs[0][1])} as in the others"
+            )
+        flat = values if values.ndim > 1 else values[:, None]
+        one = checked(flat, None, label)
+        kept = one.raw if one.raw is not None else one.x
+        if values.dtype.kind in "ub" or (values.dtype.kind == "i" and one.raw is None):
+            kept = flat.astype(np.int64)  # a mask of bytes or booleans
+        found.append((key, kept.reshape(values.shape)))
+    first = checked(found[0][1].reshape(len(found[0][1]), -1), y, name)
+    return Data(first.x, first.y, name, inputs=tuple(found))
 
 
 def normalised(data: Data, mean: Any, std: Any) -> Data:
@@ -274,4 +452,4 @@ def normalised(data: Data, mean: Any, std: Any) -> Data:
     shift, scale = (v.reshape(by_channel).astype(x.dtype) for v in (shift, scale))
     if not scale.all():
         raise ValueError(f"normalise: the STD {std} is zero in {x.dtype}")
-    return replace(data, x=(x - shift) / scale)
+    return replace(data, x=(x - shift) / scale, raw=None)

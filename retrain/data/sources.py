@@ -15,9 +15,11 @@ import numpy as np
 from retrain.data.arrays import (
     Data,
     checked,
+    first,
     gathered,
     is_array,
     is_array_or_numbers,
+    named,
     normalised,
     parse_normalise,
     to_array,
@@ -82,8 +84,7 @@ def load_data(
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, want a positive number of samples")
     mean_std = parse_normalise(normalise) if isinstance(normalise, str) else normalise
-    x, y = _read(str(source), limit)
-    data = checked(x, y, str(source), limit)
+    data = _load(str(source), limit)
     return data if mean_std is None else normalised(data, *mean_std)
 
 
@@ -123,12 +124,26 @@ def as_data(data: Any, *, name: str | None = None) -> Data:
         return checked(to_array(data[0]), to_array(data[1]), label)
     if is_array_or_numbers(data):
         return checked(to_array(data), None, label)
-    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+    if isinstance(data, Mapping):
+        return named(data, label)
+    if not isinstance(data, Iterable):
         raise ValueError(
             f"data: got a {type(data).__name__}, want an array, a tensor, a pair (x, y), a "
             "loader or another iterable of batches"
         )
     return gathered(data, label)
+
+
+def _load(source: str, limit: int | None) -> Data:
+    """Read a source; a factory may return anything that `as_data` takes."""
+    kind, _, rest = source.partition(":")
+    known = ("mnist", "mnist-test")
+    if rest and kind not in known and not source.lower().endswith((".npz", ".npy")):
+        with ToldInOneLine("data", f"calling {source}()"):
+            data = as_data(import_factory(source, "data")(), name=source)
+        return first(data, limit)
+    x, y = _read(source, limit)
+    return checked(x, y, source, limit)
 
 
 def _read(source: str, limit: int | None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -144,10 +159,6 @@ def _read(source: str, limit: int | None) -> tuple[np.ndarray, np.ndarray | None
         path = existing_file(Path(source))
         with path.open("rb") as file:
             return read_npy(file, path.stat().st_size, str(path), limit), None
-    if rest:
-        with ToldInOneLine("data", f"calling {source}()"):
-            data = as_data(import_factory(source, "data")(), name=source)
-        return data.x, data.y
     raise ValueError(f"data: got {source!r}, want {FORMS}")
 
 

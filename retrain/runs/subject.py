@@ -401,9 +401,9 @@ class _ModuleSubject:
     device: str | None
 
     def stream(self, data: Data) -> Any:
-        from retrain.adapters.network.stream import TorchStream
+        from retrain.adapters.network.open import open_network
 
-        return TorchStream(self.module, data, device=self.device)
+        return open_network(self.module, data, device=self.device)
 
     def model(self, stream: Any) -> Any:
         """Copy the stream's network; what could be trained in the given one can be again."""
@@ -426,6 +426,11 @@ class _ModuleSubject:
     def check_fine_tune(self, stream: Any, data: Data) -> None:
         if not any(tensor.requires_grad for tensor in self.module.parameters()):
             raise ValueError("fine_tune: no parameter of the model requires a gradient")
+        if stream.network is None:
+            raise ValueError(
+                "fine_tune: trains networks with one input of numbers that torch.fx can trace; "
+                "fine-tune the saved network with your own loop, its zeros held"
+            )
         if data.y is None:
             raise ValueError(f"fine_tune: wants labels, and {data.name!r} has none")
         labels = labels_for(stream, data.y)
@@ -489,7 +494,7 @@ class _ModuleSubject:
             "path": self.path,
             "note": self.note,
             "names": dict(self.names),
-            "plain": is_plain(stream.network, stream.dense_model),
+            "plain": stream.network is not None and is_plain(stream.network, stream.dense_model),
             "description": described(self.module)[0],
             "dense_layers": [
                 {**asdict(layer), "dtype": str(layer.dtype)}

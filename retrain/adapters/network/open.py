@@ -1,0 +1,84 @@
+"""The stream for a network and its data: traced where that reads every layer, else captured.
+
+A traced network (`retrain.adapters.network.stream`) has bounds; a captured one
+(`retrain.adapters.network.captured_stream`) has none, and is read whatever its forward pass looks
+like. So the traced one is taken where the captured one would retrain no more weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from retrain.adapters.network.capture import CaptureError
+from retrain.adapters.network.captured_stream import CapturedStream
+from retrain.adapters.network.stream import TorchStream
+from retrain.data.arrays import Data
+from retrain.data.sources import as_data
+
+_log = logging.getLogger(__name__)
+
+
+def open_network(
+    model: nn.Module, data: Any, *, device: str | torch.device | None = None
+) -> TorchStream | CapturedStream:
+    """Open a network on its data.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Network; it is not changed.
+    data : Data or anything that `retrain.data.sources.as_data` takes
+        Samples.
+    device : str or torch.device, optional
+        Device on which to compute; by default that of the module's first parameter.
+
+    Returns
+    -------
+    TorchStream or CapturedStream
+        The network on these samples.
+
+    Raises
+    ------
+    ValueError
+        If neither way reads the network on this data; the message is the first way's.
+    """
+    samples: Data = as_data(data)
+    refused: ValueError | None = None
+    traced: TorchStream | None = None
+    if not samples.inputs and samples.raw is None:
+        try:
+            traced = TorchStream(model, samples, device=device)
+        except ValueError as error:
+            refused = error
+        if traced is not None and not _left(traced):
+            return traced
+    try:
+        captured = CapturedStream(model, samples, device=device)
+    except CaptureError as error:
+        _log.info("reading: the forward pass could not be captured: %s", error)
+        if traced is not None:
+            return traced
+        if refused is not None:
+            raise refused from error
+        if samples.inputs:
+            raise ValueError(f"model: the forward pass could not be captured: {error}") from error
+        return TorchStream(model, samples, device=device)
+    except ValueError:
+        if traced is not None:
+            return traced
+        if refused is not None:
+            raise refused from None
+        raise
+    return captured if traced is None or _weights(captured) > _weights(traced) else traced
+
+
+def _left(stream: TorchStream) -> bool:
+    return any(spec.reason is not None for spec in stream.layers)
+
+
+def _weights(stream: TorchStream | CapturedStream) -> int:
+    return sum(spec.size for spec in stream.layers if spec.reason is None)
