@@ -224,7 +224,7 @@ def gathered(batches: Iterable[Any], name: str) -> Data:
     dicts: list[Mapping[Any, Any]] = []
     tuples: list[tuple[np.ndarray, ...]] = []
     for batch in batches:
-        if isinstance(batch, Mapping):
+        if isinstance(batch, Mapping) and batch and all(map(is_array_or_numbers, batch.values())):
             dicts.append({key: to_array(value) for key, value in batch.items()})
             continue
         parts = batch if isinstance(batch, list | tuple) else (batch,)
@@ -369,9 +369,12 @@ def named(arrays: Mapping[Any, Any], name: str) -> Data:
         If there is no input, or an array is empty, not numeric, not finite, or of another length.
     """
     labels = next((key for key in LABELS if key in arrays), None)
+    for key, value in arrays.items():
+        if not is_array_or_numbers(value):
+            raise ValueError(f"data: {name}[{key!r}]: got a {type(value).__name__}, want an array")
     values = {str(key): to_array(value) for key, value in arrays.items() if key != labels}
     if not values:
-        raise ValueError(f"data: {name!r} has no input beside {labels!r}")
+        raise ValueError(f"data: got a mapping without inputs ({', '.join(map(str, arrays))})")
     y = None if labels is None else to_array(arrays[labels])
     return several(tuple(values.items()), y, name)
 

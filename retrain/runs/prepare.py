@@ -178,7 +178,7 @@ def _patterns(value: str | Sequence[str] | None) -> list[str] | None:
 def _on_held_out(subject: Subject, held_out: Data, stream: LayerStream, names: list[str]) -> Any:
     """Open the network on held-out data; the layers must be there as on the calibration data."""
     try:
-        other = subject.stream(held_out)
+        other = subject.stream(held_out, stream)
     except ValueError as error:
         raise ValueError(f"evaluate: {str(error).removeprefix('data: ')}") from error
     for name in names:

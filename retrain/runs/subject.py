@@ -68,13 +68,15 @@ class FineTuned:
 class Subject(Protocol):
     """A network that a run retrains."""
 
-    def stream(self, data: Data) -> Any:
+    def stream(self, data: Data, like: Any = None) -> Any:
         """Open the network on a data set.
 
         Parameters
         ----------
         data : Data
             Samples in memory.
+        like : LayerStream, optional
+            The network on other data, to be read in the same way.
 
         Returns
         -------
@@ -334,7 +336,7 @@ _NO_TRAINING = "fine_tune: trains torch modules, and this is a chain of arrays"
 class _ChainSubject:
     chain: Chain
 
-    def stream(self, data: Data) -> ChainStream:
+    def stream(self, data: Data, like: Any = None) -> ChainStream:
         inputs: Any = data.flat
         like = self.chain.weights[0]
         if not isinstance(like, np.ndarray):
@@ -400,10 +402,10 @@ class _ModuleSubject:
     note: str
     device: str | None
 
-    def stream(self, data: Data) -> Any:
+    def stream(self, data: Data, like: Any = None) -> Any:
         from retrain.adapters.network.open import open_network
 
-        return open_network(self.module, data, device=self.device)
+        return open_network(self.module, data, device=self.device, like=like)
 
     def model(self, stream: Any) -> Any:
         """Copy the stream's network; what could be trained in the given one can be again."""

@@ -9,6 +9,7 @@ does not need.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +159,8 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
 
     values = tuple(value for _, value in inputs)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # export speaks of its own tracing
             program = torch.export.export(
                 _Main(model, [name for name, _ in inputs]),
                 values,

@@ -96,7 +96,13 @@ class Frontier:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def copy(self) -> Frontier:
-        """Return another frontier at the same place, which shares the values."""
+        """Return another frontier at the same place.
+
+        Returns
+        -------
+        Frontier
+            Shares the live values.
+        """
         other = Frontier(self.plan, self.tensors, self._feed, self.batches, self.memory)
         other.place = self.place
         for batch in range(self.batches):
@@ -105,7 +111,18 @@ class Frontier:
         return other
 
     def values(self, batch: int) -> Values:
-        """Return a batch's live values; the inputs at the start."""
+        """Return a batch's live values; the inputs at the start.
+
+        Parameters
+        ----------
+        batch : int
+            Number of the batch.
+
+        Returns
+        -------
+        dict
+            Values by node; not to be changed.
+        """
         if batch in self._kept:
             return self._kept[batch]
         if batch in self._spilled:

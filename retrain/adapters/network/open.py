@@ -23,7 +23,11 @@ _log = logging.getLogger(__name__)
 
 
 def open_network(
-    model: nn.Module, data: Any, *, device: str | torch.device | None = None
+    model: nn.Module,
+    data: Any,
+    *,
+    device: str | torch.device | None = None,
+    like: TorchStream | CapturedStream | None = None,
 ) -> TorchStream | CapturedStream:
     """Open a network on its data.
 
@@ -35,6 +39,8 @@ def open_network(
         Samples.
     device : str or torch.device, optional
         Device on which to compute; by default that of the module's first parameter.
+    like : TorchStream or CapturedStream, optional
+        The same network on other data, which is read in the same way.
 
     Returns
     -------
@@ -47,6 +53,8 @@ def open_network(
         If neither way reads the network on this data; the message is the first way's.
     """
     samples: Data = as_data(data)
+    if like is not None:
+        return type(like)(model, samples, device=device)
     refused: ValueError | None = None
     traced: TorchStream | None = None
     if not samples.inputs and samples.raw is None:
@@ -54,7 +62,7 @@ def open_network(
             traced = TorchStream(model, samples, device=device)
         except ValueError as error:
             refused = error
-        if traced is not None and not _left(traced):
+        if traced is not None and (traced.mixes is not None or not _left(traced)):
             return traced
     try:
         captured = CapturedStream(model, samples, device=device)

@@ -9,7 +9,7 @@ the table `OPERATIONS`; a kind of layer is one entry of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -371,13 +371,13 @@ def view_of(node: fx.Node, captured: Captured, tensors: Mapping[str, Tensor]) ->
     return target(*args, **kwargs)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Found:
     """Calls that use the same view of the same parameter."""
 
     operation: str
     parameter: str
-    calls: list[fx.Node] = field(default_factory=list)
+    calls: list[fx.Node]
 
 
 def find_sites(captured: Captured, model: nn.Module) -> tuple[Site, ...]:
@@ -414,19 +414,19 @@ def find_sites(captured: Captured, model: nn.Module) -> tuple[Site, ...]:
             weight = view_of(argument, captured, tensors)
             key = (every[parameter].data_ptr(), weight.storage_offset(), tuple(weight.shape),
                    tuple(weight.stride()), name in WEIGHTED)  # fmt: skip
-            found.setdefault(key, _Found(name, parameter)).calls.append(node)
+            found.setdefault(key, _Found(name, parameter, [])).calls.append(node)
             users.setdefault(every[parameter].data_ptr(), set()).add(key)
     sites = []
     for key, one in found.items():
         shared = [other for other in users[key[0]] if other != key and _overlap(other, key)]
         same = [name for name, each in every.items() if each.data_ptr() == key[0]]
-        one.parameter = _own_name(one, same, model)
+        one = replace(one, parameter=_own_name(one, same, model))
         sites.append(_site(one, captured, tensors, tied=bool(shared)))
     return tuple(_named_apart(sites))
 
 
 def _own_name(one: _Found, names: list[str], model: nn.Module) -> str:
-    """Choose among a tied parameter's names: an embedding's for a look-up, another for a product."""
+    """Choose among a tied parameter's names: an embedding's for a look-up, else another."""
     looks_up = one.operation == "embedding"
     for name in names:
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -506,8 +506,6 @@ def _meets_relu(node: fx.Node) -> bool:
 
 def _named_apart(sites: Sequence[Site]) -> list[Site]:
     """Number layers that share a parameter's name, as the parts of a fused projection do."""
-    from dataclasses import replace
-
     names = [site.spec.name for site in sites]
     apart = []
     for index, site in enumerate(sites):
