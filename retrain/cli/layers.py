@@ -7,7 +7,10 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from retrain.cli.shared import DONE, add_model, load
+from retrain.cli.shared import DONE, add_model, load, read_data
+
+_SAMPLES = 4
+"""Samples on which the network runs to be listed: two would do for its batch axis."""
 
 
 def add_command(commands: Any) -> None:
@@ -19,6 +22,12 @@ def add_command(commands: Any) -> None:
         "they can be retrained.",
     )
     add_model(parser)
+    parser.add_argument(
+        "--data",
+        metavar="SRC",
+        help="samples to run the network on, which shows what trim and lobs would retrain there; "
+        "needed for networks with several inputs, token ids or control flow",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_run)
 
@@ -26,9 +35,14 @@ def add_command(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     """List a model's layers."""
     from retrain.adapters.network.find import layer_table
+    from retrain.adapters.network.open import open_layers
 
     loaded = load(options)
-    layers = layer_table(loaded.module)
+    if options.data is None:
+        layers = layer_table(loaded.module)
+    else:
+        options.limit, options.normalise, options.evaluate = _SAMPLES, None, None
+        layers = open_layers(loaded.module, read_data(options)[0])
     if options.json:
         entries = [{**asdict(found.spec), "meets": found.meets} for found in layers]
         print(json.dumps({"note": loaded.note, "layers": entries}, indent=1))

@@ -147,7 +147,15 @@ def load(options: argparse.Namespace) -> Any:
 
     if not options.model:
         raise ValueError("model: got '', want a file or the directory of a finished run")
-    if Path(options.model).is_dir():
+    from retrain.runs.directory import RUN_FILE
+
+    folder = Path(options.model)
+    if folder.is_dir() and not (folder / RUN_FILE).exists():
+        from retrain.adapters.files.hugging_face import load_directory
+
+        if (folder / "config.json").is_file():
+            return load_directory(folder)
+    if folder.is_dir():
         return _load_run(options)
     return load_model(
         options.model,
@@ -183,12 +191,24 @@ def _load_run(options: argparse.Namespace) -> LoadedModel:
 
 def read_data(options: argparse.Namespace) -> tuple[Any, Any]:
     """Load the calibration data and the held-out data, if any."""
-    from retrain.data.sources import load_data
-
-    data = load_data(options.data, limit=options.limit, normalise=options.normalise)
+    data = _source(options, options.data, options.limit)
     if options.evaluate is None:
         return data, None
-    return data, load_data(options.evaluate, normalise=options.normalise)
+    return data, _source(options, options.evaluate, None)
+
+
+def _source(options: argparse.Namespace, source: str, limit: int | None) -> Any:
+    """Load a data source; a text is cut into tokens by the network's own tokenizer."""
+    from retrain.data.sources import load_data
+
+    kind, _, file = source.partition(":")
+    if kind != "text":
+        return load_data(source, limit=limit, normalise=options.normalise)
+    from retrain.adapters.files.hugging_face import text_data
+
+    if not Path(options.model).is_dir():
+        raise ValueError("data: text:FILE wants a Hugging Face directory as the model")
+    return text_data(file, options.model, limit=limit)
 
 
 def what_is_asked(options: argparse.Namespace, held_out: Any, progress: Progress) -> dict[str, Any]:

@@ -19,6 +19,9 @@ import numpy as np
 
 from retrain.files import READ_ERRORS, first_line
 
+IDS = "input_ids"
+"""Name under which tokenizers return token ids; a file with it holds a network's inputs by name."""
+
 _DEFLATE_LIMIT = 1032
 """Largest ratio of the unpacked to the packed size of a deflate stream, a property of the format
 (1032:1). A header that claims more is false. A smaller value would refuse very regular data."""
@@ -82,12 +85,42 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     ValueError
         If the file is damaged, encrypted or has no array ``x``.
     """
+    arrays = _arrays(path)
+    return arrays["x"], arrays.get("y")
+
+
+def read_named(path: Path) -> dict[str, np.ndarray] | None:
+    """Read all arrays of an npz file that holds ``input_ids``: a network's inputs by name.
+
+    Parameters
+    ----------
+    path : Path
+        File.
+
+    Returns
+    -------
+    dict from str to ndarray, or None
+        None where the file has an ``x``, or no ``input_ids``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file does not exist.
+    ValueError
+        If the file is damaged, encrypted or has neither.
+    """
+    arrays = _arrays(path)
+    return arrays if IDS in arrays else None
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read x and y of an npz file; all its arrays where it holds input ids instead."""
     existing_file(path)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, path)
-            for key in ("x", "y"):
+            for key in ("x", "y") if "x" in members else sorted(members):
                 if key not in members:
                     continue
                 info = members[key]
@@ -105,14 +138,14 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         raise ValueError(
             f"data: {str(path)!r} is not a readable npz file ({first_line(error)})"
         ) from error
-    return arrays["x"], arrays.get("y")
+    return arrays
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """Arrays of an npz file by name; ``x`` is among them."""
+    """Arrays of an npz file by name; ``x`` or input ids are among them."""
     names = [info for info in archive.infolist() if info.filename.endswith(".npy")]
     members = {info.filename.removesuffix(".npy"): info for info in names}
-    if "x" not in members:
+    if "x" not in members and IDS not in members:
         held = ", ".join(sorted(members)) or "nothing"
         raise ValueError(f"data: {str(path)!r} has no array 'x'; it holds {held:.200}")
     if len(members) < len(names):

@@ -25,7 +25,7 @@ from retrain.data.arrays import (
     to_array,
 )
 from retrain.data.factories import ToldInOneLine, import_factory
-from retrain.data.readers import existing_file, read_mnist, read_npy, read_npz
+from retrain.data.readers import existing_file, read_mnist, read_named, read_npy, read_npz
 
 FORMS = (
     "FILE.npz, FILE.npy, mnist:DIR, mnist-test:DIR, digits, digits-test or package.module:factory"
@@ -142,6 +142,10 @@ def _load(source: str, limit: int | None) -> Data:
         with ToldInOneLine("data", f"calling {source}()"):
             data = as_data(import_factory(source, "data")(), name=source)
         return first(data, limit)
+    if source.lower().endswith(".npz"):
+        arrays = read_named(Path(source))
+        if arrays is not None:
+            return first(named(arrays, source), limit)
     x, y = _read(source, limit)
     return checked(x, y, source, limit)
 

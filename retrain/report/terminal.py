@@ -177,6 +177,10 @@ def summary(
         if accuracy.get("fine_tuned") is not None:
             line += f", {100 * accuracy['fine_tuned']:.2f} % fine-tuned"
         lines.append(line)
+        perplexity = accuracy.get("perplexity")
+        if perplexity is not None:
+            before, after = (_number(perplexity[when], ".4g") for when in ("before", "after"))
+            lines.append(f"perplexity on {_data(name)}: {before} before, {after} after")
     for name, bound in bounds.items():
         lines.append(f"outputs on {_data(name)} ({bound.rows:,} rows): {bound_line(bound)}")
     for name, theorems in record.get("theorems", {}).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +76,17 @@ def accuracies(stream: LayerStream, data: Data) -> dict[str, Any]:
     dict
         ``before`` (dense) and ``after`` (retrained): share of samples in [0, 1] classified
         correctly, or None, with the ``reason`` beside them; ``labels`` says how labels were
-        converted, if they were.
+        converted, if they were. With a label for each position (the next token of a text), shares
+        of the positions, and ``perplexity`` beside them: exp of the mean cross-entropy.
     """
+    by_position = _position_labels(stream, data.y)
+    if by_position is not None:
+        before, after = (_by_position(stream, by_position, dense=dense) for dense in (True, False))
+        return {
+            "before": before[0],
+            "after": after[0],
+            "perplexity": {"before": before[1], "after": after[1]},
+        }
     labels = labels_for(stream, data.y)
     said = {"labels": labels.note, "reason": labels.reason}
     return {
@@ -84,6 +94,37 @@ def accuracies(stream: LayerStream, data: Data) -> dict[str, Any]:
         "after": _accuracy(stream, labels.classes, dense=False),
         **{name: text for name, text in said.items() if text},
     }
+
+
+def _position_labels(stream: LayerStream, y: np.ndarray | None) -> np.ndarray | None:
+    """Labels of positions, shape (n_samples, ...), where outputs have classes for each of them."""
+    if y is None or y.dtype.kind not in "iu" or y.ndim < 2 or y.size == len(y):
+        return None
+    shape = tuple(int(n) for n in next(iter(stream.outputs(dense=True))).shape[1:])
+    fits = shape[:-1] == y.shape[1:] and (y < shape[-1]).all()
+    return y if fits else None
+
+
+def _by_position(
+    stream: LayerStream, labels: np.ndarray, *, dense: bool
+) -> tuple[float | None, float | None]:
+    """Share of positions predicted rightly, and the perplexity; negative labels do not count."""
+    hits, count, loss, start = 0, 0, 0.0, 0
+    for outputs in stream.outputs(dense=dense):
+        values = to_numpy(outputs).astype(np.float64)
+        wanted = labels[start : start + len(values)]
+        start += len(values)
+        counted = wanted >= 0
+        values, wanted = values[counted], wanted[counted]
+        largest = values.max(axis=1, keepdims=True, initial=-math.inf)
+        logs = largest[:, 0] + np.log(np.exp(values - largest).sum(axis=1))
+        loss += float((logs - values[np.arange(len(wanted)), wanted]).sum())
+        hits += int((values.argmax(axis=1) == wanted).sum())
+        count += len(wanted)
+    if count == 0:
+        return None, None
+    mean = loss / count
+    return hits / count, math.exp(mean) if mean < 700 else math.inf
 
 
 def _accuracy(stream: LayerStream, classes: np.ndarray | None, *, dense: bool) -> float | None:

@@ -132,6 +132,8 @@ class ModuleModel(msgspec.Struct, frozen=True, tag_field="kind", tag="module"):
         Architecture as `retrain.adapters.files.description` writes it; None where it cannot.
     dense_layers : list of Dense
         Layers of a chain that was derived from the shapes in a file; empty for other networks.
+    hugging_face : bool
+        Whether the run directory has a configuration from which transformers builds the network.
     """
 
     names: dict[str, str]
@@ -140,6 +142,7 @@ class ModuleModel(msgspec.Struct, frozen=True, tag_field="kind", tag="module"):
     note: str = ""
     description: dict[str, Any] | None = None
     dense_layers: list[Dense] = []
+    hugging_face: bool = False
 
 
 class Theorem(msgspec.Struct, frozen=True):

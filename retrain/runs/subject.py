@@ -299,6 +299,10 @@ def reopen(described: ChainModel | ModuleModel, directory: Path, model: Any = No
     from retrain.adapters.files.description import build_module
     from retrain.adapters.files.load import fill, load_model
 
+    if model is None and described.hugging_face:
+        from retrain.adapters.files.hugging_face import load_directory
+
+        return load_directory(directory).module
     if model is None and described.dense_layers:
         model = _dense_chain(described.dense_layers)
     elif model is None and described.description:  # older runs have no entry
@@ -486,6 +490,15 @@ class _ModuleSubject:
         from retrain.adapters.files.save import save_model
 
         save_model(model, directory / MODEL_FILE, names=self.names)
+        if self._is_hugging_face():
+            from retrain.adapters.files.hugging_face import copy_beside
+
+            copy_beside(Path(str(self.path)), directory)
+
+    def _is_hugging_face(self) -> bool:
+        from retrain.adapters.files.hugging_face import is_directory
+
+        return self.path is not None and is_directory(Path(self.path))
 
     def describe(self, stream: Any) -> dict[str, Any]:
         from retrain.adapters.files.description import described
@@ -498,6 +511,7 @@ class _ModuleSubject:
             "names": dict(self.names),
             "plain": stream.network is not None and is_plain(stream.network, stream.dense_model),
             "description": described(self.module)[0],
+            "hugging_face": self._is_hugging_face(),
             "dense_layers": [
                 {**asdict(layer), "dtype": str(layer.dtype)}
                 for layer in getattr(self.module, "dense_layers", ())

@@ -15,6 +15,7 @@ from torch import nn
 
 from retrain.adapters.network.capture import CaptureError
 from retrain.adapters.network.captured_stream import CapturedStream
+from retrain.adapters.network.find import FoundLayer
 from retrain.adapters.network.stream import TorchStream
 from retrain.data.arrays import Data
 from retrain.data.sources import as_data
@@ -82,6 +83,41 @@ def open_network(
             raise refused from None
         raise
     return captured if traced is None or _weights(captured) > _weights(traced) else traced
+
+
+def open_layers(model: nn.Module, data: Any) -> tuple[FoundLayer, ...]:
+    """List a network's layers as they are read on data, for a person to read.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Network; it is not changed.
+    data : Data or anything that `retrain.data.sources.as_data` takes
+        A few samples.
+
+    Returns
+    -------
+    tuple of FoundLayer
+        All layers with weights, in execution order.
+
+    Raises
+    ------
+    ValueError
+        As for `open_network`.
+    """
+    stream = open_network(model, data)
+    if isinstance(stream, TorchStream):
+        return stream.network.layers
+    return tuple(
+        FoundLayer(
+            site.spec,
+            site.spec.kind,
+            site.parameters,
+            "ReLU" if site.spec.follows == "relu" else "",
+            f"called {len(site.calls)} times" if len(site.calls) > 1 else "",
+        )
+        for site in stream.sites.values()
+    )
 
 
 def _left(stream: TorchStream) -> bool:
