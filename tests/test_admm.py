@@ -20,8 +20,8 @@ from solvers import (
     solve_newton,
     trim_program,
 )
-from solvers.admm.solve import _stalled
-from solvers.admm.splitting import Splitting
+from solvers.admm.splitting import Splitting, advance
+from solvers.program import ConstrainedProgram
 from solvers.scaling import Scaling
 
 FORMS = ("constrained", "regularised")
@@ -464,12 +464,12 @@ def test_malformed_arguments_are_refused():
         solve_admm(program, factor=prepare(np.ones((4, 5))))
 
 
-def test_float32_data_is_certified_beyond_what_float32_iterates_reach(monkeypatch):
+def test_float32_data_is_certified_beyond_what_float32_iterates_reach(no_float64):
     """Where float32 iterates stop gaining, float64 takes over; without that they never arrive."""
     program = in_single_precision(relu2(120, 400, 10, ball=False).program)
     limits = {"tolerance": 1e-6, "max_iterations": 4000}
     assert solve_admm(program, **limits).status is Status.SOLVED
-    monkeypatch.setattr("solvers.admm.solve._stalled", lambda *_: False)
+    no_float64()
     assert solve_admm(program, **limits).status is Status.ITERATION_LIMIT
 
 
@@ -484,9 +484,26 @@ def test_float32_data_is_certified_beyond_what_float32_iterates_reach(monkeypatc
         ((0.1, 0.05, 0.01), (1.0, 1.0, 1.0), True),  # the gap is within its tolerance
     ],
 )
-def test_float32_has_given_what_it_can(gaps, violations, stalled):
-    history = [
-        {"gap": gap, "violation": violation}
-        for gap, violation in zip(gaps, violations, strict=True)
-    ]
-    assert _stalled(history, 0.2, 0.2) is stalled
+def test_float32_has_given_what_it_can(gaps, violations, stalled, monkeypatch):
+    """After these checks, and not before, the iterations go on in float64."""
+    program = of_a_layer(2, "constrained", dtype=np.float32)
+    script, dtypes = list(zip(gaps, violations, strict=True)), []
+    judge = ConstrainedProgram.certificate_beside
+
+    def scripted(self, weight, bound):
+        gap, violation = script[len(dtypes) - 1] if len(dtypes) <= len(script) else (0.0, 0.0)
+        return replace(
+            judge(self, weight, bound),
+            gap=np.asarray(gap),
+            ball_violation=np.asarray(violation),
+            ceiling_violation=np.asarray(0.0),
+        )
+
+    def recorded(splitting, *arguments):
+        dtypes.append(splitting.inputs.dtype)
+        return advance(splitting, *arguments)
+
+    monkeypatch.setattr(ConstrainedProgram, "certificate_beside", scripted)
+    monkeypatch.setattr("solvers.admm.solve.advance", recorded)
+    solve_admm(program, tolerance=0.2)
+    assert dtypes == [np.float32] * len(script) + [np.float64 if stalled else np.float32]
