@@ -1,6 +1,5 @@
 """The bench of solvers: forms, peers, problems, rows, tables."""
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -227,12 +226,20 @@ def test_verdicts_take_the_fastest_rival_that_is_certified():
     assert solver_tables.verdicts([row("newton", 0.02, certified=False), row("piqp", 1)]) == []
 
 
-def test_gap_and_violation_may_be_asked_for_apart():
-    assert solvers._limits("1e-3") == (1e-3, 1e-3)
-    assert solvers._limits("1e-3,1e-4") == (1e-3, 1e-4)
+def test_gap_and_violation_may_be_asked_for_apart(monkeypatch, capsys):
+    asked, measure = [], solvers.measure
+
+    def recorded(instance, plan):
+        asked.append((plan["tolerance"], plan["violation_tolerance"]))
+        return measure(instance, plan)
+
+    monkeypatch.setattr(solvers, "measure", recorded)
+    solvers.main(["--smoke", "--solvers", "newton", "--gap", "1e-3", "1e-3,1e-4"])
+    assert set(asked) == {(1e-3, 1e-3), (1e-3, 1e-4)}
     for text in ("0", "1e-3,1e-4,1e-5", "2"):
-        with pytest.raises(argparse.ArgumentTypeError, match="want GAP"):
-            solvers._limits(text)
+        with pytest.raises(SystemExit, match="2"):
+            solvers.main(["--smoke", "--gap", text])
+        assert f"got '{text}', want GAP" in capsys.readouterr().err
     both = {"name": "lenet-fc2-ball", "tolerance": 1e-3, "violation_tolerance": 1e-4}
     taken = [
         row("newton", 1, passes=n, certified=c, **both) for n, c in ((299, 1), (301, 1), (9, 0))

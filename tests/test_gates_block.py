@@ -111,7 +111,14 @@ def test_linear_skips_are_absorbed_and_identity_skips_leave_nothing():
     for name in ("layer2", "layer5"):
         remove_block(network, name)
     # The ReLU after the block goes too: what comes into it is not negative.
-    assert list(network._modules) == ["flatten", "layer1", "relu1", "layer3", "layer4", "output"]
+    assert list(dict(network.named_children())) == [
+        "flatten",
+        "layer1",
+        "relu1",
+        "layer3",
+        "layer4",
+        "output",
+    ]
 
 
 def test_an_identity_takes_the_weights_of_the_block_before():

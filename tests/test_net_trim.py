@@ -30,6 +30,12 @@ def make(seed=0, widths=(8, 12, 10, 4), samples=60, bias=True, dtype=np.float64)
     return ChainStream(Chain(weights, (bias,) * len(weights)), inputs)
 
 
+def inputs_of(stream):
+    """The samples that the network is given."""
+    first = stream.layers[0]
+    return collect(stream, first.name).inputs[:, : first.shape[0]]
+
+
 def run(stream, **options):
     options = {**TIGHT, **options}
     return {r.report.name: r for r in net_trim(stream, NetTrimOptions(**options))}
@@ -61,9 +67,9 @@ def test_cascade_solves_program_6_on_the_retrained_inputs():
     results = run(stream, relative_epsilon=0.2, inflation=1.3)
     new = stream.chain
     for index, spec in enumerate(stream.layers[1:], start=1):
-        inputs = forward(new, stream._inputs)[index - 1]
+        inputs = forward(new, inputs_of(stream))[index - 1]
         inputs = np.hstack([inputs, np.ones((len(inputs), 1))])
-        targets = forward(stream.dense, stream._inputs)[index]
+        targets = forward(stream.dense, inputs_of(stream))[index]
         old = inputs @ stream.dense.weights[index]
         fitted = targets > 0 if spec.follows == "relu" else np.ones_like(targets, bool)
         epsilon = math.sqrt(1.3 * ((old - targets)[fitted] ** 2).sum())
@@ -314,7 +320,7 @@ def sparse(seed=0, share=0.4, **options):
         weight[:n_in, 0] = 0
         weight[1] = 0
         weight[-1, 1] = 0
-    return ChainStream(Chain(tuple(weights), (True,) * len(weights)), stream._inputs)
+    return ChainStream(Chain(tuple(weights), (True,) * len(weights)), inputs_of(stream))
 
 
 def regrown(stream):

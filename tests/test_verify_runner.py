@@ -216,7 +216,7 @@ def test_rows_of_another_run_are_done_again(tmp_path, change):
 
 def test_rows_of_another_code_are_done_again(tmp_path, monkeypatch):
     run([], among=[TOY], out=tmp_path)
-    monkeypatch.setattr(runner, "_versions", lambda: {"numpy": "0"})
+    monkeypatch.setattr(runner, "version", lambda package: "0")
     counter = Counter()
     run([], among=[replace(TOY, sample=counter)], out=tmp_path)
     assert counter.calls == 3

@@ -9,7 +9,6 @@ import pytest
 
 from retrain.stream.chain import forward
 from retrain.verify import (
-    gated_network,
     gates,
     gates_dynamics,
     gates_estimators,
@@ -112,8 +111,7 @@ def skip_not_absorbed(instance):
     """Drop the closed blocks and forget their skips."""
     kept = [b for i, b in enumerate(instance.network.blocks) if i not in instance.closed]
     network = replace(instance.network, blocks=tuple(kept))
-    output = gated_network.activations(network, instance.x, [1] * len(kept))[-1]
-    return gates_estimators._outputs(output)
+    return gates_estimators.gated_output(replace(instance, network=network, closed=()))
 
 
 def wide_region(problem, theta, index):
@@ -128,13 +126,13 @@ def untrained(case, rng):
 
 
 def mean_direction(gradients):
-    g, scale = gradients.mean(axis=0), itp._longest(gradients) ** 2
+    g, scale = gradients.mean(axis=0), np.linalg.norm(gradients, axis=1).max() ** 2
     return {f"objective {j + 1}": float(g @ row) / scale for j, row in enumerate(gradients)}
 
 
 def mean_length(gradients):
     mean = gradients.mean(axis=0)
-    return {"|g|": float(np.linalg.norm(mean)) / itp._longest(gradients)}
+    return {"|g|": float(np.linalg.norm(mean)) / np.linalg.norm(gradients, axis=1).max()}
 
 
 def lambda_unchanged(problem):
