@@ -2,6 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The rooms whose docstrings name every parameter.
+DOCUMENTED := 'solvers/*.py' 'retrain/api/*.py' 'retrain/methods/*.py' 'retrain/bounds/*.py' \
+	'retrain/stream/*.py' 'retrain/adapters/*.py' 'retrain/data/*.py' 'retrain/runs/*.py' \
+	'retrain/compact/*.py'
 READY := $(VENV)/.ready
 
 .PHONY: demo test gpu lint bench-smoke format clean
@@ -21,6 +25,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/numpydoc lint $$(git ls-files $(DOCUMENTED))
 
 bench-smoke: $(READY)
 	$(BIN)/python -m bench solvers --smoke

@@ -71,7 +71,7 @@ def follow(each: Problem, radii: list[float], tolerance: float, plan: Row) -> li
     """One path, and the last point from scratch."""
     program = each.make().program
     if not isinstance(program, ConstrainedProgram):
-        raise ValueError(f"problem: wants a ball to follow, NAME-ball; got {each.name!r}")
+        raise ValueError(f"problem: got {each.name!r}, want one with a ball to follow, NAME-ball")
     size = float(np.linalg.norm(np.where(program.active, program.level, 0)))
     with threadpool_limits(1):
         solve_path(problem("iid-8x30x2-ball").make().program, [1.0], tolerance=1e-2)  # compile

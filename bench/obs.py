@@ -57,7 +57,7 @@ class Row(NamedTuple):
     removed: int
     wall: float
     cpu: float
-    status: str
+    note: str
 
 
 def lenet_layers(data: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -104,7 +104,7 @@ def measure(
     def record(amount: str, method: str, result: Pruned, wall: float, cpu: float) -> None:
         change = inputs @ (result.weight - weight)
         error = float(np.sum(change**2)) / energy
-        rows.append(Row(name, amount, method, error, result.removed, wall, cpu, result.status))
+        rows.append(Row(name, amount, method, error, result.removed, wall, cpu, result.note))
         print(format_row(rows[-1]), flush=True)
 
     start, cpu = time.perf_counter(), time.process_time()
@@ -143,7 +143,7 @@ def measure(
 
 
 def format_row(row: Row) -> str:
-    note = "" if row.status == "done" else f"  ({row.status})"
+    note = f"  ({row.note})" if row.note else ""
     return (
         f"{row.layer}  {row.amount:>5}  {row.method:<18} {row.error:.4e}  {row.removed:>7} removed"
         f"  {row.wall:7.2f} s {row.cpu:7.2f} s CPU{note}"
@@ -192,7 +192,7 @@ def synthetic(size: int, sparsity: float, seed: int, threads: int) -> bool:
         results[name], wall, cpu = timed(run)
         one = results[name]
         row = Row(f"{size}", f"{sparsity}", name, one.relative_error, one.removed, wall, cpu,
-                  one.status)  # fmt: skip
+                  one.note)  # fmt: skip
         print(format_row(row), flush=True)
     gain = 1 - results["large"].error / results["sweep"].error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -97,7 +97,7 @@ def known(n_in: int, n_samples: int, n_out: int, *, ball: bool) -> Instance:
     |nu_Omega|^2 / (4 lambda) for each unit.
     """
     if n_out > n_samples // 4:
-        raise ValueError(f"known: wants a quarter as many units as samples, got {n_out}")
+        raise ValueError(f"known: got {n_out} units, want at most a quarter of the samples")
     rng = np.random.default_rng(3)
     inputs = _mixed(rng, n_samples, n_in)
     weight = rng.standard_normal((n_in, n_out)) * (rng.random((n_in, n_out)) < 0.2)

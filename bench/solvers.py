@@ -163,14 +163,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--units", type=int, default=3, help="units for the peers (3)")
     parser.add_argument(
         "--gap",
-        type=_limits,
+        type=parse_limits,
         nargs="+",
         default=[(1e-4, 1e-4)],
         metavar="GAP[,VIOLATION]",
         help="what certificates must meet; the violation the same as the gap by default (1e-4)",
     )
     parser.add_argument(
-        "--tolerance", type=_limits, nargs="+", action=FormerName, now="--gap", dest="gap"
+        "--tolerance", type=parse_limits, nargs="+", action=FormerName, now="--gap", dest="gap"
     )
     parser.add_argument("--threads", type=int, default=1, help="BLAS threads (1)")
     parser.add_argument("--data", type=Path, help="directory with models/ and mnist/, for lenet")
@@ -193,7 +193,7 @@ def main(arguments: list[str]) -> int:
     return _run(problems, options)
 
 
-def _limits(text: str) -> Limits:
+def parse_limits(text: str) -> Limits:
     """Read GAP[,VIOLATION]."""
     numbers = [float(part) for part in text.split(",")]
     if len(numbers) > 2 or not all(0 < number < 1 for number in numbers):

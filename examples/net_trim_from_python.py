@@ -34,9 +34,9 @@ run = retrain.net_trim(model, calibration, evaluate=test, scheme="cascade", rela
 # 3. What became of each layer. The certificate is the duality gap and the violation, recomputed in
 #    float64 from the layer's data: the objective is proven to be within `gap` of the optimum.
 for layer in run.layers:
-    gap = layer.details["gap"]
-    violation = max(layer.details["ball_violation"], layer.details["ceiling_violation"])
-    verdict = "certified" if layer.certified else f"not certified ({layer.status})"
+    gap = layer.details.gap
+    violation = max(layer.details.ball_violation, layer.details.ceiling_violation)
+    verdict = "certified" if layer.certified else f"not certified ({layer.status.value})"
     print(
         f"layer {layer.name}: {layer.sparsity:.1%} zeros, gap {gap:.0e}, "
         f"violation {violation:.0e}, {verdict}"

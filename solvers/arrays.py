@@ -12,19 +12,54 @@ Array = Any
 
 
 def to_numpy(array: Array) -> np.ndarray:
-    """Return `array` as a numpy array, sharing memory where it can."""
+    """Return `array` as a numpy array, sharing memory where it can.
+
+    Parameters
+    ----------
+    array : array
+        Of numpy or torch, on any device.
+
+    Returns
+    -------
+    ndarray
+        On the CPU.
+    """
     if is_torch_array(array):
         return array.detach().cpu().numpy()
     return np.asarray(array)
 
 
 def on_host(array: Array) -> Array:
-    """Take arrays on the CPU as numpy: workers need no torch, and memory is shared, not copied."""
+    """Take arrays on the CPU as numpy: workers need no torch, and memory is shared, not copied.
+
+    Parameters
+    ----------
+    array : array
+        Of numpy or torch, on any device.
+
+    Returns
+    -------
+    array
+        numpy's where it was on the CPU, else unchanged.
+    """
     return to_numpy(array) if str(device(array)) == "cpu" else array
 
 
 def like(values: np.ndarray, reference: Array) -> Array:
-    """Return the numpy array `values` in the namespace, on the device, of `reference`."""
+    """Return the numpy array `values` in the namespace, on the device, of `reference`.
+
+    Parameters
+    ----------
+    values : ndarray
+        What to convert.
+    reference : array
+        Array whose kind and device are taken.
+
+    Returns
+    -------
+    array
+        With the dtype of `values`.
+    """
     return array_namespace(reference).asarray(values, device=device(reference))
 
 
@@ -37,6 +72,16 @@ def norm(array: Array) -> float:
 
     Entries are cast before they are squared: in float32 the squares of entries below 1e-23 vanish
     and those above 1e19 overflow. Where float64 cannot hold the squares, entries are scaled.
+
+    Parameters
+    ----------
+    array : array
+        Of numpy or torch, on any device.
+
+    Returns
+    -------
+    float
+        0 for an empty array.
     """
     if 0 in array.shape:
         return 0.0

@@ -40,8 +40,16 @@ def orthogonalise(nu: Array, x: Array, active: Array) -> Array:
     Parameters
     ----------
     nu : array, shape (n_samples, n_out), float64
+        Multipliers.
     x : array, shape (n_samples, 1), float64
+        Samples of the free row.
     active : bool array, shape (n_samples, n_out)
+        Omega: where multipliers may be negative.
+
+    Returns
+    -------
+    array, shape (n_samples, n_out), float64
+        The projections; of the kind and on the device of `nu`.
     """
     if is_numpy_array(nu):
         columns = np.ascontiguousarray(nu.T)
@@ -56,7 +64,22 @@ def orthogonalise(nu: Array, x: Array, active: Array) -> Array:
 
 
 def orthogonalise_arrays(nu: Array, x: Array, active: Array) -> Array:
-    """Do the same by the array API, for all units at once."""
+    """Do the same by the array API, for all units at once.
+
+    Parameters
+    ----------
+    nu : array, shape (n_samples, n_out), float64
+        Multipliers.
+    x : array, shape (n_samples, 1), float64
+        Samples of the free row.
+    active : bool array, shape (n_samples, n_out)
+        Omega: where multipliers may be negative.
+
+    Returns
+    -------
+    array, shape (n_samples, n_out), float64
+        The projections.
+    """
     xp = array_namespace(nu)
     for _ in range(2):
         # The projection is homogeneous; at size 1 no square overflows.

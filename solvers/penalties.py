@@ -12,13 +12,14 @@ gives the tightest.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from array_api_compat import array_namespace, is_numpy_array
 from numba import njit
+
+from solvers import checks
 
 Array = Any
 
@@ -40,7 +41,18 @@ class Penalty(Protocol):
         ...
 
     def value(self, weight: Array) -> Array:
-        """Penalty of each unit, shape (n_out,); of all units together, shape (), if coupled."""
+        """Penalty of each unit, shape (n_out,); of all units together, shape (), if coupled.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+
+        Returns
+        -------
+        array, shape (n_out,) or ()
+            The penalty; not negative.
+        """
         ...
 
     def prox(self, weight: Array, step: Array) -> Array:
@@ -48,26 +60,83 @@ class Penalty(Protocol):
 
         `step` is a scalar, one for each unit (n_out,), one for each input (n_in, 1), or one for
         each weight (n_in, n_out), which divides its own square.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Where the prox is taken.
+        step : array
+            Step, above 0, in one of the shapes above.
+
+        Returns
+        -------
+        array, shape (n_in, n_out)
+            The minimiser u.
         """
         ...
 
     def in_unit(self, unit: float) -> Penalty:
-        """Return the penalty p with ``p(u) = penalty(unit u) / unit``."""
+        """Return the penalty p with ``p(u) = penalty(unit u) / unit``.
+
+        Parameters
+        ----------
+        unit : float
+            Size of a weight in the new unit, above 0.
+
+        Returns
+        -------
+        Penalty
+            For weights in that unit.
+        """
         ...
 
     def conjugate(self, dual: Array) -> Array:
         """Finite part of sup_u <dual, u> - penalty(u), shaped like `value`.
 
         Where the conjugate is an indicator, the caller has scaled `dual` into its domain.
+
+        Parameters
+        ----------
+        dual : array, shape (n_in, n_out)
+            Dual point.
+
+        Returns
+        -------
+        array, shape (n_out,) or ()
+            Of each unit, or of all together.
         """
         ...
 
     def shrink_units(self, dual: Array) -> Array:
-        """Scale <= 1 of each unit, (n_out,), that brings it into its own part of the domain."""
+        """Scale <= 1 of each unit, (n_out,), that brings it into its own part of the domain.
+
+        Parameters
+        ----------
+        dual : array, shape (n_in, n_out)
+            Dual point.
+
+        Returns
+        -------
+        array, shape (n_out,)
+            Factors from 0 to 1.
+        """
         ...
 
     def scale_dual(self, dual: Array, linear: Array, quadratic: Array) -> Array:
-        """Scale s >= 0 that maximises ``s linear - s^2 quadratic - conjugate(s dual)``."""
+        """Scale s >= 0 that maximises ``s linear - s^2 quadratic - conjugate(s dual)``.
+
+        Parameters
+        ----------
+        dual : array, shape (n_in, n_out)
+            Dual point c.
+        linear, quadratic : array, shape (n_out,) or ()
+            Coefficients of the dual function.
+
+        Returns
+        -------
+        array, shape (n_out,) or ()
+            The scales.
+        """
         ...
 
 
@@ -153,8 +222,7 @@ class ElasticNet:
     separable = True
 
     def __post_init__(self) -> None:
-        if not (self.ridge > 0 and math.isfinite(self.ridge)):
-            raise ValueError(f"ridge: got {self.ridge!r}, want a positive finite number")
+        checks.positive(ridge=self.ridge)
 
     def value(self, weight: Array) -> Array:
         """Return the penalty of each unit, shape (n_out,)."""
@@ -225,8 +293,7 @@ class Group:
     separable = False
 
     def __post_init__(self) -> None:
-        if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ValueError(f"weight: got {self.weight!r}, want a positive finite number")
+        checks.positive(weight=self.weight)
 
     def _norms(self, matrix: Array) -> Array:
         xp = array_namespace(matrix)

@@ -36,6 +36,7 @@ from typing import Any, Literal
 import numpy as np
 from array_api_compat import array_namespace, device
 
+from solvers import checks
 from solvers.arrays import like, to_numpy
 from solvers.free_row import orthogonalise
 from solvers.penalties import L1, Penalty
@@ -92,13 +93,30 @@ class LayerProgram:
         return np.setdiff1d(np.arange(self.inputs.shape[1]), self.free_rows)
 
     def penalty_value(self, weight: Array) -> Array:
-        """Penalty of `weight` (n_in, n_out) in float64: (n_out,) if separable, () if not."""
+        """Penalty of `weight` (n_in, n_out) in float64: (n_out,) if separable, () if not.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights; free rows do not count.
+
+        Returns
+        -------
+        array, shape (n_out,) or (), float64
+            The penalty.
+        """
         xp = array_namespace(self.inputs)
         rows = like(self.penalised, self.inputs)
         return self.penalty.value(xp.take(xp.astype(weight, xp.float64), rows, axis=0))
 
     def fitted_norms(self) -> np.ndarray:
-        """Norm of each unit's fitted entries |y|_Omega in float64, shape (n_out,)."""
+        """Norm of each unit's fitted entries |y|_Omega in float64, shape (n_out,).
+
+        Returns
+        -------
+        ndarray, shape (n_out,), float64
+            The norms.
+        """
         xp = array_namespace(self.inputs)
         squares = []
         for block in self._blocks():
@@ -113,8 +131,19 @@ class LayerProgram:
         for start in range(0, n_out, width):
             yield slice(start, min(start + width, n_out))
 
-    def _forward(self, weight: Array) -> Array:
-        """X weight in float64."""
+    def forward(self, weight: Array) -> Array:
+        """Return X weight in float64.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, k)
+            Weights of any number of units.
+
+        Returns
+        -------
+        array, shape (n_samples, k), float64
+            The units' responses.
+        """
         xp = array_namespace(self.inputs)
         wide = xp.astype(weight, xp.float64)
         parts = [xp.astype(part, xp.float64) @ wide for part in self._chunks(self.inputs)]
@@ -141,7 +170,7 @@ class LayerProgram:
         for block in self._blocks():
             active = self.active[:, block]
             level = xp.astype(self.level[:, block], xp.float64)
-            difference = self._forward(weight[:, block]) - level
+            difference = self.forward(weight[:, block]) - level
             nothing = xp.zeros_like(level)
             residual = xp.where(active, difference, nothing)
             over = xp.where(active, nothing, xp.maximum(difference, nothing))
@@ -185,19 +214,30 @@ class LayerProgram:
             nu = moved
         return nu
 
-    def _old_penalty(self) -> Array:
-        """Penalty of the old weights; zero without any."""
+    def old_penalty(self) -> Array:
+        """Return the penalty of the old weights in float64; zero without any.
+
+        Returns
+        -------
+        array, shape (n_out,) or ()
+            One number a unit where the penalty is separable, else one for the layer.
+        """
         xp = array_namespace(self.inputs)
         if self.old_weight is None:
             shape = (self.shape[2],) if self.penalty.separable else ()
             return xp.zeros(shape, dtype=xp.float64, device=device(self.inputs))
         return self.penalty_value(self.old_weight)
 
-    def _scale_floor(self) -> float:
-        """Response norm a unit, for units that have nothing to fit.
+    def scale_floor(self) -> float:
+        """Return a response norm for units that have nothing to fit.
 
         The violations are relative to |Y|; where a unit (or the layer) has no active entry, the
         ceilings' own size stands in, and 1 where these are zero too.
+
+        Returns
+        -------
+        float
+            |level|_F / sqrt(n_out), or 1.
         """
         xp = array_namespace(self.inputs)
         total = float(xp.sqrt(xp.sum(xp.astype(self.level, xp.float64) ** 2)))
@@ -238,11 +278,21 @@ class ConstrainedProgram(LayerProgram):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.epsilon >= 0 and math.isfinite(self.epsilon)):
-            raise ValueError(f"epsilon: got {self.epsilon!r}, want a finite number >= 0")
+        checks.not_negative(epsilon=self.epsilon)
 
     def objective(self, weight: Array) -> np.ndarray:
-        """Return penalty(weight), shape ()."""
+        """Return penalty(weight), shape ().
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+
+        Returns
+        -------
+        ndarray, shape (), float64
+            The objective.
+        """
         self._check_weight(weight)
         return to_numpy(array_namespace(weight).sum(self.penalty_value(weight)))
 
@@ -251,6 +301,16 @@ class ConstrainedProgram(LayerProgram):
 
         Each unit is first brought into its own box, where it has one; one factor, up or down, then
         scales the whole, since the ball ties the units together.
+
+        Parameters
+        ----------
+        multiplier : array, shape (n_samples, n_out)
+            Any numbers: they are made admissible first.
+
+        Returns
+        -------
+        ndarray, shape (), float64
+            At most the optimum.
         """
         self._check_multiplier(multiplier)
         xp = array_namespace(self.inputs)
@@ -268,18 +328,44 @@ class ConstrainedProgram(LayerProgram):
         return to_numpy(xp.reshape(bound, ()))
 
     def certificate(self, weight: Array, multiplier: Array) -> Certificate:
-        """Judge a pair of weights (n_in, n_out) and multiplier (n_samples, n_out)."""
+        """Judge a pair of weights (n_in, n_out) and multiplier (n_samples, n_out).
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+        multiplier : array, shape (n_samples, n_out)
+            Multiplier.
+
+        Returns
+        -------
+        Certificate
+            Objective, bound, gap and violations.
+        """
         return self.certificate_beside(weight, self.dual_bound(multiplier))
 
     def certificate_beside(self, weight: Array, bound: np.ndarray) -> Certificate:
-        """Judge weights (n_in, n_out) beside a bound that `dual_bound` has given."""
+        """Judge weights (n_in, n_out) beside a bound that `dual_bound` has given.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+        bound : ndarray, shape ()
+            Lower bound on the optimum.
+
+        Returns
+        -------
+        Certificate
+            Objective, bound, gap and violations.
+        """
         xp = array_namespace(self.inputs)
         objective = self.objective(weight)
         sums = {name: to_numpy(value) for name, value in self._primal_sums(weight).items()}
         residual = np.sqrt(np.sum(sums["residual"]))
         scale = np.sqrt(np.sum(sums["scale"]))
         if scale == 0:
-            scale = self._scale_floor() * math.sqrt(self.shape[2])
+            scale = self.scale_floor() * math.sqrt(self.shape[2])
         if self.epsilon > 0:
             ball = max(residual - self.epsilon, 0.0) / self.epsilon
         else:
@@ -287,7 +373,7 @@ class ConstrainedProgram(LayerProgram):
         return Certificate(
             objective=objective,
             dual_bound=bound,
-            gap=_gap(objective, bound, to_numpy(xp.sum(self._old_penalty()))),
+            gap=_gap(objective, bound, to_numpy(xp.sum(self.old_penalty()))),
             ball_violation=np.asarray(ball),
             ceiling_violation=np.sqrt(np.sum(sums["over"])) / scale,
             largest_violation=np.max(sums["largest"]),
@@ -322,8 +408,7 @@ class RegularisedProgram(LayerProgram):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.fit_weight > 0 and math.isfinite(self.fit_weight)):
-            raise ValueError(f"fit_weight: got {self.fit_weight!r}, want a positive finite number")
+        checks.positive(fit_weight=self.fit_weight)
         if not self.penalty.separable:
             raise ValueError(
                 f"penalty: the {self.penalty.name} penalty couples the units, which the "
@@ -331,13 +416,35 @@ class RegularisedProgram(LayerProgram):
             )
 
     def objective(self, weight: Array) -> np.ndarray:
-        """Return penalty + fit_weight * squared residual of each unit, shape (n_out,)."""
+        """Return penalty + fit_weight * squared residual of each unit, shape (n_out,).
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+
+        Returns
+        -------
+        ndarray, shape (n_out,), float64
+            The objective.
+        """
         self._check_weight(weight)
         residual = self._primal_sums(weight)["residual"]
         return to_numpy(self.penalty_value(weight) + self.fit_weight * residual)
 
     def dual_bound(self, multiplier: Array) -> np.ndarray:
-        """Return the lower bound of each unit that `multiplier` proves, shape (n_out,)."""
+        """Return the lower bound of each unit that `multiplier` proves, shape (n_out,).
+
+        Parameters
+        ----------
+        multiplier : array, shape (n_samples, n_out)
+            Any numbers: they are made admissible first.
+
+        Returns
+        -------
+        ndarray, shape (n_out,), float64
+            At most the optimum.
+        """
         self._check_multiplier(multiplier)
         sums = self._dual_sums(multiplier)
         linear, dual = sums["linear"], sums["dual"]
@@ -346,31 +453,62 @@ class RegularisedProgram(LayerProgram):
         bound = scale * linear - scale**2 * quadratic - self.penalty.conjugate(scale * dual)
         return to_numpy(bound)
 
-    def _penalty_floor(self) -> Array:
-        """Old penalty of each unit, below a millionth of which its gap is rounding.
+    def penalty_floor(self) -> Array:
+        """Return the old penalty of each unit, below a millionth of which its gap is rounding.
 
         A unit whose old weights are all zero has none, and its optimum may be zero too, a bias
         alone fitting its targets. The mean over the layer's units stands in.
+
+        Returns
+        -------
+        array, shape (n_out,)
+            In float64.
         """
         xp = array_namespace(self.inputs)
-        old = self._old_penalty()
+        old = self.old_penalty()
         return xp.where(old > 0, old, xp.mean(old))
 
     def certificate(self, weight: Array, multiplier: Array) -> Certificate:
-        """Judge a pair of weights (n_in, n_out) and multiplier (n_samples, n_out), by unit."""
+        """Judge a pair of weights (n_in, n_out) and multiplier (n_samples, n_out), by unit.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+        multiplier : array, shape (n_samples, n_out)
+            Multiplier.
+
+        Returns
+        -------
+        Certificate
+            Objective, bound, gap and violations.
+        """
         return self.certificate_beside(weight, self.dual_bound(multiplier))
 
     def certificate_beside(self, weight: Array, bound: np.ndarray) -> Certificate:
-        """Judge weights (n_in, n_out) beside the units' bounds that `dual_bound` has given."""
+        """Judge weights (n_in, n_out) beside the units' bounds that `dual_bound` has given.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            Weights.
+        bound : ndarray, shape (n_out,)
+            Lower bound on the optimum.
+
+        Returns
+        -------
+        Certificate
+            Objective, bound, gap and violations.
+        """
         self._check_weight(weight)
         sums = {name: to_numpy(value) for name, value in self._primal_sums(weight).items()}
         objective = to_numpy(self.penalty_value(weight)) + self.fit_weight * sums["residual"]
         scale = np.sqrt(sums["scale"])
-        scale = np.where(scale > 0, scale, self._scale_floor())
+        scale = np.where(scale > 0, scale, self.scale_floor())
         return Certificate(
             objective=objective,
             dual_bound=bound,
-            gap=_gap(objective, bound, to_numpy(self._penalty_floor())),
+            gap=_gap(objective, bound, to_numpy(self.penalty_floor())),
             ball_violation=np.zeros_like(scale),
             ceiling_violation=np.sqrt(sums["over"]) / scale,
             largest_violation=sums["largest"],
@@ -408,8 +546,14 @@ def trim_program(
         without activation has every entry fitted and no ceiling.
     ceilings : array, shape (n_samples, n_out), optional
         V; zero by default. In the cascade the old weights' responses on the retrained inputs (6).
-    penalty, free_rows, support, old_weight
-        See `LayerProgram`.
+    penalty : Penalty, optional
+        l1 by default.
+    free_rows : tuple of int, optional
+        Rows of the weights without penalty: the bias's.
+    support : bool array, shape (n_in, n_out), optional
+        Mask: False where a weight must be zero.
+    old_weight : array, shape (n_in, n_out), optional
+        Weights that the layer has; the scale of the gap, and where solvers begin.
 
     Returns
     -------
@@ -420,9 +564,26 @@ def trim_program(
     ValueError
         If not exactly one of `epsilon` and `fit_weight` is given, or an argument is malformed.
 
+    Notes
+    -----
+    Costs nothing but a check of the arrays, which are not copied.
+
     References
     ----------
     Aghasi et al., Net-Trim (2017), equations (4)-(6) and (11).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> program = trim_program(X, Y, epsilon=0.1 * np.linalg.norm(Y), old_weight=W)
+    >>> program.shape
+    (50, 10, 3)
+    >>> bool(program.certificate(W, np.zeros_like(Y)).ball_violation == 0)
+    True
     """
     if (epsilon is None) == (fit_weight is None):
         raise ValueError("epsilon, fit_weight: want exactly one of the two")

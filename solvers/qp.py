@@ -63,9 +63,24 @@ def solve_osqp(
     ValueError
         For the constrained form, whose ball is not a quadratic program.
 
+    Notes
+    -----
+    Each unit is a quadratic program of its own with 2 n_in + n_samples variables and constraints.
+
     References
     ----------
     Aghasi et al., Net-Trim (2017), equations (12)-(14). Stellato et al., OSQP (2020).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import solve_osqp, trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> program = trim_program(X, Y, fit_weight=1.0, old_weight=W)
+    >>> solve_osqp(program).status.value
+    'solved'
     """
     import osqp
 
@@ -99,7 +114,7 @@ def solve_osqp(
         if not len(kept):
             nu[fitted, unit] = -2 * program.fit_weight * level[fitted, unit]
             continue
-        quadratic, linear, matrix, upper = _program_14(
+        quadratic, linear, matrix, upper = program_14(
             program, inputs[:, kept], level[:, unit], fitted, kept
         )
         lower = np.concatenate([np.full((~fitted).sum(), -np.inf), np.zeros(2 * len(kept))])
@@ -137,14 +152,33 @@ def solve_osqp(
     )
 
 
-def _program_14(
+def program_14(
     program: RegularisedProgram,
     inputs: np.ndarray,
     level: np.ndarray,
     fitted: np.ndarray,
     kept: np.ndarray,
 ) -> tuple[sp.csc_matrix, np.ndarray, sp.csc_matrix, np.ndarray]:
-    """(P, q, A, u) of OSQP's ``min x^T P x / 2 + q^T x, l <= A x <= u`` for one unit of (14)."""
+    """(P, q, A, u) of OSQP's ``min x^T P x / 2 + q^T x, l <= A x <= u`` for one unit of (14).
+
+    Parameters
+    ----------
+    program : RegularisedProgram
+        The layer's program.
+    inputs : ndarray, shape (n_samples, kept)
+        Inputs of the weights that are not held at zero.
+    level : ndarray, shape (n_samples,)
+        Targets on Omega and ceilings off it.
+    fitted : bool array, shape (n_samples,)
+        Omega.
+    kept : int array
+        Numbers of these inputs.
+
+    Returns
+    -------
+    tuple
+        P, q, A and u.
+    """
     # notation: eq. (13), (14)
     penalised = np.isin(kept, program.free_rows, invert=True)
     Q_m = program.fit_weight * inputs[fitted].T @ inputs[fitted]

@@ -21,12 +21,23 @@ _FAR = 1e6  # larger: fewer programs are told to be unreachable; smaller: hard o
 
 
 def far(program: Program) -> np.ndarray:
-    """Return an objective that no weights of use have: the layer's, or each unit's in form (11)."""
+    """Return an objective that no weights of use have: the layer's, or each unit's in form (11).
+
+    Parameters
+    ----------
+    program : ConstrainedProgram or RegularisedProgram
+        The layer's program.
+
+    Returns
+    -------
+    ndarray, shape () or (n_out,)
+        A bound above it proves that the constraints are out of reach.
+    """
     xp = array_namespace(program.inputs)
     wide = xp.astype(program.inputs, xp.float64)
     lengths = xp.sqrt(xp.sum(wide * wide, axis=0))
     targets = program.fitted_norms()
-    targets = like(np.where(targets > 0, targets, program._scale_floor()), program.inputs)
+    targets = like(np.where(targets > 0, targets, program.scale_floor()), program.inputs)
     one = xp.ones_like(lengths)
     reach = xp.where(lengths > 0, 1 / xp.where(lengths > 0, lengths, one), 0 * one)
     weights = reach[:, None] * targets

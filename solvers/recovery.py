@@ -186,6 +186,17 @@ def certificate_margin(
 ) -> float:
     """Check the conditions of proposition 2 on a multiplier, apart from what built it.
 
+    Parameters
+    ----------
+    inputs : array, shape (n_samples, n_in)
+        The samples.
+    response : array, shape (n_samples,)
+        Rectified observations max(inputs @ weight, 0).
+    weight : array, shape (n_in,)
+        Weights that satisfy the program's constraints.
+    multiplier : array, shape (n_samples,)
+        Multiplier to check.
+
     Returns
     -------
     float
@@ -205,12 +216,36 @@ def certificate_margin(
 
 
 def is_unique(inputs: np.ndarray, response: np.ndarray, weight: np.ndarray) -> bool:
-    """Decide whether feasible weights are the only solution of (8)."""
+    """Decide whether feasible weights are the only solution of (8).
+
+    Parameters
+    ----------
+    inputs : array, shape (n_samples, n_in)
+        The samples.
+    response : array, shape (n_samples,)
+        Rectified observations max(inputs @ weight, 0).
+    weight : array, shape (n_in,)
+        Weights that satisfy the program's constraints.
+
+    Returns
+    -------
+    bool
+        Whether a dual certificate was found.
+    """
     return dual_certificate(inputs, response, weight) is not None
 
 
 def recovers(inputs: np.ndarray, response: np.ndarray, weight: np.ndarray) -> tuple[bool, str]:
     """Decide whether (8) gives `weight` back: by certificate, else by solving and comparing.
+
+    Parameters
+    ----------
+    inputs : array, shape (n_samples, n_in)
+        The samples.
+    response : array, shape (n_samples,)
+        Rectified observations max(inputs @ weight, 0).
+    weight : array, shape (n_in,)
+        Weights that satisfy the program's constraints.
 
     Returns
     -------

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from solvers import checks
 from solvers.arrays import like, to_numpy
 from solvers.penalties import L1, ElasticNet, Group
 from solvers.program import Program, RegularisedProgram
@@ -59,12 +60,22 @@ def solve_cvxpy(
     -----
     Entries below 1e-9 of the largest weight are the solver's rounding, not set to zero here: an
     interior-point method's weights are not exactly sparse.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import solve_cvxpy, trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> program = trim_program(X, Y, fit_weight=1.0, old_weight=W)
+    >>> solve_cvxpy(program).status.value
+    'solved'
     """
     import cvxpy as cp
 
     violation_tolerance = tolerance if violation_tolerance is None else violation_tolerance
-    if solver not in cp.installed_solvers():
-        raise ValueError(f"solver: got {solver!r}, want one of {', '.join(cp.installed_solvers())}")
+    checks.one_of(cp.installed_solvers(), solver=solver)
     started = time.perf_counter()
     data = _Data(program)
     weight = cp.Variable((data.inputs.shape[1], data.level.shape[1]))

@@ -87,7 +87,20 @@ class Certificate:
         return np.maximum(self.ball_violation, self.ceiling_violation)
 
     def within(self, tolerance: float, violation_tolerance: float) -> np.ndarray:
-        """Tell, per entry, whether gap and violations are both within tolerance (NaN is not)."""
+        """Tell, per entry, whether gap and violations are both within tolerance (NaN is not).
+
+        Parameters
+        ----------
+        tolerance : float
+            Largest relative gap.
+        violation_tolerance : float
+            Largest relative violation.
+
+        Returns
+        -------
+        bool ndarray, shape () or (n_out,)
+            True where it is met.
+        """
         return (self.gap <= tolerance) & (self.violation <= violation_tolerance)
 
 
@@ -147,6 +160,11 @@ def judge(
         Whether the solver used up its iterations (rather than stopping by itself).
     unreachable : bool
         Whether the bound proves that no weights of use meet the constraints (`solvers.reach`).
+
+    Returns
+    -------
+    Status
+        The first that applies: numerical error, solved, unreachable, iteration limit, inexact.
     """
     if not finite:
         return Status.NUMERICAL_ERROR

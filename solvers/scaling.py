@@ -63,7 +63,18 @@ class Sizes:
 
     @staticmethod
     def of(norms: np.ndarray) -> Sizes:
-        """Choose the sizes from the columns' norms over the root of the number of samples."""
+        """Choose the sizes from the columns' norms over the root of the number of samples.
+
+        Parameters
+        ----------
+        norms : ndarray, shape (n_in,)
+            Root mean square of each input.
+
+        Returns
+        -------
+        Sizes
+            Powers of two.
+        """
         largest = float(np.max(norms))
         if largest == 0:
             return Sizes(np.ones(len(norms)), 1.0)
@@ -80,7 +91,18 @@ class Sizes:
         return None if (weights == 1).all() else weights
 
     def divide(self, inputs: Array) -> Array:
-        """X' = X / s, in the dtype of X; X itself if there is nothing to divide by."""
+        """X' = X / s, in the dtype of X; X itself if there is nothing to divide by.
+
+        Parameters
+        ----------
+        inputs : array, shape (n_samples, n_in)
+            X.
+
+        Returns
+        -------
+        array, shape (n_samples, n_in)
+            X', exact.
+        """
         if (self.columns == 1).all():
             return inputs
         xp = array_namespace(inputs)
@@ -106,7 +128,20 @@ class Scaling:
 
     @staticmethod
     def of(program: Program, sizes: Sizes) -> Scaling:
-        """State a program in the units that its own data and the sizes of its inputs ask for."""
+        """State a program in the units that its own data and the sizes of its inputs ask for.
+
+        Parameters
+        ----------
+        program : ConstrainedProgram or RegularisedProgram
+            The layer's program.
+        sizes : Sizes
+            Of its inputs.
+
+        Returns
+        -------
+        Scaling
+            Both programs, and what leads from one to the other.
+        """
         xp = array_namespace(program.inputs)
         response = _response_size(program)
         unit = response / sizes.reference
@@ -141,7 +176,18 @@ class Scaling:
         return self.sizes.reference / self.response
 
     def weight_back(self, weight: Array) -> Array:
-        """Return weights (n_in, n_out) in the caller's units and the inputs' dtype."""
+        """Return weights (n_in, n_out) in the caller's units and the inputs' dtype.
+
+        Parameters
+        ----------
+        weight : array, shape (n_in, n_out)
+            In a solver's units.
+
+        Returns
+        -------
+        array, shape (n_in, n_out)
+            In the caller's.
+        """
         xp = array_namespace(self.program.inputs)
         factor = self.response / self.sizes.columns
         if not (factor == 1).all():
@@ -151,7 +197,18 @@ class Scaling:
         return xp.astype(xp.clip(weight, -largest, largest), self.program.inputs.dtype)
 
     def into_boxes(self, multiplier: Array) -> Array:
-        """Move a multiplier in these units into its boxes (`solvers.repair`), in float64."""
+        """Move a multiplier in these units into its boxes (`solvers.repair`), in float64.
+
+        Parameters
+        ----------
+        multiplier : array, shape (n_samples, n_out)
+            In a solver's units.
+
+        Returns
+        -------
+        array, shape (n_samples, n_out), float64
+            With X^T nu within each input's box.
+        """
         program, weights = self.program, self.weights
         inputs, nu = (to_numpy(array) for array in (program.inputs, multiplier))
         box = np.ones(inputs.shape[1]) if weights is None else weights.copy()
@@ -169,11 +226,33 @@ class Scaling:
         return like(repaired, program.inputs)
 
     def multiplier_back(self, multiplier: Array) -> Array:
-        """Return a multiplier (n_samples, n_out) in the caller's units."""
+        """Return a multiplier (n_samples, n_out) in the caller's units.
+
+        Parameters
+        ----------
+        multiplier : array, shape (n_samples, n_out)
+            In a solver's units.
+
+        Returns
+        -------
+        array, shape (n_samples, n_out)
+            In the caller's.
+        """
         return self._times(multiplier, 1 / self.sizes.reference)
 
     def penalty_parameter_back(self, rho: Array) -> Array:
-        """Return ADMM's penalty in the caller's units, those of 1 / weight, in float64."""
+        """Return ADMM's penalty in the caller's units, those of 1 / weight, in float64.
+
+        Parameters
+        ----------
+        rho : array, shape () or (n_out,)
+            In a solver's units.
+
+        Returns
+        -------
+        array, shape () or (n_out,), float64
+            In the caller's.
+        """
         xp = array_namespace(rho)
         return xp.astype(rho, xp.float64) * self.objective
 
@@ -181,6 +260,16 @@ class Scaling:
         """Return an earlier result in these units.
 
         The multiplier of a program that is unreachable is a proof, not a start: it is left out.
+
+        Parameters
+        ----------
+        result : SolveResult or None
+            In the caller's units.
+
+        Returns
+        -------
+        SolveResult or None
+            In a solver's units; None without one.
 
         Raises
         ------

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from solvers import checks
+
 T = TypeVar("T")
 
 
@@ -16,13 +18,26 @@ def map_units(function: Callable[[int], T], units: Iterable[int], threads: int) 
 
     The order of the results, and every bit of them, is independent of the number of threads.
 
+    Parameters
+    ----------
+    function : callable
+        From a unit's number to its result.
+    units : iterable of int
+        Numbers of the units.
+    threads : int
+        Threads to use, at least 1.
+
+    Returns
+    -------
+    list
+        A result for each unit, in their order.
+
     Raises
     ------
     ValueError
         If `threads` is not positive.
     """
-    if threads < 1:
-        raise ValueError(f"threads: got {threads}, want at least 1")
+    checks.count(1, threads=threads)
     # two BLAS threads under many small factorisations are slower than one, by far
     with threadpool_limits(1, user_api="blas"):
         if threads == 1:

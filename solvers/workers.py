@@ -32,7 +32,7 @@ def workers(jobs: int, **options: Any) -> Any:
     ----------
     jobs : int
         How many tasks run at a time.
-    options
+    **options : object
         As `joblib.Parallel` takes them. The backend is whatever ``joblib.parallel_config`` says;
         threads need no watching, and are not watched.
 

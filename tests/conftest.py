@@ -1,34 +1,41 @@
-"""Tests marked `gpu` want a CUDA device: they are skipped where torch sees none."""
+"""Tests that need what a machine may lack: a CUDA device (`gpu`), real data (`shared_data`)."""
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
+from shared_data import missing
+
+REASON = "no shared data: "
 
 
 def pytest_collection_modifyitems(items):
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
+    for item in items:
+        for marked in item.iter_markers("shared_data"):
+            lacking = missing(marked)
+            if lacking:
+                item.add_marker(pytest.mark.skip(reason=REASON + ", ".join(lacking)))
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu:
         return
     import torch
 
     if not torch.cuda.is_available():
-        for item in marked:
+        for item in gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-@pytest.fixture
-def no_float64(monkeypatch):
-    """A function from whose call on ADMM iterates on float32 data in float32 to the end."""
-    from solvers.admm.splitting import advance
-
-    def stays(splitting, progress, *arguments):
-        if splitting.inputs.dtype == np.float32:
-            begun.append(splitting)
-        elif begun:
-            splitting = begun[-1]
-            progress = replace(progress, state=progress.state.astype(np.float32))
-        return advance(splitting, progress, *arguments)
-
-    begun = []
-    return lambda: monkeypatch.setattr("solvers.admm.solve.advance", stays)
+def pytest_terminal_summary(terminalreporter):
+    """Say how many tests need shared data, and what is missing."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    ran, skipped, lacking = set(), set(), set()
+    for report in reports:
+        if "shared_data" not in getattr(report, "keywords", {}):
+            continue
+        if getattr(report, "skipped", False) and REASON in str(report.longrepr):
+            skipped.add(report.nodeid)
+            lacking.update(str(report.longrepr[2]).split(REASON)[1].split(", "))
+        else:
+            ran.add(report.nodeid)
+    if ran or skipped:
+        said = f"tests on shared data: {len(ran)} ran, {len(skipped)} skipped"
+        terminalreporter.write_line(
+            said + (f" (missing: {', '.join(sorted(lacking))})" if lacking else "")
+        )

@@ -102,11 +102,14 @@ LINEAR = {"in_features": 2, "out_features": 3, "bias": True}
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ([], r"model: want an object with a kind"),
+        ([], r"description: model: got \[\], want an object with a kind"),
         ({"kind": "system"}, r"no such kind 'system'"),
         ({"kind": "Linear", "arguments": {}}, r"Linear wants the arguments in_features"),
         ({"kind": "Linear", "arguments": {**LINEAR, "x": 1}}, r"Linear wants the arguments"),
-        ({"kind": "Linear", "arguments": {**LINEAR, "bias": {}}}, r"bias: want a number"),
+        (
+            {"kind": "Linear", "arguments": {**LINEAR, "bias": {}}},
+            r"description: model\.bias: got \{\}, want a number, a word or a list",
+        ),
         ({"kind": "Linear", "arguments": {**LINEAR, "in_features": "2"}}, r"cannot be made"),
         ({"kind": "Linear", "arguments": LINEAR, "code": "x"}, r"unknown key 'code'"),
         ({"kind": "Sequential"}, r"a Sequential wants modules"),

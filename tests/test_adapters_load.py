@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from shared_data import SHARED
 from torch import nn
 
 from retrain.adapters.files.load import fill, load_model
 
-MODELS = Path(__file__).parents[1].parent / "shared" / "data" / "models"
+MODELS = SHARED / "data" / "models"
 
 
 def chain_tensors(widths=(6, 5, 4, 3), names=("fc1", "fc2", "fc3"), dtype=torch.float32):
@@ -191,7 +192,7 @@ def test_saved_on_a_gpu(tmp_path):
     assert all(tensor.device.type == "cpu" for tensor in loaded.module.state_dict().values())
 
 
-@pytest.mark.skipif(not MODELS.is_dir(), reason="the saved networks are not there")
+@pytest.mark.shared_data("data/models")
 def test_saved_networks_of_others(tmp_path, monkeypatch):
     lenet = load_model(MODELS / "lobs_LeNet300100_pretrain.pth")
     assert lenet.note == "read as dense layers 784-300-100-10, assuming relu between them"
@@ -288,7 +289,7 @@ def test_tied_weights_stay_tied(tmp_path, factories):
         (
             {"0.weight": torch.ones(5, 6, dtype=torch.int64)},
             "my_factories:plain",
-            "'0.weight' is of type torch.int64, .* wants torch.float32",
+            r"model: '0\.weight': got type torch\.int64, want torch\.float32 as in",
         ),
         ({"0.bias": torch.full((5,), torch.nan)}, "my_factories:plain", "'0.bias' has NaN or"),
         ({"1.running_var": torch.full((5,), torch.nan)}, "my_factories:plain", "var' has NaN"),
@@ -529,7 +530,10 @@ def test_paths(tmp_path):
     with pytest.raises(ValueError, match="is not a file"):
         load_model(tmp_path / "d.pt")
     (tmp_path / "m.onnx").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"'m.onnx' is of no known kind, want .safetensors, .pt2"):
+    with pytest.raises(
+        ValueError,
+        match=r"model: 'm\.onnx' is of no known kind, want .safetensors",
+    ):
         load_model(tmp_path / "m.onnx")
 
 

@@ -205,7 +205,7 @@ def test_weights_are_certified_as_saved(tmp_path, dtype):
     assert np.linalg.norm(new - old) == pytest.approx(report.error, rel=1e-4)
     assert int((saved["0.weight"] == 0).sum()) == report.zeros
     if report.certified:
-        assert report.error <= report.details["epsilon"] * 1.05
+        assert report.error <= report.details.epsilon * 1.05
     again = retrain.net_trim(given, x, out=tmp_path / "run", layers="0", **options)
     assert again.layers == run.layers
 
@@ -279,7 +279,7 @@ def test_options_by_name():
         retrain.net_trim(network(), samples()[0], epsilom=3)
     run = retrain.net_trim(network(), samples()[0], epsilon=2.0)
     assert run.record["options"]["relative_epsilon"] is None
-    assert run.layers[0].details["epsilon"] == 2.0
+    assert run.layers[0].details.epsilon == 2.0
     with pytest.raises(ValueError, match="exactly one of the two"):
         retrain.net_trim(network(), samples()[0], epsilon=2.0, relative_epsilon=0.1)
 
@@ -444,7 +444,7 @@ def test_a_tolerance_may_be_a_pair():
     assert pair.record["options"]["tolerance"] == 0.05
     assert pair.record["options"]["violation_tolerance"] == 0.01
     for wrong in ((0.1,), (0.1, 0.1, 0.1), ("a", 0.1), "0.1", None, (0.1, -1.0)):
-        with pytest.raises(ValueError, match=r"^(violation_)?tolerance: want"):
+        with pytest.raises(ValueError, match=r"tolerance: .*want"):
             retrain.net_trim(model, data, tolerance=wrong)
     with pytest.raises(ValueError, match=r"tolerance: want .* without violation_tolerance"):
         retrain.net_trim(model, data, tolerance=(0.1, 0.1), violation_tolerance=0.1)

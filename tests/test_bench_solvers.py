@@ -1,13 +1,14 @@
 """The bench of solvers: forms, peers, problems, rows, tables."""
 
+import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shared_data import SHARED
 
 from bench import answers, curve, peers, solver_tables, solvers
 from bench.forms import FORMS
@@ -119,16 +120,15 @@ def test_unknown_problems_are_refused(name, said, capsys):
 
 
 def test_sizes_that_a_family_does_not_have():
-    with pytest.raises(ValueError, match="known: wants a quarter as many units as samples, got 60"):
+    with pytest.raises(ValueError, match="known: got 60 units, want at most a quarter"):
         problem("known-10x100x60").make()
     with pytest.raises(ValueError, match="digits: has 64 inputs and a bias, 65, got 64"):
         problem("digits-64x100x8").make()
 
 
+@pytest.mark.shared_data("data/models", "data/mnist")
 def test_the_layers_of_lenet():
-    data = Path(__file__).parents[1].parent / "shared" / "data"
-    if not (data / "models/lobs_LeNet300100_pretrain.pth").exists():
-        pytest.skip("no LeNet-300-100 and MNIST here")
+    data = SHARED / "data"
     program = problem("lenet-fc3-200-ball", data).make().program
     assert program.shape == (200, 101, 10)
     assert program.active.all()
@@ -226,20 +226,12 @@ def test_verdicts_take_the_fastest_rival_that_is_certified():
     assert solver_tables.verdicts([row("newton", 0.02, certified=False), row("piqp", 1)]) == []
 
 
-def test_gap_and_violation_may_be_asked_for_apart(monkeypatch, capsys):
-    asked, measure = [], solvers.measure
-
-    def recorded(instance, plan):
-        asked.append((plan["tolerance"], plan["violation_tolerance"]))
-        return measure(instance, plan)
-
-    monkeypatch.setattr(solvers, "measure", recorded)
-    solvers.main(["--smoke", "--solvers", "newton", "--gap", "1e-3", "1e-3,1e-4"])
-    assert set(asked) == {(1e-3, 1e-3), (1e-3, 1e-4)}
+def test_gap_and_violation_may_be_asked_for_apart():
+    assert solvers.parse_limits("1e-3") == (1e-3, 1e-3)
+    assert solvers.parse_limits("1e-3,1e-4") == (1e-3, 1e-4)
     for text in ("0", "1e-3,1e-4,1e-5", "2"):
-        with pytest.raises(SystemExit, match="2"):
-            solvers.main(["--smoke", "--gap", text])
-        assert f"got '{text}', want GAP" in capsys.readouterr().err
+        with pytest.raises(argparse.ArgumentTypeError, match="want GAP"):
+            solvers.parse_limits(text)
     both = {"name": "lenet-fc2-ball", "tolerance": 1e-3, "violation_tolerance": 1e-4}
     taken = [
         row("newton", 1, passes=n, certified=c, **both) for n, c in ((299, 1), (301, 1), (9, 0))
@@ -309,6 +301,6 @@ def test_the_curve_of_a_layer(tmp_path, capsys):
     assert capsys.readouterr().out == printed
     assert len(out.read_text().splitlines()) == 3
     assert curve.main(["--problems", "nothing"]) == 2
-    with pytest.raises(ValueError, match="problem: wants a ball to follow"):
+    with pytest.raises(ValueError, match="want one with a ball to follow"):
         curve.follow(problem("iid-6x20x2"), [0.1], 1e-2, {})
     assert isinstance(problem("iid-6x20x2"), Problem)

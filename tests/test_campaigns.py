@@ -39,7 +39,7 @@ def test_mutants_are_drawn_by_seed_in_proportion_and_kernels_are_among_them():
     counts = {name: sum(m.file == name for m in drawn) for name in {m.file for m in drawn}}
     assert counts["solvers/program.py"] > counts["solvers/obs/refit.py"]
     source = (ROOT / "solvers" / "obs" / "swaps.py").read_text()
-    kernel = source[: source.index("\ndef _swap(")].count("\n") + 2
+    kernel = source[: source.index("\ndef take_swaps(")].count("\n") + 2
     lines = {position[0][0] for position, _ in mutants.places(source)}
     assert len(lines & set(range(kernel + 10, kernel + 60))) > 10
 

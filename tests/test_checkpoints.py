@@ -98,7 +98,7 @@ def test_there_is_none(tmp_path):
 
 
 OTHERS = [
-    (training(5), r"'0.weight' is torch.float32 of shape \(4, 3\), the model wants .*\(5, 3\)"),
+    (training(5), r"'0.weight': got torch.float32 of shape \(4, 3\), want .*\(5, 3\)"),
     (training(schedule=False), r"schedule: one has a schedule"),
     (training(parts=()), r"parts: want none; it has average"),
     (training(parts=("average", "b")), r"parts: want average, b; it has average"),

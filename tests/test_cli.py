@@ -1,10 +1,12 @@
 """The command line as a stranger meets it: bad input, exit codes, what goes to which stream."""
 
 import contextlib
+import inspect
 import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +20,10 @@ from safetensors.torch import load_file, save_file
 from small_case import WIDTHS, network, samples, save_case
 from torch import nn
 
+import retrain
 from retrain.cli import main
+from retrain.methods.lobs.options import LobsOptions
+from retrain.methods.net_trim.options import NetTrimOptions
 from retrain.runs.directory import read_record
 
 MARK = "ran"
@@ -100,21 +105,25 @@ BAD = {
     "truncated data": ({"data": "cut.npz"}, (), "data:"),
     "wide held-out": ({}, ("--evaluate", "wide.npz"), "wants 16 inputs and got 17"),
     "epsilon": ({}, ("--epsilon", "-1"), "epsilon: got -1.0, want a finite number >= 0"),
-    "relative": ({}, ("--relative-epsilon", "nan"), "relative_epsilon: want a finite"),
+    "relative": ({}, ("--relative-epsilon", "nan"), "relative_epsilon: got nan, want a finite"),
     "both": ({}, ("--epsilon", "1", "--relative-epsilon", "1"), "not allowed with"),
-    "inflation": ({}, ("--inflation", "0.9"), "inflation: want a finite number >= 1"),
+    "inflation": ({}, ("--inflation", "0.9"), "inflation: got 0.9, want a finite number >= 1"),
     "group": ({}, ("--penalty", "group", "--form", "regularised"), "couples the units"),
     "penalty": ({}, ("--penalty", "l2"), "got 'l2', want l1, elastic:RIDGE or group[:WEIGHT]"),
-    "ridge": ({}, ("--penalty", "elastic:-1"), "ridge: want a positive"),
-    "gap": ({}, ("--gap", "0"), "tolerance: want a positive finite number"),
-    "violation": ({}, ("--violation", "nan"), "violation_tolerance: want a positive finite number"),
+    "ridge": ({}, ("--penalty", "elastic:-1"), "ridge: got -1.0, want a positive"),
+    "gap": ({}, ("--gap", "0"), "tolerance: got 0.0, want a positive finite number"),
+    "violation": (
+        {},
+        ("--violation", "nan"),
+        "violation_tolerance: got nan, want a positive finite number",
+    ),
     "layers": ({}, ("--layers", "fc*"), "no layer matches 'fc*'; there are 0, 2, 4"),
     "skip": ({}, ("--skip", "9"), "skip: no layer matches '9'"),
     "skip all": ({}, ("--skip", "*"), "nothing is left to retrain"),
     "no labels": ({"data": "unlabelled.npz"}, ("--fine-tune", "1"), "wants labels"),
     "real labels": ({"data": "real.npz"}, ("--fine-tune", "1"), "class number"),
     "many labels": ({"data": "many.npz"}, ("--fine-tune", "1"), "labels from 0"),
-    "epochs": ({}, ("--fine-tune", "-1"), "fine_tune: want a number of epochs >= 0"),
+    "epochs": ({}, ("--fine-tune", "-1"), "fine_tune: got -1, want a number of epochs >= 0"),
     "device": ({}, ("--device", "tpu"), "cannot compute on 'tpu'"),
     "meta": ({}, ("--device", "meta"), "cannot compute on 'meta'"),
     "cuda": ({}, ("--device", "cuda:77"), "cannot compute on 'cuda:77'"),
@@ -122,9 +131,13 @@ BAD = {
     "limit text": ({}, ("--limit", "ten"), "invalid int value: 'ten'"),
     "normalise": ({}, ("--normalise", "1"), "normalise:"),
     "std": ({}, ("--normalise", "1,0"), "positive STDs"),
-    "jobs": ({}, ("--jobs", "0"), "jobs: want at least 1"),
-    "memory": ({}, ("--memory", "nan"), "memory: want a positive finite number"),
-    "iterations": ({}, ("--max-iterations", "0"), "max_iterations: want at least 1"),
+    "jobs": ({}, ("--jobs", "0"), "jobs: got 0, want a whole number >= 1"),
+    "memory": ({}, ("--memory", "nan"), "memory: got nan, want a positive finite number"),
+    "iterations": (
+        {},
+        ("--max-iterations", "0"),
+        "max_iterations: got 0, want a whole number >= 1",
+    ),
     "lambda": ({}, ("--fit-weight", "1"), "belongs to the regularised form"),
     "links": ({}, ("--link-normalised",), "set epsilon"),
     "arch": ({}, ("--arch", "nowhere:net"), "arch: 'nowhere:net'"),
@@ -304,7 +317,7 @@ def test_a_fresh_interpreter_keeps_stderr_clean(case, tmp_path, threads):
         assert (answer.returncode, answer.stderr) == (0, "")
     else:
         assert answer.returncode == 2
-        assert answer.stderr == "retrain: error: threads: got -1\n, want at least 1"
+        assert answer.stderr == "retrain: error: threads: got -1, want a whole number >= 1\n"
 
 
 def test_a_terminal_gets_a_progress_bar(case, tmp_path):
@@ -395,4 +408,45 @@ def test_a_former_name_is_read_with_a_warning(tmp_path, monkeypatch):
             assert (
                 main(["trim", "net.pt", "--data", "x.npy", "--tolerance", text, "--out", "x"]) == 2
             )
-        assert "--tolerance: want GAP or GAP,VIOLATION" in err.getvalue()
+        assert f"--tolerance: got '{text}', want GAP or GAP,VIOLATION" in err.getvalue()
+
+
+def stated_defaults(verb):
+    """What the help of a command says to be the default of its options."""
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page), pytest.raises(SystemExit):
+        main([verb, "--help"])
+    parts = re.split(r"^  (--[a-z-]+)", page.getvalue(), flags=re.MULTILINE)
+    found = {}
+    for name, said in zip(parts[1::2], parts[2::2], strict=True):
+        default = re.search(r"default\s+([\w.-]+)", said)
+        if default:
+            found[name[2:].replace("-", "_")] = default[1].rstrip(".")
+    return found
+
+
+def test_help_states_the_defaults_of_the_library():
+    """The commands leave what is not given to the library, so only the help can be wrong."""
+    fields = {"gap": "tolerance", "violation": "violation_tolerance"}
+    library = {
+        "trim": {**vars(NetTrimOptions()), **defaults_of(retrain.net_trim)},
+        "lobs": {**vars(LobsOptions(sparsity=0.5)), **defaults_of(retrain.lobs)},
+    }
+    counted = 0
+    for verb, own in library.items():
+        for name, said in stated_defaults(verb).items():
+            value = own.get(fields.get(name, name))
+            if value is None:
+                continue  # such as --threads, whose help says what None means
+            if name == "memory":
+                value /= 2**30
+            if name == "penalty":
+                value = value.name
+            same = float(said) == value if isinstance(value, int | float) else said == value
+            assert same, (verb, name, said, value)
+            counted += 1
+    assert counted >= 15
+
+
+def defaults_of(verb):
+    return {name: entry.default for name, entry in inspect.signature(verb).parameters.items()}

@@ -154,7 +154,7 @@ def test_a_dry_run_writes_nothing(case):
 BAD = {
     "nothing": ((), "sparsity, tolerance: want exactly one of the two"),
     "both": (("--sparsity", 0.5, "--layer-error", 1), "not allowed with argument"),
-    "a word": (("--sparsity", "much"), "--sparsity: want a number, or NAME=NUMBER"),
+    "a word": (("--sparsity", "much"), "--sparsity: got 'much', want a number, or NAME=NUMBER"),
     "half a pair": (("--sparsity", "0=0.5,0.3"), "--sparsity: a name is missing"),
     "twice": (("--layer-error", "0=0.5,0=0.3"), "--layer-error: a name is missing or given twice"),
     "too much": (("--sparsity", 1.5), "sparsity: got 1.5, want a number in [0, 1]"),
@@ -163,16 +163,22 @@ BAD = {
         ("--sparsity", "0=0.5", "--layers", "0,2"),
         "sparsity: none given for layer '2', only for 0",
     ),
-    "method": (("--sparsity", 0.5, "--method", "obs"), "method: want one of auto, one-shot"),
-    "pattern": (("--sparsity", 0.5, "--pattern", "half"), "pattern: want layer, unit, inputs"),
+    "method": (
+        ("--sparsity", 0.5, "--method", "obs"),
+        "method: got 'obs', want one of auto, one-shot",
+    ),
+    "pattern": (
+        ("--sparsity", 0.5, "--pattern", "half"),
+        "pattern: got 'half', want layer, unit, inputs",
+    ),
     "fixed": (("--sparsity", 0.5, "--pattern", "2:4"), "the pattern 2:4 fixes the sparsity"),
     "method and pattern": (
         ("--sparsity", 0.5, "--pattern", "inputs", "--method", "sweep"),
-        "pattern: sweep does layer, unit, n:m",
+        "want one of layer, unit, n:m for sweep",
     ),
     "calibration": (("--sparsity", 0.5, "--calibration", "none"), "invalid choice: 'none'"),
-    "damping": (("--sparsity", 0.5, "--damping", -1), "damping: want a finite fraction"),
-    "stages": (("--sparsity", 0.5, "--stages", 0), "stages: got 0, want at least 1"),
+    "damping": (("--sparsity", 0.5, "--damping", -1), "damping: got -1.0, want a finite fraction"),
+    "stages": (("--sparsity", 0.5, "--stages", 0), "stages: got 0, want a whole number >= 1"),
     "stages and sparsities": (
         ("--sparsity", 0.5, "--sparsity", 0.6, "--stages", 3),
         "stages: 3 wanted, but there are sparsities for 2",
@@ -212,14 +218,14 @@ def slowly():
 
     from retrain.methods.lobs import method
 
-    finish = method.finish
+    solve = method.solve_layer
 
-    def halting(stream, task, *rest):
+    def halting(task, options):
         if task.spec.name != "0":
             time.sleep(60)
-        return finish(stream, task, *rest)
+        return solve(task, options)
 
-    method.finish = halting
+    method.solve_layer = halting
 
 
 @pytest.mark.parametrize("calibration", ["dense", "sequential"])
@@ -420,8 +426,7 @@ def test_theorems_hold_on_held_out_rows(seed):
 
 def test_theorems_against_the_network_computed_by_hand():
     stream = pruned_chain(7)
-    first = next(stream.batches(stream.layers[0].name))
-    dense = current = first.inputs[:, : stream.layers[0].shape[0]]
+    dense = current = stream._inputs
     ones = np.ones((len(dense), 1))
     for index, entry in enumerate(second_order_bounds(stream).layers):
         old, new = stream.dense.weights[index], stream.chain.weights[index]

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import retrain.demo
-import retrain.methods.lobs.method
-import retrain.methods.net_trim.method
+import retrain.runs.drive
 import retrain.runs.training
 import retrain.verify.runner
 from retrain.cli import build_parser, main
@@ -89,10 +88,9 @@ def case(tmp_path, monkeypatch):
         raise SolvedError
 
     for place, name in (
-        (retrain.methods.net_trim.method, "net_trim"),
-        (retrain.methods.lobs.method, "lobs"),
-        (retrain.runs.training, "fit"),
-        (retrain.verify.runner, "workers"),
+        (retrain.runs.drive, "_retrain"),
+        (retrain.runs.training.TrainingRun, "fit"),
+        (retrain.verify.runner, "_run"),
         (retrain.demo, "trained_network"),
     ):
         monkeypatch.setattr(place, name, work)

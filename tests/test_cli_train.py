@@ -75,7 +75,7 @@ def test_the_list(folder):
         (("absent", "--out", "x"), "recipe: there is no file 'absent'; built in are"),
         (("r.toml", "--out", "x", "--set", "a"), "--set: got 'a', want TABLE.KEY=VALUE"),
         (("r.toml", "--out", "x", "--set", "a=1"), "recipe r.toml: 'a': want TABLE.KEY"),
-        (("r.toml", "--out", "x", "--epochs", "-1"), "epochs: want a whole number >= 0"),
+        (("r.toml", "--out", "x", "--epochs", "-1"), "epochs: got -1, want a whole number >= 0"),
         (("r.toml", "--out", "x", "--data", "no.npz"), "no file 'no.npz'"),
         (("r.toml", "--out", "r.toml"), "out: 'r.toml' is a file"),
         (("r.toml", "--out", "x", "--device", "cuda:77"), "device: cannot compute on 'cuda:77'"),

@@ -106,3 +106,14 @@ def test_two_searches_give_the_same_bytes():
     first, second = (solve_count(layer(seed=3), 500, tolerance=1e-2) for _ in range(2))
     assert np.array_equal(first.result.weight, second.result.weight)
     assert first.program.epsilon == second.program.epsilon
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_small_layers_meet_most_counts(seed):
+    """Where the few weights that are left cannot be set to zero, the count itself is aimed at."""
+    rng = np.random.default_rng(seed)
+    inputs, weight = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    program = trim_program(inputs, np.maximum(inputs @ weight, 0), epsilon=1.0, old_weight=weight)
+    found = {zeros: solve_count(program, zeros).zeros for zeros in range(2, 28, 2)}
+    assert sum(zeros == got for zeros, got in found.items()) >= 9
+    assert max(abs(zeros - got) for zeros, got in found.items()) <= 4

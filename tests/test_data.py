@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shared_data import SHARED
 
 from retrain.data.arrays import Data, parse_normalise
 from retrain.data.factories import import_factory
 from retrain.data.sources import as_data, load_data
 
-MNIST = Path(__file__).parents[1].parent / "shared" / "data" / "mnist"
+MNIST = SHARED / "data" / "mnist"
 
 
 def idx(array, *, shape=None, code=8):
@@ -79,7 +80,7 @@ def test_mnist(mnist, images):
     assert (load_data(f"mnist:{mnist}", limit=2).x == data.x[:2]).all()
 
 
-@pytest.mark.skipif(not MNIST.is_dir(), reason="the MNIST files are not there")
+@pytest.mark.shared_data("data/mnist")
 def test_real_mnist_is_centred_by_its_usual_constants():
     data = load_data(f"mnist:{MNIST}", limit=5000, normalise="0.1307,0.3081")
     assert abs(data.x.mean()) < 0.02 and abs(data.x.std() - 1) < 0.02

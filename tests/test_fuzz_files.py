@@ -310,7 +310,7 @@ def show(path):
             epoch_line(line, 2)
     else:
         run_table(run.layers)
-        summary(run.record, run.bounds)
+        summary(run.record, run.layers, run.bounds)
     assert run.model is not None
 
 
@@ -475,8 +475,8 @@ def test_rows_of_verify(tmp_path):
     fingerprint, count = lines[0]["fingerprint"], 0
     for new in swapped(lines, rng, 200):
         path.write_text("".join(json.dumps(line) + "\n" for line in new))
-        count += refused(lambda: runner._kept(tmp_path, name, fingerprint))
+        count += refused(lambda: runner.kept_answers(tmp_path, name, fingerprint))
     assert count > 30
     for content in damaged("".join(json.dumps(line) + "\n" for line in lines).encode(), rng):
         path.write_bytes(content)
-        refused(lambda: runner._kept(tmp_path, name, fingerprint))
+        refused(lambda: runner.kept_answers(tmp_path, name, fingerprint))

@@ -289,15 +289,15 @@ def test_many_dense_blocks_do_not_drown_what_comes_into_them():
 
 
 def test_architectures_refuse_impossible_sizes():
-    with pytest.raises(ValueError, match="layers: 2 or more"):
+    with pytest.raises(ValueError, match="layers: got 1: the first is not gated, want 2 or more"):
         dense_network(1)
-    with pytest.raises(ValueError, match="layers: got 7, want an even number, 4 or more,"):
+    with pytest.raises(ValueError, match="layers: got 7, want an even number, 4 or more"):
         deep_lenet(7)
-    with pytest.raises(ValueError, match="depth: 6 n \\+ 2"):
+    with pytest.raises(ValueError, match=r"depth: got 57, want 6 n \+ 2 with n at least 1"):
         resnet_cifar(57)
-    with pytest.raises(ValueError, match="kind: want one of wbaw, resnet, resnet-v2"):
+    with pytest.raises(ValueError, match="kind: got 'v3', want one of wbaw, resnet, resnet-v2"):
         resnet_cifar(8, kind="v3")
-    with pytest.raises(ValueError, match="skip: want one of padded, pointwise"):
+    with pytest.raises(ValueError, match="skip: got 'none', want one of padded, pointwise"):
         resnet_cifar(8, skip="none")
 
 

@@ -338,21 +338,27 @@ def test_a_sgd_step_of_theta_is_24_projected():
     [
         ({"log_gamma": 1.0}, "log_gamma: got 1.0, want 0 or less"),
         ({"log_gamma": float("nan")}, "log_gamma: got nan, want 0 or less"),
-        ({"decay": -1.0}, "decay: 0 or more"),
+        ({"decay": -1.0}, r"decay: got -1\.0, want a finite number >= 0"),
         ({"theta": 0.0}, "theta: got 0.0, want a probability above 0"),
-        ({"theta": 1.5}, "theta: a probability"),
-        ({"theta_rate": 0.0}, "theta_rate: a number above 0"),
-        ({"tolerance": 1.0}, "tolerance: 0 or more, below 1"),
-        ({"round_below": 1.1}, "round_below: 0 to 1"),
-        ({"warmup": -1}, "warmup: a whole number, 0 or more"),
-        ({"fine_tune_epochs": 1.5}, "fine_tune_epochs: a whole number"),
-        ({"scaled_from": 0}, "scaled_from: a whole number, 1 or more"),
-        ({"keep_at": 0.0}, "keep_at: a number above 0"),
-        ({"factors": {"a*": -5.0}}, r"factors.a\*: a number above 0"),
+        ({"theta": 1.5}, r"theta: got 1\.5, want a probability above 0"),
+        ({"theta_rate": 0.0}, r"theta_rate: got 0\.0, want a positive finite number"),
+        ({"tolerance": 1.0}, r"tolerance: got 1\.0, want at least 0 and below 1"),
+        ({"round_below": 1.1}, r"round_below: got 1\.1, want 0 to 1"),
+        ({"warmup": -1}, "warmup: got -1, want a whole number >= 0"),
+        ({"fine_tune_epochs": 1.5}, r"fine_tune_epochs: got 1\.5, want a whole number >= 0"),
+        ({"scaled_from": 0}, "scaled_from: got 0, want a whole number >= 1"),
+        ({"keep_at": 0.0}, r"keep_at: got 0\.0, want a positive finite number"),
+        ({"factors": {"a*": -5.0}}, r"factors\.a\*: got -5\.0, want a positive finite number"),
         ({"estimator": "taylor"}, "estimator: got 'taylor', want one of first-order, exact"),
-        ({"theta_optimizer": "lion"}, "theta_optimizer: one of adam, sgd"),
-        ({"power": 0.5, "theta_optimizer": "sgd"}, "power: 0, or above 1/2 and up to 1"),
-        ({"power": 1.0}, "theta_optimizer: 'sgd' was want with Robbins-Monro"),
+        ({"theta_optimizer": "lion"}, "theta_optimizer: got 'lion', want one of adam, sgd"),
+        (
+            {"power": 0.5, "theta_optimizer": "sgd"},
+            r"power: got 0\.5, want 0, or above 1/2 and up to 1, by \(31\)",
+        ),
+        (
+            {"power": 1.0},
+            r"theta_optimizer: got 'adam', want 'sgd' with Robbins-Monro steps \(power",
+        ),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -365,7 +371,12 @@ def test_a_start_that_cannot_be_is_refused():
     plain = nn.Sequential(nn.Linear(6, 3))
     cases = [
         (Gates(-1.0), plain, chosen, "model: Sequential has no gated block"),
-        (Gates(-1.0, fine_tune_epochs=3), small(), chosen, "fine_tune_epochs: fewer than"),
+        (
+            Gates(-1.0, fine_tune_epochs=3),
+            small(),
+            chosen,
+            "fine_tune_epochs: got 3, want fewer than the training's 3 epochs",
+        ),
         (Gates(-1.0, factors={"x*": 5.0}), small(), chosen, r"factors: 'x\*' matches no gate"),
         (
             Gates(-1.0, fine_tune_rate=0.1),

@@ -8,6 +8,7 @@ import gated_joint
 import pytest
 import torch
 from gated_cases import same, weights
+from shared_data import SHARED
 from torchrun import torchrun
 
 import retrain
@@ -15,7 +16,7 @@ from retrain.trainers.gates.network import gates_of
 from retrain.trainers.recipes.recipe import built_in, read_recipe
 
 HERE = Path(__file__).parent
-MNIST = HERE.parents[1] / "shared" / "data" / "mnist"
+MNIST = SHARED / "data" / "mnist"
 
 
 class Interrupted(Exception):
@@ -115,7 +116,7 @@ def test_the_papers_settings_are_in_the_recipes():
     assert read_recipe("gates-cifar100-resnet56").make_method().factors == {"stage3.*": 5.0}
 
 
-@pytest.mark.skipif(not MNIST.is_dir(), reason="no MNIST beside the repository")
+@pytest.mark.shared_data("data/mnist")
 def test_the_reduced_recipe_prunes_mnist():
     """On fewer images still, and with more pressure."""
     run = retrain.train(

@@ -97,7 +97,7 @@ def test_the_middle_is_taken(tmp_path):
 def test_what_is_no_image_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         ImageFolder(tmp_path / "none", 14)
-    with pytest.raises(ValueError, match="has no images, want DIR/CLASS/IMAGE"):
+    with pytest.raises(ValueError, match="data:"):
         ImageFolder(tmp_path, 14)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.png").write_bytes(b"not a png")
@@ -136,11 +136,13 @@ def test_it_trains_and_resumes(folder, monkeypatch):
 def test_what_cannot_be_read_is_named(folder):
     with pytest.raises(FileNotFoundError, match="no folder"):
         ImageFolder(folder / "absent", 7)
-    with pytest.raises(ValueError, match=r"has no images, want DIR/CLASS/IMAGE"):
+    with pytest.raises(ValueError, match="data:"):
         ImageFolder(folder / "train" / "dark", 7)
     with pytest.raises(ValueError, match="size: got 0, want a whole number >= 1"):
         ImageFolder(folder / "train", 0)
-    with pytest.raises(ValueError, match="normalise: want one mean and one positive STD"):
+    with pytest.raises(
+        ValueError, match="normalise: got 0,0,1,1, want one mean and one positive STD, or three of"
+    ):
         ImageFolder(folder / "train", 7, normalise="0,0,1,1")
     path = folder / "train" / "dark" / "0.jpg"
     path.write_bytes(path.read_bytes()[:100])

@@ -214,10 +214,14 @@ def test_a_run_that_diverges_or_collapses_is_an_outcome(tmp_path):
 
 
 def test_wrong_arguments_are_told(tmp_path):
-    with pytest.raises(ValueError, match="weighted intra-training pruning was wanted"):
+    with pytest.raises(
+        ValueError, match=r"recipe: \[method\]: want weighted intra-training pruning"
+    ):
         trainer(recipe(**VARIANTS["multi-gradient"]), tmp_path)
     plain = dict.fromkeys(("method.trade_off", "method.threshold"))
-    with pytest.raises(ValueError, match="weighted intra-training pruning was wanted"):
+    with pytest.raises(
+        ValueError, match=r"recipe: \[method\]: want weighted intra-training pruning"
+    ):
         trainer(recipe(**plain, **{"method.name": "plain"}), tmp_path)
     with pytest.raises(ValueError, match="jobs: got 0, want 1 or more"):
         trainer(recipe(), tmp_path, jobs=0)

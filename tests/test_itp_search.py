@@ -198,7 +198,7 @@ def test_a_search_on_collapsed_or_diverged_networks_ends_and_names_why():
         outcomes = search(collapsed, (0.1, 0.2), levels=5, budget=9)
         assert len(outcomes) == 2
         for knee in (knee_by_chord(outcomes), knee_by_trade_off(outcomes)):
-            assert knee.outcome is None and "0 trained networks are on the front" in knee.reason
+            assert knee.outcome is None and "0 trained networks on the front" in knee.reason
         outcomes = search(
             lambda ws: [Outcome(w, nan, nan, "diverged") for w in ws],
             (0.1, 0.2),
@@ -297,17 +297,32 @@ def test_fronts_without_a_knee_say_so():
         assert found.outcome is None and "bends by less than 10 degrees anywhere" in found.reason
     for front in ([], straight[:1], straight[:2]):
         for knee in (knee_by_chord, knee_by_trade_off):
-            assert f"{len(front)} trained networks are on the front" in knee(front).reason
+            assert f"{len(front)} trained networks on the front" in knee(front).reason
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: bisection(Hyperbola(), (0.2, 0.1), levels=2, budget=9), "lambda_1 < lambda_2 was"),
-        (lambda: bisection(Hyperbola(), (0.2, 1.0), levels=2, budget=9), "below 1 was wanted, not"),
-        (lambda: bisection(Hyperbola(), (0.1, 0.2), levels=0, budget=9), "levels: 1 or more"),
-        (lambda: bisection(Hyperbola(), (0.1, 0.2), levels=2, budget=1), "budget: 2 trainings"),
-        (lambda: fixed_list(Hyperbola(), [-0.1]), "weight: want at least 0 and below 1"),
+        (
+            lambda: bisection(Hyperbola(), (0.2, 0.1), levels=2, budget=9),
+            r"interval: got 0\.2, 0\.1, want lambda_1 < lambda_2",
+        ),
+        (
+            lambda: bisection(Hyperbola(), (0.2, 1.0), levels=2, budget=9),
+            r"high: got 1\.0, want at least 0 and below 1",
+        ),
+        (
+            lambda: bisection(Hyperbola(), (0.1, 0.2), levels=0, budget=9),
+            "levels: got 0, want a whole number >= 1",
+        ),
+        (
+            lambda: bisection(Hyperbola(), (0.1, 0.2), levels=2, budget=1),
+            "budget: got 1, want 2 trainings or more",
+        ),
+        (
+            lambda: fixed_list(Hyperbola(), [-0.1]),
+            r"weight: got -0\.1, want at least 0 and below 1",
+        ),
     ],
 )
 def test_wrong_arguments_are_told(call, message):

@@ -96,7 +96,8 @@ def test_accuracy_fine_tuning_and_drop_take_them(name):
         assert found.record["accuracy"][part].pop("labels", "") == note
         assert found.record["accuracy"][part] == accuracy
         assert all(value is not None for value in accuracy.values())
-    lines = summary(retrain.lobs(network(), (X, y), sparsity=0.5).record, {})
+    run = retrain.lobs(network(), (X, y), sparsity=0.5)
+    lines = summary(run.record, run.layers, {})
     assert any("accuracy on the calibration data" in line for line in lines)
     assert any(line.endswith(f": {note}") for line in lines) == bool(note)
     search = retrain.net_trim(
@@ -110,7 +111,7 @@ def test_no_accuracy_disappears_without_a_word(name):
     y, outputs, text = TOLD[name]
     data = X if y is None else (X, y)
     run = retrain.lobs(network(*outputs), data, sparsity=0.5)
-    (line,) = [line for line in summary(run.record, {}) if "accuracy" in line]
+    (line,) = [line for line in summary(run.record, run.layers, {}) if "accuracy" in line]
     assert line.startswith("no accuracy on the calibration data: ")
     with pytest.raises(AssertionError, match=text):
         raise AssertionError(line)

@@ -35,7 +35,7 @@ def test_a_solve_stays_within_its_memory(solver, dtype, shape, monkeypatch):
     # What does not grow with the rows, blocks of the certificate, is kept small beside them.
     monkeypatch.setattr(solvers.program, "_BLOCK_ENTRIES", 20_000)
     monkeypatch.setattr(solvers.program, "_ROWS", 256)
-    monkeypatch.setattr("solvers.newton.work._CHUNK", 256)
+    monkeypatch.setattr("solvers.newton.work.CHUNK", 256)
     n_samples, n_in, n_out = shape
     solve = {"admm": solve_admm, "newton": solve_newton}[solver]
     solve(layer(200, 8, 4, dtype), tolerance=1e-2)  # what compiles once is not the solve's memory

@@ -16,7 +16,7 @@ from retrain.methods.net_trim.options import NetTrimOptions
 from retrain.methods.net_trim.task import rows_within
 from retrain.stream.chain import Chain, ChainStream, activate, forward
 from retrain.stream.stream import collect
-from solvers import L1, ElasticNet, Group, solve_cvxpy, trim_program
+from solvers import L1, ElasticNet, Group, Status, solve_cvxpy, trim_program
 
 TIGHT = {"tolerance": 1e-6, "violation_tolerance": 1e-7, "max_iterations": 20_000}
 
@@ -57,8 +57,8 @@ def test_parallel_solves_program_5_of_every_layer():
         )
         oracle = solve_cvxpy(program)
         details = results[spec.name].report.details
-        assert details["epsilon"] == pytest.approx(program.epsilon)
-        assert details["objective"] == pytest.approx(float(oracle.certificate.objective), rel=1e-4)
+        assert details.epsilon == pytest.approx(program.epsilon)
+        assert details.objective == pytest.approx(float(oracle.certificate.objective), rel=1e-4)
 
 
 def test_cascade_solves_program_6_on_the_retrained_inputs():
@@ -82,9 +82,9 @@ def test_cascade_solves_program_6_on_the_retrained_inputs():
             free_rows=(spec.shape[0],),
         )
         report = results[spec.name].report
-        assert report.details["epsilon"] == pytest.approx(epsilon, rel=1e-9)
+        assert report.details.epsilon == pytest.approx(epsilon, rel=1e-9)
         oracle = float(solve_cvxpy(program).certificate.objective)
-        assert report.details["objective"] == pytest.approx(oracle, rel=1e-4)
+        assert report.details.objective == pytest.approx(oracle, rel=1e-4)
 
 
 def test_a_cascade_of_one_layer_is_the_parallel_scheme():
@@ -108,7 +108,7 @@ def test_larger_radius_prunes_more_and_costs_no_more_l1():
         stream = make()
         results = run(stream, scheme="parallel", relative_epsilon=epsilon)
         zeros.append(sum(result.report.zeros for result in results.values()))
-        sizes.append(sum(result.report.details["objective"] for result in results.values()))
+        sizes.append(sum(result.report.details.objective for result in results.values()))
     assert zeros == sorted(zeros) and zeros[0] < zeros[-1]
     assert sizes == sorted(sizes, reverse=True)
 
@@ -120,21 +120,21 @@ def test_regularised_default_weight_keeps_the_residual_within_epsilon(scheme):
     results = run(stream, form="regularised", scheme=scheme, relative_epsilon=0.1)
     first = results["0"].report
     assert first.certified
-    assert first.error <= first.details["epsilon"] * (1 + 1e-6)
+    assert first.error <= first.details.epsilon * (1 + 1e-6)
     weight = np.abs(stream.dense.weights[0][:-1]).sum()
-    assert first.details["fit_weight"] == [pytest.approx(weight / first.details["epsilon"] ** 2)]
+    assert first.details.fit_weight == [pytest.approx(weight / first.details.epsilon**2)]
 
 
 def test_absolute_epsilon_and_its_link_normalised_reading():
     plain = run(make(), scheme="parallel", epsilon=0.5, relative_epsilon=None)
-    assert [plain[name].report.details["epsilon"] for name in "012"] == [0.5] * 3
+    assert [plain[name].report.details.epsilon for name in "012"] == [0.5] * 3
     stream = make()
     linked = run(
         stream, scheme="parallel", epsilon=1e-4, relative_epsilon=None, link_normalised=True
     )
     scales = np.cumprod([np.abs(w[:-1]).sum() for w in stream.dense.weights])
     for name, scale in zip("012", scales, strict=True):
-        assert linked[name].report.details["epsilon"] == pytest.approx(1e-4 * scale)
+        assert linked[name].report.details.epsilon == pytest.approx(1e-4 * scale)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -148,7 +148,7 @@ def test_the_groups_of_a_layer_share_its_epsilon(groups):
     report = run(stream, epsilon=3.0, tolerance=1e-3, violation_tolerance=1e-5, **options)["0"]
     report = report.report
     assert report.certified
-    assert report.details["epsilon"] == pytest.approx(3.0)
+    assert report.details.epsilon == pytest.approx(3.0)
     moved = discrepancy(stream, "0")
     # All of it is used: a smaller ball would leave weights that could have gone.
     assert 0.95 * 3.0 <= moved <= 3.0 * (1 + 1e-4)
@@ -163,7 +163,7 @@ def test_penalties_and_a_penalised_bias():
     stream = make()
     results = run(stream, scheme="parallel", relative_epsilon=0.3, penalise_bias=True)
     objective = np.abs(results["0"].weights[0]).sum()
-    assert results["0"].report.details["objective"] == pytest.approx(objective)
+    assert results["0"].report.details.objective == pytest.approx(objective)
 
 
 @pytest.mark.parametrize("backend", ["loky", "threading"])
@@ -181,7 +181,7 @@ def test_layers_that_are_not_certified_keep_their_dense_weights():
     results = run(stream, relative_epsilon=0.1, max_iterations=1)
     for name, result in results.items():
         report = result.report
-        assert (report.certified, report.status) == (False, "iteration limit")
+        assert (report.certified, report.status) == (False, Status.ITERATION_LIMIT)
         assert report.dense_units == report.shape[1]
         np.testing.assert_array_equal(result.weights[0], stream.weight(name, dense=True))
 
@@ -192,11 +192,11 @@ def test_newton_certifies_what_admm_does_and_more():
     for name, result in newton.items():
         report = result.report
         assert report.certified
-        assert report.details["solver"] == "newton"
-        assert report.details["gap"] <= 1e-8
+        assert report.details.solver == "newton"
+        assert report.details.gap <= 1e-8
         if name == "0":  # later layers of the two cascades have different inputs
-            objective = admm[name].report.details["objective"]
-            assert report.details["objective"] == pytest.approx(objective, rel=1e-5)
+            objective = admm[name].report.details.objective
+            assert report.details.objective == pytest.approx(objective, rel=1e-5)
     with pytest.raises(ValueError, match="solver: got 'fast', want 'auto', 'admm' or 'newton'"):
         NetTrimOptions(solver="fast")
     with pytest.raises(ValueError, match=r"solver: newton solves the units one by one, .* group"):
@@ -248,7 +248,7 @@ def test_only_the_named_layers_change_and_the_first_of_them_is_a_first_layer():
     stream = make()
     options = NetTrimOptions(**TIGHT, relative_epsilon=0.1)
     (result,) = net_trim(stream, options, layers=["1"])
-    assert result.report.details["relative_epsilon"] == pytest.approx(0.1)
+    assert result.report.details.relative_epsilon == pytest.approx(0.1)
     for name in "02":
         np.testing.assert_array_equal(stream.weight(name), stream.weight(name, dense=True))
     with pytest.raises(ValueError, match="no layer is called 'x'"):
@@ -284,21 +284,27 @@ def test_counts_are_of_what_is_saved():
     ("options", "words"),
     [
         ({"scheme": "serial"}, "scheme: got 'serial', want 'cascade' or 'parallel'"),
-        ({"form": "free"}, "form: want"),
+        ({"form": "free"}, "form: got 'free', want 'constrained' or 'regularised'"),
         ({"epsilon": 1.0}, "exactly one of the two"),
         ({"relative_epsilon": None}, "exactly one of the two"),
         ({"relative_epsilon": -0.1}, "relative_epsilon: got -0.1, want a finite number >= 0"),
-        ({"relative_epsilon": None, "epsilon": math.nan}, "epsilon: want a finite number"),
+        (
+            {"relative_epsilon": None, "epsilon": math.nan},
+            "epsilon: got nan, want a finite number >= 0",
+        ),
         ({"inflation": 0.99}, "inflation: got 0.99, want a finite number >= 1"),
         ({"fit_weight": 1.0}, "belongs to the regularised form"),
-        ({"form": "regularised", "fit_weight": 0.0}, "fit_weight: want a positive number"),
+        (
+            {"form": "regularised", "fit_weight": 0.0},
+            r"fit_weight: got 0\.0, want a positive finite number",
+        ),
         ({"form": "regularised", "relative_epsilon": 0.0}, "want one in the regularised form"),
         ({"form": "regularised", "penalty": Group()}, "group penalty couples the units"),
         ({"link_normalised": True}, "gives an absolute epsilon its meaning"),
-        ({"tolerance": 0.0}, "tolerance: want a positive finite number"),
-        ({"memory": math.inf}, "memory: want a positive finite number"),
-        ({"jobs": 0}, "jobs: want at least 1"),
-        ({"threads": 0}, "threads: want at least 1"),
+        ({"tolerance": 0.0}, r"tolerance: got 0\.0, want a positive finite number"),
+        ({"memory": math.inf}, "memory: got inf, want a positive finite number"),
+        ({"jobs": 0}, "jobs: got 0, want a whole number >= 1"),
+        ({"threads": 0}, "threads: got 0, want a whole number >= 1"),
     ],
 )
 def test_bad_options_are_named(options, words):
@@ -399,7 +405,7 @@ def test_held_zeros_are_the_optimum_of_the_program_with_a_mask():
                 old_weight=old,
             )
         )
-        objective = results[spec.name].report.details["objective"]
+        objective = results[spec.name].report.details.objective
         assert objective == pytest.approx(float(oracle.certificate.objective), rel=1e-4)
 
 
@@ -417,7 +423,7 @@ def test_fewer_zeros_than_there_are_cannot_be_had():
     limits = {"tolerance": 1e-2, "violation_tolerance": 1e-3}
     stream = sparse(share=0.6)
     held = run(stream, sparsity=0.3, solver="newton", **limits)["0"].report
-    assert held.details["asked_zeros"] < held.zeros_before <= held.zeros
+    assert held.details.asked_zeros < held.zeros_before <= held.zeros
     assert regrown(stream) == [0, 0, 0]
     free = run(sparse(share=0.6), sparsity=0.3, solver="newton", zeros="free", **limits)["0"].report
     assert free.zeros < held.zeros_before
@@ -444,6 +450,6 @@ def test_the_solver_is_chosen_by_rule(options, device, solver, because):
 def test_the_report_says_which_solver_and_why(penalty, solver):
     reports = run(make(), relative_epsilon=0.2, penalty=penalty)
     for result in reports.values():
-        assert result.report.details["solver"] == solver
-        assert result.report.details["solver_because"].startswith("auto: ")
+        assert result.report.details.solver == solver
+        assert result.report.details.solver_because.startswith("auto: ")
         assert result.report.certified

@@ -2,11 +2,11 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from shared_data import SHARED
 
 from solvers.obs import (
     add_rows,
@@ -24,11 +24,8 @@ from solvers.obs import (
 )
 from solvers.obs.swaps import improve
 
-SHARED = Path(__file__).parents[1].parent / "shared"
 DATA = SHARED / "data"
-needs_data = pytest.mark.skipif(
-    not (DATA / "models/lobs_LeNet300100_pretrain.pth").exists(), reason="no shared data here"
-)
+needs_data = pytest.mark.shared_data("data/models", "data/mnist", "data/lobs-authors", "PEERS.json")
 
 
 @pytest.fixture(scope="module")

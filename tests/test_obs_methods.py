@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from obs_cases import correlated, problem_of
 
+from solvers import Status
 from solvers.obs import METHODS, n_of_m, per_layer, per_unit, prune, prune_best, prune_swaps
 
 
@@ -16,10 +17,10 @@ def test_best_without_kicks_is_the_default_and_all_is_done(pattern):
     for seed in range(4):
         given = problem(seed)
         best = prune_best(given, pattern)
-        assert best.status == "done"
+        assert best.status is Status.SOLVED
         np.testing.assert_array_equal(best.weight, prune_best(given, pattern, kicks=0).weight)
         swaps = prune_swaps(given, pattern)
-        assert swaps.status == "done"
+        assert swaps.status is Status.SOLVED
         np.testing.assert_array_equal(swaps.weight, prune_swaps(given, pattern, kicks=0).weight)
         assert best.error <= swaps.error * (1 + 1e-12)
 
@@ -53,9 +54,9 @@ def test_a_method_says_what_is_not_done():
 
     given = problem(3, n_in=24)
     cut = prune_large(given, per_layer(0.7), max_iterations=3, max_swaps=1)
-    assert "still moving after 3 iterations" in cut.status
+    assert "still moving after 3 iterations" in cut.note
     whole = prune_large(given, per_layer(0.7))
-    assert "still moving" not in whole.status
+    assert "still moving" not in whole.note
 
 
 @pytest.mark.parametrize("method", METHODS)

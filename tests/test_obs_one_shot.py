@@ -126,7 +126,7 @@ def test_patterns():
 def test_refusals():
     inputs, weight = correlated(9)
     problem = problem_of(inputs, weight)
-    with pytest.raises(ValueError, match="tolerance: want a number >= 0"):
+    with pytest.raises(ValueError, match="tolerance: got nan, want a finite number >= 0"):
         prune_to_tolerance(problem, float("nan"))
     with pytest.raises(ValueError, match="inverse: want a positive definite"):
         sensitivities(problem, inverse=-np.eye(8))

@@ -94,9 +94,11 @@ def test_all_zeros_and_none():
 
 def test_malformed_arguments_are_refused():
     program = layer()
-    with pytest.raises(ValueError, match="values: got no, want at least one epsilon or fit weight"):
+    with pytest.raises(
+        ValueError, match="values: got none, want at least one epsilon or fit weight"
+    ):
         solve_path(program, [])
-    with pytest.raises(ValueError, match="epsilon: got -1, want a finite number >= 0"):
+    with pytest.raises(ValueError, match=r"epsilon: got -1\.0, want a finite number >= 0"):
         solve_path(program, [-1])
     with pytest.raises(ValueError, match="zeros: got 139, want a count from 0 to 138"):
         solve_count(program, 139)

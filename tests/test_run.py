@@ -15,7 +15,9 @@ import retrain
 from retrain.files import json_bytes, plain, write_whole
 from retrain.runs.directory import open_run, read_record
 from retrain.stream.chain import Chain
+from retrain.stream.details import PlainDetails
 from retrain.stream.layer_report import LayerReport
+from solvers import Status
 
 LAYERS = ("0", "1")
 IDENTITY = {"seed": 0, "options": {"epsilon": 0.05, "memory": float("inf")}}
@@ -280,15 +282,16 @@ def test_swapped_layers_are_refused(tmp_path):
 
 def test_reports_survive_the_way_through_json_with_nan():
     report = LayerReport(
-        "fc", "linear", (3, 2), "relu", "net-trim", 6, 0, 2, 5, 5, "numerical error", False, 2,
-        float("nan"), float("inf"), 0.1, {"gap": float("nan")},
+        "fc", "linear", (3, 2), "relu", "own", 6, 0, 2, 5, 5, Status.NUMERICAL_ERROR, False, 2,
+        float("nan"), float("inf"), 0.1, PlainDetails({"gap": float("nan")}),
     )  # fmt: skip
     text = json_bytes(report.to_json()).decode()
     assert "NaN" not in text
     assert "Infinity" not in text
     back = LayerReport.from_json(json.loads(text))
     assert np.isnan(back.error)
-    assert back.details == {"gap": None}
+    assert back.details == PlainDetails({"gap": None})
+    assert back.status is Status.NUMERICAL_ERROR
 
 
 # --- files ------------------------------------------------------------------------------------

@@ -53,9 +53,9 @@ def test_the_rates_by_hand():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("cosine", {"epochs": 0}, "epochs: got 0, want 1 or more"),
-        ("step", {"every": 0, "factor": 1.0}, "every: got 0, want 1 or more epochs"),
-        ("inverse", {"decay": -1.0}, "decay: got -1, want a number >= 0"),
+        ("cosine", {"epochs": 0}, "epochs: got 0, want a whole number >= 1"),
+        ("step", {"every": 0, "factor": 1.0}, "every: got 0, want a whole number >= 1"),
+        ("inverse", {"decay": -1.0}, r"decay: got -1\.0, want a finite number >= 0"),
     ],
 )
 def test_refusals(name, options, message):
@@ -76,5 +76,7 @@ def test_the_dense_architecture():
     assert kinds == ["Flatten", "Linear", "ReLU", "Dropout", "Linear"]
     assert dense(widths=(4, 2))(torch.zeros(5, 2, 2)).shape == (5, 2)
     for widths in ([4], [4, 0], [4, 2.0], [4, True]):
-        with pytest.raises(ValueError, match="widths: want two or more whole numbers above 0"):
+        with pytest.raises(
+            ValueError, match=r"widths: got .*, want two or more whole numbers above 0"
+        ):
             dense(widths=widths)

@@ -369,16 +369,22 @@ def test_costs_start_with_the_whole_network():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ShrinkNets(strength=-1), "strength: a finite number of at least 0 .* not -1"),
-        (lambda: ShrinkNets(weight_strength=float("inf")), "weight_strength: a finite number"),
-        (lambda: ShrinkNets(power=3), "power: got 3, want 1 or 2"),
+        (lambda: ShrinkNets(strength=-1), "strength: got -1, want a finite number >= 0"),
+        (
+            lambda: ShrinkNets(weight_strength=float("inf")),
+            "weight_strength: got inf, want a finite number >= 0",
+        ),
+        (lambda: ShrinkNets(power=3), "power: got 3, want one of 1, 2"),
         (lambda: ShrinkNets(at="left"), "at: got 'left', want one of inputs, outputs"),
-        (lambda: ShrinkNets(removal="now"), "removal: want 'sign-variance' or 'never'"),
-        (lambda: ShrinkNets(inertia=1), "inertia: a number in"),
-        (lambda: ShrinkNets(threshold=2), "threshold: a number in"),
-        (lambda: ShrinkNets(layers="fc1"), "layers: a list of at least one name .* not 'fc1'"),
-        (lambda: GroupSparsity(layers=()), "layers: a list of at least one name"),
-        (lambda: GroupSparsity(strength=float("nan")), "strength: a finite number"),
+        (lambda: ShrinkNets(removal="now"), "removal: got 'now', want 'sign-variance' or 'never'"),
+        (lambda: ShrinkNets(inertia=1), "inertia: got 1, want at least 0 and below 1"),
+        (lambda: ShrinkNets(threshold=2), r"threshold: got 2, want a number in \(0, 1\)"),
+        (lambda: ShrinkNets(layers="fc1"), "layers: got 'fc1', want a list of at least one name"),
+        (lambda: GroupSparsity(layers=()), r"layers: got \(\), want a list of at least one name"),
+        (
+            lambda: GroupSparsity(strength=float("nan")),
+            "strength: got nan, want a finite number >= 0",
+        ),
         (lambda: ShrinkNets(layers=("9",)).start(network(), setting()), "no layer '9'"),
         (
             lambda: GroupSparsity(at="outputs").start(

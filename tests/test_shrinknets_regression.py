@@ -238,15 +238,27 @@ def test_gradients_run_out_and_it_is_told():
     [
         (
             lambda p: solve_group(p, -1),
-            "strength: got -1, want a finite number of at least 0",
+            "strength: got -1, want a finite number >= 0",
         ),
-        (lambda p: solve_group(p, float("nan")), "strength: a finite number"),
-        (lambda p: solve_group(p, 1, start=np.zeros(3)), r"start: want shape \(3, 7\)"),
-        (lambda p: solve_shrink(p, 0, 1), "above 0 were wanted, not 0 and 1"),
-        (lambda p: solve_shrink(p, 1, 1, power=3), "power: got 3, want 1 or 2"),
-        (lambda p: Regression(p.X, p.Y[:5], "linear"), r"as many rows were wanted, not \(40, 7\)"),
-        (lambda p: Regression(p.X * np.nan, p.Y, "linear"), "X, Y: finite numbers"),
-        (lambda p: Regression(p.X, p.Y, "cubic"), "kind: want one of linear, logistic"),
+        (
+            lambda p: solve_group(p, float("nan")),
+            "strength: got nan, want a finite number >= 0",
+        ),
+        (lambda p: solve_group(p, 1, start=np.zeros(3)), r"start: got \(3,\), want shape \(3, 7\)"),
+        (
+            lambda p: solve_shrink(p, 0, 1),
+            "strength, weight_strength: got 0 and 1, want more than 0: without one",
+        ),
+        (lambda p: solve_shrink(p, 1, 1, power=3), "power: got 3, want one of 1, 2"),
+        (
+            lambda p: Regression(p.X, p.Y[:5], "linear"),
+            r"X, Y: got \(40, 7\) and \(5, 3\), want matrices of as many rows",
+        ),
+        (lambda p: Regression(p.X * np.nan, p.Y, "linear"), "X, Y: want finite numbers"),
+        (
+            lambda p: Regression(p.X, p.Y, "cubic"),
+            "kind: got 'cubic', want one of linear, logistic",
+        ),
         (
             lambda p: Regression(p.X, p.Y, "linear", 7),
             "free: got 7, want 0 to 6 columns of X",

@@ -359,7 +359,7 @@ def test_a_switch_that_is_not_finite_is_told():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inertia": 1.0}, r"inertia: got 1.0, want a number in \[0, 1\)"),
+        ({"inertia": 1.0}, r"inertia: got 1\.0, want at least 0 and below 1"),
         ({"inertia": -0.1}, "inertia"),
         ({"inertia": float("nan")}, "inertia"),
         ({"threshold": 0.0}, r"threshold: got 0.0, want a number in \(0, 1\)"),

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -44,18 +44,18 @@ def test_every_layer_has_its_sparsity_and_certificate(tmp_path, scheme, form, so
     )
     assert run.certified
     for report in run.layers:
-        assert report.details["asked_zeros"] == wanted(report.name, 0.5)
+        assert report.details.asked_zeros == wanted(report.name, 0.5)
         # Layers as small as these may have no solution with the very count.
-        assert abs(report.zeros - report.details["asked_zeros"]) <= 4
-        assert report.details["gap"] <= 1e-2
-        assert report.details["epsilon"] > 0
+        assert abs(report.zeros - report.details.asked_zeros) <= 4
+        assert report.details.gap <= 1e-2
+        assert report.details.epsilon > 0
     record = read_record(tmp_path / "run")
     assert [entry["details"]["asked_zeros"] for entry in record["layers"]] == [96, 48, 24]
     assert record["options"]["sparsity"] == 0.5
     state = run.model.state_dict()
-    for report, line in zip(run.layers, asked_lines(record), strict=True):
+    for report, line in zip(run.layers, asked_lines(record, run.layers), strict=True):
         assert int((state[f"{report.name}.weight"] == 0).sum()) == report.zeros
-        exact = report.zeros == report.details["asked_zeros"]
+        exact = report.zeros == report.details.asked_zeros
         assert ("met exactly" if exact else f"got {report.zeros}, the nearest") in line
 
 
@@ -69,12 +69,12 @@ def test_the_epsilon_found_is_that_of_a_run_of_its_own():
             data,
             layers=report.name,
             scheme="parallel",
-            epsilon=report.details["epsilon"],
+            epsilon=report.details.epsilon,
             solver="newton",
             tolerance=1e-4,
         )
-        objective = again.layers[0].details["objective"]
-        assert report.details["objective"] == pytest.approx(objective, rel=1.1e-2)
+        objective = again.layers[0].details.objective
+        assert report.details.objective == pytest.approx(objective, rel=1.1e-2)
 
 
 def test_a_mapping_chooses_the_layers(tmp_path):
@@ -91,7 +91,7 @@ def test_groups_share_the_zeros_exactly():
     x = np.random.default_rng(0).normal(size=(40, 6, 3, 3)).astype(np.float32)
     options = {"solver": "newton", "layers": "0", "tolerance": 0.05, "violation_tolerance": 0.05}
     run = retrain.net_trim(model, x, sparsity=35 / 72, **options)
-    assert run.layers[0].details["asked_zeros"] == 35
+    assert run.layers[0].details.asked_zeros == 35
     assert run.layers[0].zeros == 35
     assert [int((part == 0).sum()) for part in run.model[0].weight.chunk(3)] == [11, 12, 12]
 
@@ -104,9 +104,9 @@ def test_whole_inputs_are_met_to_the_nearest_and_said_so():
         model, samples(200), sparsity={"0": 0.45}, penalty=Group(), tolerance=1e-2
     )
     report = run.layers[0]
-    assert report.details["asked_zeros"] == 86
+    assert report.details.asked_zeros == 86
     assert report.zeros % 12 == 0  # inputs leave together, many at once here
-    line = asked_lines(run.record)[0]
+    line = asked_lines(run.record, run.layers)[0]
     assert f"asked for 86 zeros (44.79 %): got {report.zeros}, the nearest that was found" in line
 
 
@@ -196,7 +196,7 @@ def test_one_epsilon_for_the_network(tmp_path):
     nearest = min(abs(trial.zeros - 202) for trial in tried)
     assert abs(search["got"]["zeros"] - 202) == nearest
     assert run.record["options"]["relative_epsilon"] == search["relative_epsilon"]
-    assert run.layers[0].details["relative_epsilon"] == pytest.approx(search["relative_epsilon"])
+    assert run.layers[0].details.relative_epsilon == pytest.approx(search["relative_epsilon"])
     assert run.certified
     loaded = retrain.load(tmp_path / "run")
     assert loaded.record["search"] == json.loads(json.dumps(search))
@@ -205,7 +205,7 @@ def test_one_epsilon_for_the_network(tmp_path):
     # Each trial is a run of its own, and the outcome is the chosen one's.
     chosen = retrain.load(tmp_path / "run" / "layers" / f"trial-{search['chosen']}")
     assert chosen.record["totals"] == run.record["totals"]
-    assert "asked for 202 zeros (60.00 %), got" in "\n".join(asked_lines(run.record))
+    assert "asked for 202 zeros (60.00 %), got" in "\n".join(asked_lines(run.record, run.layers))
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_a_drop_that_no_trial_keeps_is_said_so(trained):
         model, data, evaluate=held_out, max_drop=0.0, relative_epsilon=0.9, max_trials=1
     )
     assert not run.record["search"]["met"]
-    assert "NOT within it; no trial is" in asked_lines(run.record)[0]
+    assert "NOT within it; no trial is" in asked_lines(run.record, run.layers)[0]
 
 
 @pytest.mark.parametrize(
@@ -276,10 +276,13 @@ def test_a_drop_that_no_trial_keeps_is_said_so(trained):
         ({"sparsity_of": "network"}, "sparsity_of: the network's wants one sparsity, a number"),
         ({"sparsity_of": "network", "sparsity": {"0": 0.5}}, "wants one sparsity, a number"),
         ({"max_drop": 1.0}, "max_drop: wants held-out data"),
-        ({"max_drop": -1.0, "evaluate": samples()}, "max_drop: got -1, want points from 0 to 100"),
+        (
+            {"max_drop": -1.0, "evaluate": samples()},
+            r"max_drop: got -1\.0, want points from 0 to 100",
+        ),
         ({"max_drop": 1.0, "sparsity": 0.5}, "max_drop: finds the sparsity; want one of the two"),
         ({"max_drop": 1.0, "epsilon": 0.5}, "max_drop: searches for one relative epsilon"),
-        ({"max_drop": 1.0, "max_trials": 0}, "max_trials: got 0, want at least 1"),
+        ({"max_drop": 1.0, "max_trials": 0}, "max_trials: got 0, want a whole number >= 1"),
         (
             {"max_drop": 1.0, "form": "regularised", "fit_weight": 1.0},
             "max_drop: searches for one epsilon, which a fit_weight does not heed",
@@ -344,7 +347,7 @@ def test_the_command_searches_for_a_drop(case, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--sparsity", "half"), "--sparsity: want a number, or NAME=NUMBER"),
+        (("--sparsity", "half"), "--sparsity: got 'half', want a number, or NAME=NUMBER"),
         (("--sparsity", "0.5", "--epsilon", "1"), "not allowed with"),
         (("--sparsity", "0.5", "--max-drop", "1"), "max_drop: finds the sparsity"),
         (("--sparsity", "9=0.5"), "no layer matches '9'"),
@@ -393,13 +396,9 @@ def test_a_killed_layer_search_is_repeated_to_the_same_bytes(case, tmp_path):
 
 
 def test_reports_of_layers_that_kept_their_weights(case):
-    entry = {
-        "name": "0",
-        "zeros": 0,
-        "dense_units": 12,
-        "details": {"asked_zeros": 96, "asked_sparsity": 0.5, "relative_epsilon": 0.1},
-    }
-    (line,) = asked_lines({"layers": [entry]})
+    run = retrain.net_trim(network(), samples(100), layers=["0"], sparsity=0.5)
+    (report,) = run.layers
+    (line,) = asked_lines(run.record, [replace(report, zeros=0, dense_units=12)])
     assert "got 0: dense weights were kept" in line
     assert ", held-out accuracy +0.00 points, 1.0 s" in trial_line(asdict(trial(0.1, 5, 0.0)))
 
@@ -419,8 +418,8 @@ def sparse_network():
 def test_more_zeros_than_asked_for_stay_and_the_report_says_why():
     run = retrain.net_trim(sparse_network(), samples(100), sparsity={"0": 0.4}, solver="newton")
     (report,) = run.layers
-    assert report.zeros >= report.zeros_before > report.details["asked_zeros"]
-    line = asked_lines(run.record)[0]
+    assert report.zeros >= report.zeros_before > report.details.asked_zeros
+    line = asked_lines(run.record, run.layers)[0]
     assert (
         f"got {report.zeros}: {report.zeros_before} are zero in the dense network and stay" in line
     )

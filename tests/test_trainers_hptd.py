@@ -94,7 +94,7 @@ def test_truncated_weights_stay_away_through_training():
     ("count", "names", "message"),
     [
         (21, None, "count: got 21, want 0 to 20 of the weights of 0.weight, 1.weight"),
-        (-1, None, "not -1"),
+        (-1, None, r"count: got -1, want 0 to 20 of the weights of 0\.weight, 1\.weight"),
         (9, ["1.weight"], "count: got 9, want 0 to 8 of the weights of 1.weight"),
         ({"1.weight": 9}, None, "count: got 9, want 0 to 8 of the weights of 1.weight"),
         ({"fc": 1}, None, "names: the model has no parameter 'fc'"),

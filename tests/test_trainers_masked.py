@@ -193,9 +193,12 @@ def test_default_weights_are_neither_biases_nor_scales():
         ),
         (
             {"0.weight": torch.ones(6, 8) > 0},
-            r"of shape \(6, 8\), but torch.bool of shape \(8, 6\)",
+            r"masks: '0\.weight': got torch\.bool of shape \(6, 8\), want torch\.bool of",
         ),
-        ({"0.weight": torch.ones(8, 6)}, r"'0.weight' is torch.float32 of shape \(8, 6\)"),
+        (
+            {"0.weight": torch.ones(8, 6)},
+            r"masks: '0\.weight': got torch\.float32 of shape \(8, 6\), want torch\.bool",
+        ),
     ],
 )
 def test_wrong_masks_are_told(masks, message):

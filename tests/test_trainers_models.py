@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shared_data import SHARED
 
 from retrain.data.sources import load_data
 from retrain.trainers.loop.accuracy import evaluate
 
 ROOT = Path(__file__).parents[1]
-MNIST = ROOT.parent / "shared" / "data" / "mnist"
+MNIST = SHARED / "data" / "mnist"
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_other_data_than_the_papers_are_refused(models):
         models.nn2_10k(0, np.zeros((9, 784)), np.zeros(9, int))
 
 
-@pytest.mark.skipif(not MNIST.is_dir(), reason="the MNIST files are not there")
+@pytest.mark.shared_data("data/mnist")
 def test_nn2_10k_starts_where_the_paper_does(models):
     data = load_data(f"mnist:{MNIST}", limit=10_000)
     held_out = load_data(f"mnist-test:{MNIST}")

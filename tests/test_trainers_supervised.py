@@ -430,13 +430,17 @@ def test_parameters_that_overflow_in_the_last_step_are_an_error():
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        (samples(), {"epochs": -1}, "epochs: got -1, want 0 or more"),
-        (samples(), {"epochs": 1, "batch_size": 0}, "batch_size: got 0, want 1 or more"),
+        (samples(), {"epochs": -1}, "epochs: got -1, want a whole number >= 0"),
+        (samples(), {"epochs": 1, "batch_size": 0}, "batch_size: got 0, want a whole number >= 1"),
         ((samples()[0], samples(9)[1]), {"epochs": 1}, "there are 50 inputs but 9 targets"),
-        (samples(0), {"epochs": 1}, "data: there is no sample"),
-        ([], {"epochs": 1}, "data: there is no sample"),
+        (
+            samples(0),
+            {"epochs": 1},
+            "data: got no sample, want at least one",
+        ),
+        ([], {"epochs": 1}, "data: got no sample, want at least one"),
         ((pair for pair in [samples(4)]), {"epochs": 2}, "a generator is used up"),
-        (samples(), {"epochs": 1, "device": "meta"}, "'cpu' or 'cuda' was wanted, not 'meta'"),
+        (samples(), {"epochs": 1, "device": "meta"}, "device: got 'meta', want 'cpu' or 'cuda'"),
     ],
 )
 def test_wrong_arguments_are_told(data, options, message):

@@ -107,8 +107,8 @@ def test_select():
     ("options", "message"),
     [
         ({"level": "slow"}, "level: got 'slow', want 'quick' or 'full'"),
-        ({"jobs": 0}, "jobs: got 0, want at least 1"),
-        ({"seed": -1}, "seed: got -1, want a number >= 0"),
+        ({"jobs": 0}, "jobs: got 0, want a whole number >= 1"),
+        ({"seed": -1}, "seed: got -1, want a whole number >= 0"),
     ],
 )
 def test_run_errors(options, message):
@@ -216,7 +216,7 @@ def test_rows_of_another_run_are_done_again(tmp_path, change):
 
 def test_rows_of_another_code_are_done_again(tmp_path, monkeypatch):
     run([], among=[TOY], out=tmp_path)
-    monkeypatch.setattr(runner, "version", lambda package: "0")
+    monkeypatch.setattr(runner, "versions", lambda: {"numpy": "0"})
     counter = Counter()
     run([], among=[replace(TOY, sample=counter)], out=tmp_path)
     assert counter.calls == 3

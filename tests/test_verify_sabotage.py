@@ -9,6 +9,7 @@ import pytest
 
 from retrain.stream.chain import forward
 from retrain.verify import (
+    gated_network,
     gates,
     gates_dynamics,
     gates_estimators,
@@ -111,7 +112,8 @@ def skip_not_absorbed(instance):
     """Drop the closed blocks and forget their skips."""
     kept = [b for i, b in enumerate(instance.network.blocks) if i not in instance.closed]
     network = replace(instance.network, blocks=tuple(kept))
-    return gates_estimators.gated_output(replace(instance, network=network, closed=()))
+    output = gated_network.activations(network, instance.x, [1] * len(kept))[-1]
+    return gates_estimators.outputs_of(output)
 
 
 def wide_region(problem, theta, index):
@@ -126,13 +128,13 @@ def untrained(case, rng):
 
 
 def mean_direction(gradients):
-    g, scale = gradients.mean(axis=0), np.linalg.norm(gradients, axis=1).max() ** 2
+    g, scale = gradients.mean(axis=0), itp.longest(gradients) ** 2
     return {f"objective {j + 1}": float(g @ row) / scale for j, row in enumerate(gradients)}
 
 
 def mean_length(gradients):
     mean = gradients.mean(axis=0)
-    return {"|g|": float(np.linalg.norm(mean)) / np.linalg.norm(gradients, axis=1).max()}
+    return {"|g|": float(np.linalg.norm(mean)) / itp.longest(gradients)}
 
 
 def lambda_unchanged(problem):

@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 import retrain
 from bench.solvers import environment
 from retrain import Chain
+from retrain.stream.details import NetTrimDetails, details_of
 
 DECADES = 8.0
 MOST = 3.0  # times the normalised networks' time
@@ -69,12 +70,13 @@ def measure(seed: int, settings: dict[str, Any], decades: float = DECADES) -> Ro
     for name, (chain, inputs) in zip(("plain", "scaled"), versions, strict=True):
         started = time.perf_counter()
         run = retrain.net_trim(chain, inputs, threads=1, **settings)
+        found = [details_of(layer.details, NetTrimDetails) for layer in run.layers]
         row[name] = {
             "seconds": time.perf_counter() - started,
             "certified": run.certified,
-            "statuses": [layer.status for layer in run.layers],
-            "solvers": [layer.details["solver"] for layer in run.layers],
-            "iterations": [layer.details["iterations"] for layer in run.layers],
+            "statuses": [layer.status.value for layer in run.layers],
+            "solvers": [details.solver for details in found],
+            "iterations": [details.iterations for details in found],
             "sparsity": [layer.sparsity for layer in run.layers],
         }
     return row

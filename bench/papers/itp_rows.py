@@ -171,12 +171,10 @@ def table(bench: Bench, setting: Setting, only: Sequence[str]) -> None:
         ]
         pairs = zip(TABLES[better], TABLES[worse], strict=False)
         paper = [(sum(first.nonzero), sum(second.nonzero)) for first, second in pairs]
-        print(
-            f"{better} leaves fewer weights than {worse}: {_wins(ours)}; the paper: {_wins(paper)}"
-        )
+        print(f"{better} leaves fewer weights than {worse}: {wins(ours)}; the paper: {wins(paper)}")
 
 
-def _wins(pairs: Sequence[tuple[int, int]]) -> str:
+def wins(pairs: Sequence[tuple[int, int]]) -> str:
     """How often the first is smaller, where neither network has collapsed."""
     both = [pair for pair in pairs if all(pair)]
     return f"{sum(first < second for first, second in both)} of {len(both)}"

@@ -28,6 +28,7 @@ import retrain
 from bench.papers.models import momentum_sgd, relu_network
 from retrain.data.arrays import Data
 from retrain.data.sources import load_data
+from retrain.stream.details import NetTrimDetails, details_of
 from retrain.stream.layer_report import LayerReport
 from retrain.trainers.loop.accuracy import evaluate
 from retrain.trainers.loop.supervised import train
@@ -66,12 +67,12 @@ def peak_memory() -> int:
 
 def tell(report: LayerReport, total: int) -> None:
     """Print a layer as it is done."""
-    details = report.details
-    violation = max(details["ball_violation"], details["ceiling_violation"])
+    details = details_of(report.details, NetTrimDetails)
+    violation = max(details.ball_violation, details.ceiling_violation)
     print(
         f"  {report.name:3} {report.shape[0]:5} x {report.shape[1]:<5} {report.rows:6} rows "
-        f"{report.seconds:7.0f} s  gap {details['gap']:.1e}  violation {violation:.1e}  "
-        f"zeros {report.sparsity:6.1%}  {report.status}  "
+        f"{report.seconds:7.0f} s  gap {details.gap:.1e}  violation {violation:.1e}  "
+        f"zeros {report.sparsity:6.1%}  {report.status.value}  "
         f"{peak_memory() / 2**30:.1f} GiB",
         flush=True,
     )

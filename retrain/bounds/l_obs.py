@@ -20,7 +20,7 @@ from solvers.arrays import norm
 
 _log = logging.getLogger(__name__)
 
-_ROUNDOFF = 2.0**-53  # unit roundoff of float64 (derived from its 53 bits)
+ROUNDOFF = 2.0**-53  # unit roundoff of float64 (derived from its 53 bits)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _layer_deviation(stream: LayerStream, spec: LayerSpec, number: str) -> Layer
         inputs = math.hypot(inputs, moved)
         rows = new[: spec.shape[0], :]
         # Bound on the rounding of both responses in float64: K u |X| |W| for sums of K terms.
-        lost = 2 * new.shape[0] * _ROUNDOFF * size * norm(new)
+        lost = 2 * new.shape[0] * ROUNDOFF * size * norm(new)
         spectral = math.hypot(spectral, moved * spectral_norm(rows) + lost)
         frobenius = math.hypot(frobenius, moved * norm(rows) + lost)
     return LayerDeviation(spec.name, error, inputs, apart, spectral * SUMS, frobenius * SUMS)

@@ -38,6 +38,7 @@ from array_api_compat import array_namespace
 
 from retrain.files import read_as
 from retrain.stream.chain import Chain, activate
+from retrain.stream.details import NetTrimDetails
 from retrain.stream.layer_report import LayerReport
 from retrain.stream.stream import LayerStream, Norm, Passage, layer
 from solvers.arrays import norm as frobenius
@@ -355,7 +356,9 @@ def cascade_bound(stream: LayerStream, reports: Sequence[LayerReport]) -> Direct
     if report is None:
         return Direct(None, f"{name}, whose response is the output, was not retrained")
     details = report.details
-    if details.get("scheme") != "cascade" or details.get("form") != "constrained":
+    if not isinstance(details, NetTrimDetails) or details.scheme != "cascade":
+        return NO_DIRECT
+    if details.form != "constrained":
         return NO_DIRECT
     if not report.certified:
         return Direct(None, f"{name}, whose response is the output, is not certified")
@@ -363,8 +366,10 @@ def cascade_bound(stream: LayerStream, reports: Sequence[LayerReport]) -> Direct
         return Direct(
             None, f"{name} was solved on {report.rows} of its {report.total_rows} rows only"
         )
-    fitted = max(details["epsilon"], details["residual"])
-    return Direct(math.hypot(fitted, details["ceiling_norm"] + details["over"]), None)
+    if details.residual is None or details.ceiling_norm is None or details.over is None:
+        return Direct(None, f"{name}: its report is of an older version")
+    fitted = max(details.epsilon, details.residual)
+    return Direct(math.hypot(fitted, details.ceiling_norm + details.over), None)
 
 
 def theorem_1(epsilons: Sequence[float]) -> np.ndarray:

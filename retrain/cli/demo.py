@@ -30,7 +30,7 @@ def _run(options: argparse.Namespace) -> int:
 
         return demo(
             options.out,
-            seed=options.seed,
+            seed=0 if options.seed is None else options.seed,
             threads=options.threads,
             device=options.device,
             quiet=options.quiet,

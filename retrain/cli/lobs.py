@@ -13,6 +13,7 @@ from retrain.cli.shared import (
     add_run,
     by_layer,
     conclude,
+    given,
     interrupts_kept_from_workers,
     load,
     read_data,
@@ -34,14 +35,12 @@ def add_command(commands: Any) -> None:
     lobs = parser.add_argument_group("L-OBS")
     lobs.add_argument(
         "--method",
-        default="auto",
         metavar="M",
         help="one-shot (the paper's), sweep, greedy, swaps, large, best, inputs, or auto: swaps, "
         "large beyond 2048 inputs; default auto",
     )
     lobs.add_argument(
         "--pattern",
-        default="layer",
         metavar="P",
         help="where the count holds: layer, unit, inputs (whole ones), or N:M such as 2:4; "
         "default layer",
@@ -72,7 +71,6 @@ def add_command(commands: Any) -> None:
     lobs.add_argument(
         "--calibration",
         choices=("dense", "sequential", "corrected"),
-        default="dense",
         help="dense: each layer on the given network's activations; sequential: on the pruned "
         "network's, like the old layer there; corrected: on those, like the given network; "
         "default dense",
@@ -106,25 +104,20 @@ def _run(options: argparse.Namespace) -> int:
         "tolerance": tolerance,
         "stages": options.stages,
     }
-    settings = {
-        "method": options.method,
-        "pattern": options.pattern,
-        "damping": options.damping,
-        "calibration": options.calibration,
+    settings: dict[str, Any] = {
+        **given(options, "method", "pattern", "damping", "calibration", "seed", "jobs", "threads"),
         "bias": "keep" if options.keep_bias else "update",
         "zeros": "free" if options.free_zeros else "stay",
-        "memory": options.memory * 2**30,
-        "seed": options.seed,
-        "jobs": options.jobs,
-        "threads": options.threads,
     }
+    if options.memory is not None:
+        settings["memory"] = options.memory * 2**30
     plan = plan_stages(None, settings=settings, **amounts)
     with Progress(options) as progress:
         loaded = load(options)
         data, held_out = read_data(options)
         if options.dry_run:
             return _dry_run_lobs(options, loaded, data, plan)
-        with interrupts_kept_from_workers(options.jobs):
+        with interrupts_kept_from_workers(plan[-1].jobs):
             run = lobs(
                 loaded,
                 data,

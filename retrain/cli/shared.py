@@ -84,7 +84,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add the options of all commands."""
     common = parser.add_argument_group("all commands")
-    common.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    common.add_argument("--seed", type=int, metavar="N", help="default 0")
     common.add_argument(
         "--threads",
         type=int,
@@ -120,14 +120,12 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--jobs",
         type=int,
-        default=1,
         metavar="N",
-        help="layers at a time (parallel scheme, dense calibration)",
+        help="layers at a time (parallel scheme, dense calibration); default 1",
     )
     run.add_argument(
         "--memory",
         type=float,
-        default=4.0,
         metavar="GIB",
         help="a layer's solve; beyond it Net-Trim samples rows, L-OBS leaves the layer as it is; "
         "default 4",
@@ -206,6 +204,17 @@ def what_is_asked(options: argparse.Namespace, held_out: Any, progress: Progress
     }
 
 
+def given(options: argparse.Namespace, *names: str, **fields: str) -> dict[str, Any]:
+    """Return the options that were given, so that all others keep the library's own defaults.
+
+    `names` are options that are called as the library's arguments are; `fields` has the option's
+    name by the argument's.
+    """
+    pairs = {**{name: name for name in names}, **fields}
+    values = {field: getattr(options, name) for field, name in pairs.items()}
+    return {field: value for field, value in values.items() if value is not None}
+
+
 def by_layer(argument: str, text: str) -> float | dict[str, float]:
     """Parse a number, or NAME=NUMBER,...: layer names or shell patterns."""
     try:
@@ -235,7 +244,7 @@ def conclude(run: Run, options: argparse.Namespace, note: str) -> int:
         if note:
             console.print(note, markup=False)
         console.print(run_table(run.layers))
-        for line in summary(run.record, run.bounds):
+        for line in summary(run.record, run.layers, run.bounds):
             console.print(line, markup=False)
         console.print(f"written to {run.directory}", markup=False)
     met = (

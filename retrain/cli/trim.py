@@ -13,6 +13,7 @@ from retrain.cli.shared import (
     add_run,
     by_layer,
     conclude,
+    given,
     interrupts_kept_from_workers,
     load,
     read_data,
@@ -35,7 +36,6 @@ def add_command(commands: Any) -> None:
     trim.add_argument(
         "--scheme",
         choices=("cascade", "parallel"),
-        default="cascade",
         help="cascade: each layer sees the retrained ones before it (Algorithm 2); parallel: each "
         "on its own (Algorithm 1); default cascade",
     )
@@ -57,7 +57,6 @@ def add_command(commands: Any) -> None:
     trim.add_argument(
         "--sparsity-of",
         choices=("layer", "network"),
-        default="layer",
         help="what has --sparsity: each layer, with an epsilon of its own, or the layers together, "
         "with one relative epsilon; default layer",
     )
@@ -71,22 +70,19 @@ def add_command(commands: Any) -> None:
     trim.add_argument(
         "--max-trials",
         type=int,
-        default=12,
         metavar="N",
         help="networks that a search for one epsilon retrains at most; default 12",
     )
     trim.add_argument(
         "--inflation",
         type=float,
-        default=1.1,
         metavar="G",
         help="cascade: by how much later layers may add, >= 1, gamma of (7); default 1.1",
     )
     trim.add_argument(
         "--form",
         choices=("constrained", "regularised"),
-        default="constrained",
-        help="programs (4)/(6), or (11), whose units are certified one by one",
+        help="programs (4)/(6), or (11), whose units are certified one by one; default constrained",
     )
     trim.add_argument(
         "--fit-weight",
@@ -96,7 +92,6 @@ def add_command(commands: Any) -> None:
     )
     trim.add_argument(
         "--penalty",
-        default="l1",
         metavar="P",
         help="l1, elastic:RIDGE, or group[:WEIGHT] (whole inputs; constrained form); default l1",
     )
@@ -114,21 +109,18 @@ def add_command(commands: Any) -> None:
     trim.add_argument(
         "--solver",
         choices=("auto", "admm", "newton"),
-        default="auto",
         help="default auto: newton, but admm where the penalty couples the units (group) or the "
         "arrays are on another device than the processor",
     )
     trim.add_argument(
         "--gap",
         type=float,
-        default=1e-2,
         metavar="G",
         help="relative duality gap that a certificate must meet; default 1e-2",
     )
     trim.add_argument(
         "--violation",
         type=float,
-        default=1e-3,
         metavar="V",
         help="relative violation of the constraints that a certificate may have; default 1e-3",
     )
@@ -138,9 +130,7 @@ def add_command(commands: Any) -> None:
         now="--gap and --violation",
         metavar="GAP[,VIOLATION]",
     )
-    trim.add_argument(
-        "--max-iterations", type=int, default=5000, metavar="N", help="a layer; default 5000"
-    )
+    trim.add_argument("--max-iterations", type=int, metavar="N", help="a layer; default 5000")
     trim.add_argument(
         "--accept-inexact",
         action="store_true",
@@ -154,31 +144,37 @@ def _run(options: argparse.Namespace) -> int:
     from retrain.methods.amounts import layers_named
     from retrain.methods.net_trim.options import NetTrimOptions
 
-    gap, violation = options.gap, options.violation
+    asked = given(
+        options,
+        "scheme",
+        "epsilon",
+        "relative_epsilon",
+        "inflation",
+        "form",
+        "fit_weight",
+        "solver",
+        "max_iterations",
+        "seed",
+        "jobs",
+        "threads",
+        tolerance="gap",
+        violation_tolerance="violation",
+    )
     if options.tolerance is not None:
-        gap, violation = _tolerances(options.tolerance)
-    relative = options.relative_epsilon
+        asked["tolerance"], asked["violation_tolerance"] = _tolerances(options.tolerance)
+    if options.epsilon is not None:
+        asked["relative_epsilon"] = None
+    if options.memory is not None:
+        asked["memory"] = options.memory * 2**30
+    if options.penalty is not None:
+        asked["penalty"] = _penalty(options.penalty)
     settings = NetTrimOptions(
-        scheme=options.scheme,
-        epsilon=options.epsilon,
-        relative_epsilon=0.05 if relative is None and options.epsilon is None else relative,
+        **asked,
         sparsity=None if options.sparsity is None else by_layer("--sparsity", options.sparsity),
-        inflation=options.inflation,
-        form=options.form,
-        fit_weight=options.fit_weight,
-        penalty=_penalty(options.penalty),
         penalise_bias=options.penalise_bias,
         zeros="free" if options.free_zeros else "stay",
         link_normalised=options.link_normalised,
-        solver=options.solver,
-        tolerance=gap,
-        violation_tolerance=violation,
-        max_iterations=options.max_iterations,
         accept_inexact=options.accept_inexact,
-        memory=options.memory * 2**30,
-        seed=options.seed,
-        jobs=options.jobs,
-        threads=options.threads,
     )
     from retrain.api.net_trim import net_trim
     from retrain.runs.prepare import select
@@ -191,13 +187,11 @@ def _run(options: argparse.Namespace) -> int:
             stream = subject_of(loaded, options.device).stream(data)
             chosen = layers_named(settings.sparsity) if options.layers is None else options.layers
             return _dry_run(stream, select(stream.layers, chosen, options.skip), settings)
-        with interrupts_kept_from_workers(options.jobs):
+        with interrupts_kept_from_workers(settings.jobs):
             run = net_trim(
                 loaded,
                 data,
-                sparsity_of=options.sparsity_of,
-                max_drop=options.max_drop,
-                max_trials=options.max_trials,
+                **given(options, "sparsity_of", "max_drop", "max_trials"),
                 **what_is_asked(options, held_out, progress),
                 on_trial=progress.tried,
                 options=settings,

@@ -109,7 +109,15 @@ def take_out(model: nn.Module, name: str, left: Sequence[nn.Module]) -> None:
 
 
 def forget(optimizer: Optimizer, removal: Removal) -> None:
-    """Take removed parameters out of an optimiser, with its memory of them and of changed ones."""
+    """Take removed parameters out of an optimiser, with its memory of them and of changed ones.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Optimiser of the network that was cut; changed.
+    removal : Removal
+        What was taken away, changed and added.
+    """
     gone = set(removal.gone)
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
@@ -120,7 +128,13 @@ def forget(optimizer: Optimizer, removal: Removal) -> None:
 
 
 def fit_sizes(module: nn.Module) -> None:
-    """Bring the numbers that a module shows, and checks by, in line with its tensors."""
+    """Bring the numbers that a module shows, and checks by, in line with its tensors.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Layer or norm whose tensors were cut; its numbers are changed.
+    """
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
@@ -136,7 +150,20 @@ def fit_sizes(module: nn.Module) -> None:
 
 
 def spread(kept: Tensor, span: int) -> Tensor:
-    """Return the positions of the features of neurons that have `span` features each."""
+    """Return the positions of the features of neurons that have `span` features each.
+
+    Parameters
+    ----------
+    kept : Tensor, shape (neurons,), integer
+        Numbers of the neurons.
+    span : int
+        Features of each.
+
+    Returns
+    -------
+    Tensor, shape (neurons * span,), integer
+        Numbers of their features, in order.
+    """
     offsets = torch.arange(span, device=kept.device)
     return (kept[:, None] * span + offsets).flatten()
 

@@ -265,7 +265,7 @@ def normalised(data: Data, mean: Any, std: Any) -> Data:
     shift, scale = (np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in (mean, std))
     if shift.shape != scale.shape or shift.ndim != 1 or len(shift) not in (1, x.shape[1]):
         raise ValueError(
-            f"normalise: got {shift.size} means and {scale.size} STDs, wanted one of each, or "
+            f"normalise: got {shift.size} means and {scale.size} STDs, want one of each, or "
             f"{x.shape[1]} (one a channel, axis 1 of shape {x.shape})"
         )
     if not (np.isfinite(shift).all() and np.isfinite(scale).all() and (scale > 0).all()):

@@ -125,7 +125,7 @@ def as_data(data: Any, *, name: str | None = None) -> Data:
         return checked(to_array(data), None, label)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise ValueError(
-            f"data: got a {type(data).__name__}, wanted an array, a tensor, a pair (x, y), a "
+            f"data: got a {type(data).__name__}, want an array, a tensor, a pair (x, y), a "
             "loader or another iterable of batches"
         )
     return gathered(data, label)

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
+from solvers import checks
+
 MOST_THREADS = 4096
 """Largest number of threads or workers accepted. More than any machine has cores; far beyond it the
 thread libraries fail in unclear ways. Chosen by hand."""
@@ -70,8 +72,8 @@ def check_amount(argument: str, amount: Amount | None, largest: float) -> None:
         raise ValueError(f"{argument}: got a mapping without layers")
     for value in values:
         if not (0 <= value <= largest and value < math.inf):
-            limit = "in [0, 1]" if largest == 1 else ">= 0"
-            raise ValueError(f"{argument}: got {value!r}, want a number {limit}")
+            want = "a number in [0, 1]" if largest == 1 else "a finite number >= 0"
+            raise ValueError(f"{argument}: got {value!r}, want {want}")
 
 
 def check_parallel(jobs: int, threads: int | None, seed: int) -> None:
@@ -91,13 +93,11 @@ def check_parallel(jobs: int, threads: int | None, seed: int) -> None:
     ValueError
         If one is out of range.
     """
-    for name, value in (("jobs", jobs), ("threads", threads)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: got {value!r}, want at least 1")
-        if value is not None and value > MOST_THREADS:
+    for name, value in (("jobs", jobs), ("threads", 1 if threads is None else threads)):
+        checks.count(1, **{name: value})
+        if value > MOST_THREADS:
             raise ValueError(f"{name}: got {value!r}, want at most {MOST_THREADS}")
-    if seed < 0:
-        raise ValueError(f"seed: got {seed!r}, want a number >= 0")
+    checks.count(0, seed=seed)
     if seed >= 2**63:  # torch accepts no larger seed
         raise ValueError(f"seed: got {seed!r}, want a number below 2^63")
 

@@ -5,28 +5,32 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from retrain.bounds.outputs import NO_DIRECT, OutputBound
+from retrain.stream.details import LobsDetails, NetTrimDetails
 from retrain.stream.layer_report import LayerReport
 from solvers.result import Status
 
 _REMEDIES = {
-    Status.INEXACT.value: "ask for less (--gap, --violation), or save the network in float64",
-    Status.ITERATION_LIMIT.value: (
+    Status.INEXACT: "ask for less (--gap, --violation), or save the network in float64",
+    Status.ITERATION_LIMIT: (
         "raise --max-iterations, ask for less (--gap, --violation), or use --solver newton"
     ),
-    Status.UNREACHABLE.value: (
+    Status.UNREACHABLE: (
         "no weights of use keep the responses so close: raise --relative-epsilon or --epsilon, or "
         "save the network in float64"
     ),
-    Status.NUMERICAL_ERROR.value: "use another --solver, or check the range of the data",
+    Status.NUMERICAL_ERROR: "use another --solver, or check the range of the data",
 }
 """What a person at the command line can do, where `Status.remedy` speaks of arguments."""
+
+
+_Kind = TypeVar("_Kind", NetTrimDetails, LobsDetails)
 
 
 class _Output(Console):
@@ -61,7 +65,7 @@ def layer_list(layers: Iterable[Any]) -> Table:
 
 def run_table(reports: Sequence[LayerReport]) -> Table:
     """Table of a run's layers, one row each, with the columns of its method."""
-    columns = _LOBS if reports and reports[0].method == "lobs" else _NET_TRIM
+    columns = _COLUMNS.get(type(reports[0].details), _COMMON) if reports else _COMMON
     # Close together, and only words wrap: numbers must be whole on 80 columns.
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for title in columns:
@@ -80,49 +84,61 @@ def _shape(report: LayerReport) -> str:
     return f"{report.shape[0]} x {report.shape[1]}" + (f" x {groups}" if groups > 1 else "")
 
 
-def _violation(report: LayerReport) -> str:
-    details = report.details
-    worst = max(details.get("ball_violation") or 0.0, details.get("ceiling_violation") or 0.0)
-    return f"{worst:.1e}"
+def _violation(details: NetTrimDetails) -> str:
+    worst = [v for v in (details.ball_violation, details.ceiling_violation) if math.isfinite(v)]
+    return _number(max(worst, default=None), ".1e")
 
 
-def _method(report: LayerReport) -> str:
-    details = report.details
-    pattern = "" if details["pattern"] == "layer" else f", {details['pattern']}"
-    return f"{details['method']}{pattern}"
+def _method(details: LobsDetails) -> str:
+    return details.method + ("" if details.pattern == "layer" else f", {details.pattern}")
 
 
-_Columns = dict[str, Callable[[LayerReport], str]]
-_FIRST: _Columns = {"layer": lambda report: report.name, "shape": _shape}
-_LAST: _Columns = {
+_Column = Callable[[LayerReport], str]
+
+
+def _of(kind: type[_Kind], entry: Callable[[_Kind], str]) -> _Column:
+    """Return a column of a method's own figures; empty in a row of another method."""
+    return lambda report: entry(report.details) if isinstance(report.details, kind) else ""
+
+
+_FIRST: dict[str, _Column] = {"layer": lambda report: report.name, "shape": _shape}
+_LAST: dict[str, _Column] = {
     "seconds": lambda report: f"{report.seconds:.1f}",
     "certificate": lambda report: verdict(report),
 }
-_NET_TRIM: _Columns = {
+_COMMON: dict[str, _Column] = {
     **_FIRST,
     "zeros": lambda report: f"{100 * report.sparsity:.1f} %",
     "error": lambda report: f"{report.relative_error:.4f}",
-    "epsilon": lambda report: _number(report.details.get("relative_epsilon"), ".4f"),
-    "gap": lambda report: _number(report.details.get("gap"), ".1e"),
-    "violation": _violation,
     **_LAST,
 }
-_LOBS: _Columns = {
-    **_FIRST,
-    "method": _method,
-    "kept": lambda report: f"{report.weights - report.zeros:,} of {report.weights:,}",
-    "zeros": lambda report: f"{100 * report.sparsity:.2f} %",
-    "rms error": lambda report: _number(report.details["rms_error"], ".4g"),
-    "relative": lambda report: _number(_relative_rms(report), ".4f"),
-    "activated": lambda report: f"{report.relative_error:.4f}",
-    **_LAST,
+"""Columns for a method that has none of its own in `_COLUMNS`."""
+
+_COLUMNS: dict[type, dict[str, _Column]] = {
+    NetTrimDetails: {
+        **_FIRST,
+        "zeros": _COMMON["zeros"],
+        "error": _COMMON["error"],
+        "epsilon": _of(NetTrimDetails, lambda of: _number(of.relative_epsilon, ".4f")),
+        "gap": _of(NetTrimDetails, lambda of: _number(of.gap, ".1e")),
+        "violation": _of(NetTrimDetails, _violation),
+        **_LAST,
+    },
+    LobsDetails: {
+        **_FIRST,
+        "method": _of(LobsDetails, _method),
+        "kept": lambda report: f"{report.weights - report.zeros:,} of {report.weights:,}",
+        "zeros": lambda report: f"{100 * report.sparsity:.2f} %",
+        "rms error": _of(LobsDetails, lambda of: _number(of.rms_error, ".4g")),
+        "relative": _of(LobsDetails, lambda of: _number(_root(of.relative_layer_error), ".4f")),
+        "activated": _COMMON["error"],
+        **_LAST,
+    },
 }
 
 
-def _relative_rms(report: LayerReport) -> float | None:
-    """Root of the layer error over the responses' mean square."""
-    relative = report.details["relative_layer_error"]
-    return None if relative is None else math.sqrt(relative)
+def _root(value: float | None) -> float | None:
+    return None if value is None else math.sqrt(value)
 
 
 def verdict(report: LayerReport) -> str:
@@ -130,13 +146,15 @@ def verdict(report: LayerReport) -> str:
     if report.certified:
         return "certified"
     if report.dense_units == 0:
-        return f"not certified ({report.status}), used as it is"
+        return f"not certified ({report.status.value}), used as it is"
     some = f"dense weights kept in {report.dense_units} of {report.all_units} units"
     kept = "dense weights kept" if report.dense_units == report.all_units else some
-    return f"not certified ({report.status}), {kept}"
+    return f"not certified ({report.status.value}), {kept}"
 
 
-def summary(record: dict[str, Any], bounds: dict[str, OutputBound]) -> list[str]:
+def summary(
+    record: dict[str, Any], reports: Sequence[LayerReport], bounds: dict[str, OutputBound]
+) -> list[str]:
     """Lines on the whole run: sparsity, accuracy, how far the outputs moved and can have moved."""
     totals = record["totals"]
     before = totals["zeros_before"] / totals["weights"]
@@ -144,7 +162,7 @@ def summary(record: dict[str, Any], bounds: dict[str, OutputBound]) -> list[str]
         f"{totals['zeros']:,} of {totals['weights']:,} weights are zero "
         f"({100 * totals['sparsity']:.1f} %; {100 * before:.1f} % before)"
     ]
-    lines += asked_lines(record)
+    lines += asked_lines(record, reports)
     for name, accuracy in record["accuracy"].items():
         if accuracy.get("labels"):
             lines.append(f"labels of {_data(name)}: {accuracy['labels']}")
@@ -167,39 +185,38 @@ def summary(record: dict[str, Any], bounds: dict[str, OutputBound]) -> list[str]
         lines.append(f"stage {number}: {stage_line(stage)}")
     for entry in record["left"]:
         lines.append(f"left as it was: {entry['name']} ({entry['kind']}): {entry['reason']}")
-    for entry in record["layers"]:
-        if entry["rows"] < entry["total_rows"]:
+    for report in reports:
+        if report.rows < report.total_rows:
             lines.append(
-                f"{entry['name']}: certified on a seeded sample of {entry['rows']:,} of "
-                f"{entry['total_rows']:,} rows (--memory)"
+                f"{report.name}: certified on a seeded sample of {report.rows:,} of "
+                f"{report.total_rows:,} rows (--memory)"
             )
-    if not totals["certified"]:
-        remedies = {entry["status"] for entry in record["layers"] if not entry["certified"]}
-        for status in sorted(remedies):
-            lines.append(f"not certified: {status}; {_REMEDIES.get(status, Status(status).remedy)}")
+    statuses = {report.status for report in reports if not report.certified}
+    for status in sorted(statuses, key=lambda status: status.value):
+        lines.append(f"not certified: {status.value}; {_REMEDIES.get(status, status.remedy)}")
     return lines
 
 
-def asked_lines(record: dict[str, Any]) -> list[str]:
+def asked_lines(record: dict[str, Any], reports: Sequence[LayerReport]) -> list[str]:
     """Say what sparsity or drop was asked for, and what was got."""
     lines = []
-    for entry in record["layers"]:
-        asked = entry["details"].get("asked_zeros")
-        if asked is None:
+    for report in reports:
+        details = report.details
+        if not isinstance(details, NetTrimDetails) or details.asked_zeros is None:
             continue
-        if entry["zeros"] == asked:
+        asked, share = details.asked_zeros, 100 * (details.asked_sparsity or 0.0)
+        if report.zeros == asked:
             outcome = "met exactly"
-        elif entry["dense_units"]:
-            outcome = f"got {entry['zeros']:,}: dense weights were kept"
-        elif entry["zeros_before"] > asked and record["options"].get("zeros") == "stay":
-            there = f"{entry['zeros_before']:,} are zero in the dense network and stay"
-            outcome = f"got {entry['zeros']:,}: {there} (--free-zeros lets them go)"
+        elif report.dense_units:
+            outcome = f"got {report.zeros:,}: dense weights were kept"
+        elif report.zeros_before > asked and record["options"].get("zeros") == "stay":
+            there = f"{report.zeros_before:,} are zero in the dense network and stay"
+            outcome = f"got {report.zeros:,}: {there} (--free-zeros lets them go)"
         else:
-            outcome = f"got {entry['zeros']:,}, the nearest that was found"
-        share = 100 * entry["details"]["asked_sparsity"]
+            outcome = f"got {report.zeros:,}, the nearest that was found"
         lines.append(
-            f"{entry['name']}: asked for {asked:,} zeros ({share:.2f} %): {outcome}, at relative "
-            f"epsilon {_number(entry['details'].get('relative_epsilon'), '.4f')}"
+            f"{report.name}: asked for {asked:,} zeros ({share:.2f} %): {outcome}, at relative "
+            f"epsilon {_number(details.relative_epsilon, '.4f')}"
         )
     search = record.get("search")
     if search is not None:
@@ -292,4 +309,4 @@ def _data(name: str) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    return "" if value is None or math.isnan(value) else format(value, form)

@@ -27,6 +27,7 @@ from retrain.runs.record import check_finished
 from retrain.runs.request import Request
 from retrain.runs.subject import Subject
 from retrain.stream.stream import LayerStream
+from solvers import checks
 from solvers.path.root import next_place
 
 _log = logging.getLogger(__name__)
@@ -90,8 +91,7 @@ class Goal:
             raise ValueError(f"sparsity: got {self.sparsity!r}, want a number in [0, 1]")
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
             raise ValueError(f"max_drop: got {self.max_drop!r}, want points from 0 to 100")
-        if self.max_trials < 1:
-            raise ValueError(f"max_trials: got {self.max_trials!r}, want at least 1")
+        checks.count(1, max_trials=self.max_trials)
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,7 @@ def goal_of(
     """
     if sparsity_of not in ("layer", "network"):
         raise ValueError(f"sparsity_of: got {sparsity_of!r}, want 'layer' or 'network'")
-    if max_trials < 1:
-        raise ValueError(f"max_trials: got {max_trials!r}, want at least 1")
+    checks.count(1, max_trials=max_trials)
     if max_drop is None and sparsity_of == "layer":
         return None
     what = "max_drop" if max_drop is not None else "sparsity_of"

@@ -210,13 +210,13 @@ def run_training(
         if out is not None and shared(finished):
             note = on_epoch if part.rank == 0 else None
             return _again(Path(out), begun, export, note)
-        run = _Run(recipe, begun, directory, how, on_epoch)
+        run = TrainingRun(recipe, begun, directory, how, on_epoch)
         run.resume()
         run.fit()
         return run.conclude(identity, export)
 
 
-class _Run:
+class TrainingRun:
     """A training run in progress."""
 
     def __init__(
@@ -228,9 +228,7 @@ class _Run:
         on_epoch: OnEpoch | None,
     ) -> None:
         self.recipe, self.begun, self.directory, self.how = recipe, begun, directory, how
-        self.training, self.method, self.setting = begun.training, begun.method, begun.setting
-        self.part = how.part
-        self.on_epoch = on_epoch if self.part.rank == 0 else None
+        self.on_epoch = on_epoch if how.part.rank == 0 else None
         self.sampler = torch.Generator().manual_seed(recipe.training.seed)
         self.account = Account(begun.dense, begun.sample)
         self._join()
@@ -239,22 +237,31 @@ class _Run:
         self.ended = False
 
     def _join(self) -> None:
-        count, left = self.part.processes, self.setting.samples % self.setting.batch_size
-        if count > 1 and join_batch_norms(self.training.model) and 0 < left < count:
+        count, left = (
+            self.how.part.processes,
+            self.begun.setting.samples % self.begun.setting.batch_size,
+        )
+        if count > 1 and join_batch_norms(self.begun.training.model) and 0 < left < count:
             raise ValueError(
                 f"recipe: [training] batch_size: leaves a last batch of {left}, which {count} "
                 "processes cannot share under batch norm; choose another"
             )
 
     def others(self) -> dict[str, Stateful]:
-        """Return the states beside the training's own: the order of samples, torch's generators."""
+        """Return the states beside the training's own: the order of samples, torch's generators.
+
+        Returns
+        -------
+        dict
+            Objects with a state, by name.
+        """
         states: dict[str, Stateful] = {
             "sampler": GeneratorState(self.sampler),
             "generator": GeneratorState(torch.default_generator),
             "account": self.account,
         }
-        if self.setting.device.type == "cuda":
-            index = self.setting.device.index or 0
+        if self.begun.setting.device.type == "cuda":
+            index = self.begun.setting.device.index or 0
             states["cuda generator"] = GeneratorState(torch.cuda.default_generators[index])
         if self.how.scaler is not None:
             states["scaler"] = self.how.scaler
@@ -271,28 +278,28 @@ class _Run:
         if path is not None:
             self.history = read_history(path, checkpoint.epochs)
         try:
-            self.method.reshape(self.training, checkpoint.description)
+            self.begun.method.reshape(self.begun.training, checkpoint.description)
         except READ_ERRORS as error:
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"checkpoint: its description does not fit ({what})") from error
         self._join()
-        restore(self.training, self.others(), checkpoint.states)
+        restore(self.begun.training, self.others(), checkpoint.states)
         self.epochs, self.steps = checkpoint.epochs, checkpoint.steps
         self.ended = checkpoint.ended
         for line in self.history:
             if self.on_epoch is not None:
-                self.on_epoch(line, self.setting.epochs)
+                self.on_epoch(line, self.begun.setting.epochs)
 
     def fit(self) -> None:
         """Train the remaining epochs, each followed by its line and its checkpoint."""
         if self.ended:
             return
-        training, calls = self.training, self.training.callbacks
+        training, calls = self.begun.training, self.begun.training.callbacks
 
         def after_epoch(epoch: Epoch, model: nn.Module, optimizer: Optimizer) -> bool:
             answers = [call(epoch, model, optimizer) for call in calls.after_epoch]
             self.epochs, self.steps, self.ended = epoch.number + 1, epoch.steps, any(answers)
-            if self.part.rank == 0:
+            if self.how.part.rank == 0:
                 self._note(epoch)
             return self.ended
 
@@ -300,13 +307,13 @@ class _Run:
             fit(
                 training.model,
                 self.begun.data,
-                epochs=self.setting.epochs,
+                epochs=self.begun.setting.epochs,
                 optimizer=training.optimizer,
                 generator=self.sampler,
                 schedule=training.schedule,
                 loss=training.loss,
                 penalty=training.penalty,
-                batch_size=self.setting.batch_size,
+                batch_size=self.begun.setting.batch_size,
                 callbacks=replace(
                     calls,
                     before_forward=(self.account.step, *calls.before_forward),
@@ -325,7 +332,7 @@ class _Run:
 
     def _note(self, epoch: Epoch) -> None:
         """Write an epoch's line, then its checkpoint; on resuming, a surplus line is dropped."""
-        training, test = self.training, self.begun.test
+        training, test = self.begun.training, self.begun.test
         tested = (None, None) if test is None else assess(training.model, test, training.loss)
         said = training.describe()
         line = {
@@ -348,18 +355,31 @@ class _Run:
             checkpoint = Checkpoint(self.epochs, self.steps, self.ended, said, states)
             write_checkpoint(path / CHECKPOINT_FILE, checkpoint)
         if self.on_epoch is not None:
-            self.on_epoch(self.history[-1], self.setting.epochs)
+            self.on_epoch(self.history[-1], self.begun.setting.epochs)
 
     def conclude(self, identity: dict[str, Any], export: bool) -> TrainedRun:
-        """Make the network plain, evaluate and save it."""
+        """Make the network plain, evaluate and save it.
+
+        Parameters
+        ----------
+        identity : dict
+            Identity of the run, for its record.
+        export : bool
+            Whether an exported program is written too.
+
+        Returns
+        -------
+        TrainedRun
+            The finished run.
+        """
         begun, dense = self.begun, self.begun.dense
-        part_batch_norms(self.training.model)
-        network = self.method.finish(self.training).eval()
-        said = self.training.describe()  # after the last pruning
+        part_batch_norms(self.begun.training.model)
+        network = self.begun.method.finish(self.begun.training).eval()
+        said = self.begun.training.describe()  # after the last pruning
         final = cost(network, begun.sample)
         sets = {"train": begun.data, "test": begun.test}
         figures = {
-            name: _figures(network, pair, self.training, begun.labels[name])
+            name: _figures(network, pair, self.begun.training, begun.labels[name])
             for name, pair in sets.items()
         }
         network = network.cpu()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
-import msgspec
-
-from retrain.files import Count, Positive, Size, read_as
+from retrain.files import Count, Positive, read_as
+from retrain.stream.details import Details, NetTrimDetails, details_from_json
 from retrain.stream.stream import Array
 from solvers.result import Status
 
@@ -34,8 +34,8 @@ class LayerReport:
     rows, total_rows : int
         Number of rows that the solve (and its certificate) used, and that the layer has on the
         data.
-    status : str
-        `solvers.Status` value, the worst over groups.
+    status : Status
+        How the solve ended, the worst over groups.
     certified : bool
         Whether the saved weights meet the certificate asked for.
     dense_units : int
@@ -44,8 +44,8 @@ class LayerReport:
         |activated response - target|_F over the rows used, absolute and relative to the targets.
     seconds : float
         Wall time of stating and solving.
-    details : dict
-        Figures of the method: epsilon, gap, violations, ... (JSON values only).
+    details : Details
+        Figures of the method (`retrain.stream.details`); `PlainDetails` for a method of one's own.
     """
 
     name: str
@@ -58,13 +58,13 @@ class LayerReport:
     zeros: Count
     rows: Count
     total_rows: Count
-    status: str
+    status: Status
     certified: bool
     dense_units: Count
     error: float
     relative_error: float
     seconds: float
-    details: dict[str, Any]
+    details: Details
 
     @property
     def all_units(self) -> int:
@@ -84,7 +84,13 @@ class LayerReport:
         dict
             JSON values of all fields, and ``sparsity``.
         """
-        return {**asdict(self), "shape": list(self.shape), "sparsity": self.sparsity}
+        return {
+            **{entry.name: getattr(self, entry.name) for entry in fields(self)},
+            "shape": list(self.shape),
+            "status": self.status.value,
+            "details": self.details.to_json(),
+            "sparsity": self.sparsity,
+        }
 
     def check_certificate(self) -> None:
         """Check that a certified layer has the figures that the run's direct bound needs.
@@ -94,10 +100,12 @@ class LayerReport:
         ValueError
             If one is missing, as in a record of an older version.
         """
-        if not self.certified or self.details.get("form") != "constrained":
+        details = self.details
+        if not isinstance(details, NetTrimDetails) or details.form != "constrained":
             return
         for name in ("epsilon", "residual", "ceiling_norm", "over"):
-            if self.details.get(name) is None:
+            value = getattr(details, name)
+            if self.certified and (value is None or math.isnan(value)):
                 raise ValueError(f"its report: `details`: lacks `{name}`")
 
     @staticmethod
@@ -123,50 +131,20 @@ class LayerReport:
         ValueError
             If a field is missing, of another type, or contradicts another.
         """
-        report = read_as(LayerReport, record, what, at)
-        place = f"{at}.details" if at else "details"
-        if report.method == "lobs":
-            read_as(_LobsDetails, report.details, what, place)
-        else:
-            read_as(_NetTrimDetails, report.details, what, place)
-        if report.status not in _STATUSES:
+        said = record.get("status") if isinstance(record, Mapping) else None
+        if isinstance(said, str) and said not in _STATUSES:
             raise ValueError(
-                f"{what}: `{f'{at}.' if at else ''}status`: got {report.status!r:.80}, want one of "
+                f"{what}: `{f'{at}.' if at else ''}status`: got {said!r:.80}, want one of "
                 f"{', '.join(_STATUSES)}"
             )
+        if isinstance(record, Mapping) and {"method", "details"} <= record.keys():
+            place = f"{at}.details" if at else "details"
+            details = details_from_json(str(record["method"]), record["details"], what, place)
+            record = {**record, "details": details}
+        report = read_as(LayerReport, record, what, at)
         if report.zeros > report.weights or report.zeros_before > report.weights:
             raise ValueError(f"{what}: `{at or 'zeros'}`: has more zeros than weights")
         return report
-
-
-class _NetTrimDetails(msgspec.Struct, frozen=True):
-    """Details of a Net-Trim layer that reports and bounds read."""
-
-    scheme: str | None = None
-    form: str | None = None
-    epsilon: float | None = None
-    relative_epsilon: float | None = None
-    gap: float | None = None
-    ball_violation: float | None = None
-    ceiling_violation: float | None = None
-    ceiling_norm: float | None = None
-    residual: float | None = None
-    over: float | None = None
-    asked_zeros: Count | None = None
-    asked_sparsity: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.asked_zeros is None) != (self.asked_sparsity is None):
-            raise ValueError("want asked_zeros and asked_sparsity together")
-
-
-class _LobsDetails(msgspec.Struct, frozen=True):
-    """Details of an L-OBS layer that reports read."""
-
-    method: str
-    pattern: str
-    rms_error: Size | None
-    relative_layer_error: Size | None
 
 
 @dataclass(frozen=True, eq=False)

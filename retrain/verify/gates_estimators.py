@@ -140,7 +140,7 @@ def closed_network(case: Case, rng: np.random.Generator) -> Closed:
 def gated_output(instance: Closed) -> Numbers:
     """Some outputs of the gated network."""
     gates = [0 if index in instance.closed else 1 for index in range(len(instance.network.blocks))]
-    return _outputs(net.activations(instance.network, instance.x, gates)[-1])
+    return outputs_of(net.activations(instance.network, instance.x, gates)[-1])
 
 
 def absorbed_output(instance: Closed) -> Numbers:
@@ -149,10 +149,11 @@ def absorbed_output(instance: Closed) -> Numbers:
     for index in sorted(instance.closed, reverse=True):
         network = net.drop_block(network, index)
     gates = [1] * len(network.blocks)
-    return _outputs(net.activations(network, instance.x, gates)[-1])
+    return outputs_of(net.activations(network, instance.x, gates)[-1])
 
 
-def _outputs(values: np.ndarray) -> Numbers:
+def outputs_of(values: np.ndarray) -> Numbers:
+    """Name the first six outputs."""
     return {f"output {index}": float(value) for index, value in enumerate(values.ravel()[:6])}
 
 

@@ -82,7 +82,7 @@ def gradient_cases(level: Level, sizes: tuple[int, ...] = (2, 3)) -> list[Case]:
 def closed_form_length(gradients: np.ndarray) -> Numbers:
     """The length that the closed form (q = 2) or the faces (q > 2) reach, over the longest."""
     weights = two_weights(*gradients) if len(gradients) == 2 else shortest_weights(gradients)
-    return {"|g|": float(np.linalg.norm(weights @ gradients)) / _longest(gradients)}
+    return {"|g|": float(np.linalg.norm(weights @ gradients)) / longest(gradients)}
 
 
 def solver_length(gradients: np.ndarray) -> Numbers:
@@ -90,13 +90,14 @@ def solver_length(gradients: np.ndarray) -> Numbers:
     import cvxpy as cp
 
     weights = cp.Variable(len(gradients), nonneg=True)
-    unit = gradients / _longest(gradients)
+    unit = gradients / longest(gradients)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(weights @ unit)), [cp.sum(weights) == 1])
     problem.solve(solver="CLARABEL")
     return {"|g|": float(np.linalg.norm(np.asarray(weights.value) @ unit))}
 
 
-def _longest(gradients: np.ndarray) -> float:
+def longest(gradients: np.ndarray) -> float:
+    """Return the largest norm of the objectives' gradients, the rows."""
     return float(np.linalg.norm(gradients, axis=1).max())
 
 
@@ -106,20 +107,20 @@ def _direction(gradients: np.ndarray) -> np.ndarray:
 
 def inner_products(gradients: np.ndarray) -> Numbers:
     """Products g . g_j of every objective, over the longest gradient's square."""
-    g, scale = _direction(gradients), _longest(gradients) ** 2
+    g, scale = _direction(gradients), longest(gradients) ** 2
     return {f"objective {j + 1}": float(g @ row) / scale for j, row in enumerate(gradients)}
 
 
 def squared_length(gradients: np.ndarray) -> Numbers:
     """|g|^2, to the same scale: g . g_j >= |g|^2, so -g descends along every objective."""
-    g, scale = _direction(gradients), _longest(gradients) ** 2
+    g, scale = _direction(gradients), longest(gradients) ** 2
     return {f"objective {j + 1}": float(g @ g) / scale for j in range(len(gradients))}
 
 
 def no_common_descent(gradients: np.ndarray) -> Numbers:
     """1 where no d has g_j . d < 0 for all j (a linear program), else 0."""
     count, n = gradients.shape
-    unit = gradients / _longest(gradients)
+    unit = gradients / longest(gradients)
     # Maximise t subject to g_j . d + t <= 0 and |d|_inf <= 1.
     answer = linprog(
         np.append(np.zeros(n), -1.0),
@@ -136,7 +137,7 @@ def no_common_descent(gradients: np.ndarray) -> Numbers:
 def zero_direction(gradients: np.ndarray) -> Numbers:
     """1 where the shortest vector of (15) is 0, else 0."""
     g = _direction(gradients)
-    return {"stationary": float(np.linalg.norm(g) <= 1e-7 * _longest(gradients))}
+    return {"stationary": float(np.linalg.norm(g) <= 1e-7 * longest(gradients))}
 
 
 # (2) and (7) ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from retrain.bounds.outputs import theorem_1, theorem_2
 from retrain.methods.net_trim.method import net_trim
 from retrain.methods.net_trim.options import NetTrimOptions
 from retrain.stream.chain import Chain, ChainStream, forward, link_normalise, response
+from retrain.stream.details import NetTrimDetails, details_of
 from retrain.verify import pictures
 from retrain.verify.statement import Case, Level, Numbers, Row, Statement
 from solvers import solve_cvxpy, trim_program
@@ -118,7 +119,10 @@ def package_run(chain: Chain, inputs: np.ndarray, options: NetTrimOptions) -> Re
     """Retrain by the package's own Net-Trim and ADMM, which keeps uncertified layers dense too."""
     stream = ChainStream(chain, inputs)
     reports = {result.report.name: result.report for result in net_trim(stream, options)}
-    epsilons = tuple(float(reports[str(index)].details["epsilon"]) for index in range(len(chain)))
+    epsilons = tuple(
+        details_of(reports[str(index)].details, NetTrimDetails).epsilon
+        for index in range(len(chain))
+    )
     return Retrained(chain, stream.chain, inputs, epsilons, options.inflation)
 
 

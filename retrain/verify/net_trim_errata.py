@@ -10,6 +10,7 @@ import numpy as np
 from retrain.bounds.outputs import check_link_normalised, output_bound, theorem_1
 from retrain.methods.net_trim.method import net_trim
 from retrain.stream.chain import Chain, ChainStream, forward, link_normalise
+from retrain.stream.details import NetTrimDetails, details_of
 from retrain.verify.net_trim import PAPER, THEOREM_1, Retrained, options, output, random_chain
 from retrain.verify.statement import Case, Numbers, Statement
 from solvers import ElasticNet, Penalty, solve_cvxpy, trim_program
@@ -97,7 +98,7 @@ def premise_broken(case: Case, rng: np.random.Generator) -> Retrained:
             zeros="free",  # the paper's program; held at zero, the weights cannot grow beyond 1
         )
         (result,) = net_trim(stream, settings, layers=[name])
-        epsilons.append(float(result.report.details["epsilon"]))
+        epsilons.append(details_of(result.report.details, NetTrimDetails).epsilon)
     return Retrained(chain, stream.chain, inputs, tuple(epsilons), 1.0)
 
 

@@ -188,7 +188,7 @@ def _run(
     cases = {statement.name: list(statement.cases(level)) for statement in chosen}
     rows: dict[str, dict[int, Row]] = {}
     for statement in chosen:
-        kept = {} if directory is None else _kept(directory, statement.name, fingerprint)
+        kept = {} if directory is None else kept_answers(directory, statement.name, fingerprint)
         rows[statement.name] = {
             index: row
             for index, row in kept.items()
@@ -273,7 +273,7 @@ def _plain(numbers: Numbers) -> Numbers:
 def _fingerprint(level: Level, seed: int) -> str:
     """Hash of what a row depends on: level, seed, versions, this code and what it checks."""
     root = Path(__file__).parents[2]
-    digest = hashlib.sha256(repr((level, seed, _versions())).encode())
+    digest = hashlib.sha256(repr((level, seed, versions())).encode())
     for folder in (
         "solvers",
         "retrain/verify",
@@ -286,7 +286,8 @@ def _fingerprint(level: Level, seed: int) -> str:
     return digest.hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that compute."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
@@ -302,7 +303,7 @@ def _keep(directory: Path, name: str, fingerprint: str, index: int, row: Row) ->
         file.write(json.dumps(record) + "\n")
 
 
-def _kept(directory: Path, name: str, fingerprint: str) -> dict[int, Row]:
+def kept_answers(directory: Path, name: str, fingerprint: str) -> dict[int, Row]:
     """Rows of an earlier run of the same level, seed and code."""
     path = _rows_file(directory, name)
     rows: dict[int, Row] = {}
@@ -360,7 +361,7 @@ def document(results: Sequence[Result], level: Level, seed: int) -> str:
     record = {
         "level": level,
         "seed": seed,
-        "versions": _versions(),
+        "versions": versions(),
         "violated": [r.statement.name for r in results if r.verdict == "violated"],
         "results": [result.to_json() for result in results],
     }

@@ -41,7 +41,7 @@ from numba import njit
 
 from solvers.admm.splitting import Splitting, State, relax
 
-_LEAST_FLOPS = 5e8  # of a step; below, importing torch takes longer than all steps do
+LEAST_FLOPS = 5e8  # of a step; below, importing torch takes longer than all steps do
 _SPLIT = np.float32(2**16 + 1)
 
 
@@ -50,12 +50,22 @@ def half_walk(splitting: Splitting) -> Callable[[Splitting, State, int], State] 
 
     They are one where the processor has instructions for them, and for tall inputs, in numpy and
     float32, of a layer of some size. Two walks give the same bytes with the same torch threads.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+
+    Returns
+    -------
+    callable or None
+        Walk with the signature of `plain_walk`.
     """
     inputs = splitting.inputs
     n_samples, n_in, n_out = splitting.program.shape
     if not is_numpy_array(inputs) or inputs.dtype != np.float32 or n_samples < n_in:
         return None
-    if 4.0 * n_samples * n_in * n_out < _LEAST_FLOPS or not has_products():
+    if 4.0 * n_samples * n_in * n_out < LEAST_FLOPS or not has_products():
         return None
     forward, adjoint, inverse = map(_rounded, (inputs, inputs.T, splitting.inverse))
 
@@ -78,7 +88,13 @@ def half_walk(splitting: Splitting) -> Callable[[Splitting, State, int], State] 
 
 
 def has_products() -> bool:
-    """Tell whether the processor multiplies bfloat16 by itself, and torch knows how."""
+    """Tell whether the processor multiplies bfloat16 by itself, and torch knows how.
+
+    Returns
+    -------
+    bool
+        False where torch cannot tell.
+    """
     import torch
 
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # new in 2.10

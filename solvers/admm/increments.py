@@ -29,7 +29,20 @@ from solvers.admm.splitting import Splitting, State, relax, step
 
 
 def step_by_increments(splitting: Splitting, state: State) -> State:
-    """One iteration, as in the module's docstring."""
+    """One iteration, as in the module's docstring.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    state : State
+        Iterates u, z, the scaled multipliers p, q, the last w, and rho.
+
+    Returns
+    -------
+    State
+        After one iteration.
+    """
     inputs, alpha, tau = splitting.inputs, splitting.relaxation, splitting.tau
     if inputs.shape[0] < inputs.shape[1]:
         return step(splitting, state)[0]
@@ -44,7 +57,22 @@ def step_by_increments(splitting: Splitting, state: State) -> State:
 
 
 def walk_by_increments(splitting: Splitting, state: State, count: int) -> State:
-    """Walk for `splitting.advance`; on numpy arrays z and q are overwritten."""
+    """Walk for `splitting.advance`; on numpy arrays z and q are overwritten.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    state : State
+        Iterates u, z, the scaled multipliers p, q, the last w, and rho.
+    count : int
+        Iterations to take.
+
+    Returns
+    -------
+    State
+        After `count` iterations.
+    """
     inputs = splitting.inputs
     if not is_numpy_array(inputs) or inputs.shape[0] < inputs.shape[1]:
         for _ in range(count):

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace, device
 
+from solvers import checks
 from solvers.admm.increments import walk_by_increments
 from solvers.admm.splitting import Factor, Progress, Splitting, State, advance, prepare, start
 from solvers.arrays import like
@@ -49,8 +50,8 @@ Array = Any
 _log = logging.getLogger(__name__)
 
 _FIRST_CHECK = 50
-_RELAXATION_BALL = 1.8
-_EMPHASIS_BALL, _EMPHASIS_CEILING = 3.0, 2.0
+RELAXATION_BALL = 1.8
+EMPHASIS_BALL, EMPHASIS_CEILING = 3.0, 2.0
 # A new low of the gap or of the violation is at most this share of the lowest before.
 _PROGRESS = 0.8
 
@@ -110,6 +111,18 @@ def solve_admm(
     References
     ----------
     Aghasi et al., Net-Trim (2017), equations (4), (6), (11).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import solve_admm, trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> program = trim_program(X, Y, epsilon=0.1 * np.linalg.norm(Y), old_weight=W)
+    >>> result = solve_admm(program)
+    >>> result.status.value, bool(result.certificate.gap <= 1e-4)
+    ('solved', True)
     """
     violation_tolerance = tolerance if violation_tolerance is None else violation_tolerance
     check_limits(tolerance, violation_tolerance, max_iterations)
@@ -121,7 +134,7 @@ def solve_admm(
 
     dtype = program.inputs.dtype
     scaling = Scaling.of(program, factor.sizes)
-    splitting = _splitting(scaling, factor, dtype)
+    splitting = splitting_of(scaling, factor, dtype)
     progress = Progress(start(splitting, factor, scaling.warm_start(warm_start)))
     best = _Best(program, scaling)
     history: list[dict[str, float]] = []
@@ -136,9 +149,9 @@ def solve_admm(
         _log.debug("solving: ADMM, %d of at most %d iterations", progress.iteration, max_iterations)
         if bool(np.all(certified | best.unreachable)):
             break
-        if dtype != xp.float64 and _stalled(history, tolerance, violation_tolerance):
+        if dtype != xp.float64 and stalled(history, tolerance, violation_tolerance):
             dtype = xp.float64
-            splitting = _splitting(scaling, factor, dtype)
+            splitting = splitting_of(scaling, factor, dtype)
             progress = replace(progress, state=progress.state.astype(dtype))
         check_at += max(25, min(progress.iteration // 4, 250))
 
@@ -167,30 +180,68 @@ def solve_admm(
     )
 
 
-def _splitting(scaling: Scaling, factor: Factor, dtype: Any) -> Splitting:
-    """Build the splitting, with the relaxation and the emphasis of the module's docstring."""
+def splitting_of(scaling: Scaling, factor: Factor, dtype: Any) -> Splitting:
+    """Build the splitting, with the relaxation and the emphasis of the module's docstring.
+
+    Parameters
+    ----------
+    scaling : Scaling
+        The program in a solver's units.
+    factor : Factor
+        Factorisation of the inputs (`prepare`).
+    dtype : dtype
+        float32 or float64 of the arrays' namespace.
+
+    Returns
+    -------
+    Splitting
+        What the iterations need.
+    """
     program = scaling.program
     xp = array_namespace(program.inputs)
     if not isinstance(program, RegularisedProgram):
-        tuning = {"relaxation": _RELAXATION_BALL, "emphasis": _EMPHASIS_BALL}
+        tuning = {"relaxation": RELAXATION_BALL, "emphasis": EMPHASIS_BALL}
         return Splitting.build(scaling, factor, dtype, **tuning)
     ceilings = xp.any(~program.active, axis=0)
     one = xp.ones(ceilings.shape, dtype=xp.float64, device=device(program.inputs))
-    emphasis = xp.where(ceilings, _EMPHASIS_CEILING * one, one)
+    emphasis = xp.where(ceilings, EMPHASIS_CEILING * one, one)
     return Splitting.build(scaling, factor, dtype, emphasis=emphasis)
 
 
 def check_limits(tolerance: float, violation_tolerance: float, max_iterations: int) -> None:
-    """Raise ValueError for limits that no solve can meet."""
-    for name, value in (("tolerance", tolerance), ("violation_tolerance", violation_tolerance)):
-        if not value > 0:
-            raise ValueError(f"{name}: got {value!r}, want a positive number")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations: got {max_iterations!r}, want at least 1")
+    """Raise ValueError for limits that no solve can meet.
+
+    Parameters
+    ----------
+    tolerance, violation_tolerance : float
+        Largest relative gap and violation of a certified result.
+    max_iterations : int
+        Iterations at most.
+
+    Raises
+    ------
+    ValueError
+        If a tolerance is not positive and finite, or no iteration is allowed.
+    """
+    checks.positive(tolerance=tolerance, violation_tolerance=violation_tolerance)
+    checks.count(1, max_iterations=max_iterations)
 
 
 def check_factor(program: Program, factor: Factor | None) -> None:
-    """Raise ValueError for a factor of other inputs, as far as its order tells."""
+    """Raise ValueError for a factor of other inputs, as far as its order tells.
+
+    Parameters
+    ----------
+    program : ConstrainedProgram or RegularisedProgram
+        The layer's program.
+    factor : Factor or None
+        What the caller passed; None passes.
+
+    Raises
+    ------
+    ValueError
+        If its order is not that of the program's inputs.
+    """
     order = min(program.inputs.shape)
     if factor is not None and factor.gram.shape[0] != order:
         raise ValueError(
@@ -199,13 +250,25 @@ def check_factor(program: Program, factor: Factor | None) -> None:
         )
 
 
-def _stalled(
+def stalled(
     history: Sequence[dict[str, float]], tolerance: float, violation_tolerance: float
 ) -> bool:
     """Tell whether two checks in a row brought no new low: float32 has then given what it can.
 
     Neither of the gap nor of the violation, as far as each is above its tolerance: a violation goes
     up and down on its way, while the gap falls.
+
+    Parameters
+    ----------
+    history : sequence of dict
+        Gap and violation of each check, in order.
+    tolerance, violation_tolerance : float
+        What is asked for.
+
+    Returns
+    -------
+    bool
+        False before three checks.
     """
     for name, limit in (("gap", tolerance), ("violation", violation_tolerance)):
         values = [max(row[name], limit) for row in history]

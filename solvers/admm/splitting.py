@@ -102,7 +102,25 @@ def prepare(inputs: Array) -> Factor:
     Returns
     -------
     Factor
-        Cost: one product X^T X (or X X^T) in float64. A solve inverts I + tau times it.
+        For the solvers' argument of that name.
+
+    Notes
+    -----
+    Costs one product X^T X (or X X^T) in float64. A solve inverts I + tau times it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import prepare, solve_admm, trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> factor = prepare(X)
+    >>> for size in (1.0, 2.0):
+    ...     program = trim_program(X, Y, epsilon=size, old_weight=W)
+    ...     print(solve_admm(program, factor=factor).status.value)
+    solved
+    solved
     """
     started = time.perf_counter()
     xp = array_namespace(inputs)
@@ -115,7 +133,22 @@ def prepare(inputs: Array) -> Factor:
 
 
 def metric(program: LayerProgram, factor: Factor, size: float = METRIC) -> float:
-    """The tau of |u|^2 + tau |z|^2, `size` N / |X|_F^2: the weight of responses beside weights."""
+    """The tau of |u|^2 + tau |z|^2, `size` N / |X|_F^2: the weight of responses beside weights.
+
+    Parameters
+    ----------
+    program : LayerProgram
+        The layer's program; its number of inputs counts.
+    factor : Factor
+        Factorisation of the inputs (`prepare`).
+    size : float, optional
+        Larger values move the responses less, and the weights more, in each iteration.
+
+    Returns
+    -------
+    float
+        tau, above 0.
+    """
     squared_norm = factor.squared_norm if factor.squared_norm > 0 else 1.0
     return size * program.shape[1] / squared_norm
 
@@ -147,7 +180,28 @@ class Splitting:
         relaxation: float = RELAXATION,
         emphasis: float | Array = 1.0,
     ) -> Splitting:
-        """Cast a program in a solver's units to the dtype to iterate in."""
+        """Cast a program in a solver's units to the dtype to iterate in.
+
+        Parameters
+        ----------
+        scaling : Scaling
+            The program, and the same in a solver's units.
+        factor : Factor
+            Factorisation of the inputs (`prepare`).
+        dtype : dtype
+            float32 or float64 of the arrays' namespace.
+        tau : float, optional
+            Weight of responses beside weights; `metric` by default.
+        relaxation : float, optional
+            Over-relaxation, between 1 and 2.
+        emphasis : float or array, shape (n_out,), optional
+            Factor on the primal residual when rho is balanced.
+
+        Returns
+        -------
+        Splitting
+            What the iterations need.
+        """
         program = scaling.program
         xp = array_namespace(program.inputs)
         tau = metric(program, factor) if tau is None else tau
@@ -175,7 +229,22 @@ class Splitting:
         )
 
     def project(self, a: Array, c: Array) -> tuple[Array, Array]:
-        """Project onto the graph {z = Xu} in the metric |u|^2 + tau |z|^2."""
+        """Project onto the graph {z = Xu} in the metric |u|^2 + tau |z|^2.
+
+        Parameters
+        ----------
+        a : array, shape (n_in, n_out)
+            Point to project, weights.
+        c : array, shape (n_samples, n_out)
+            Point to project, responses.
+
+        Returns
+        -------
+        array, shape (n_in, n_out)
+            u of the nearest point of the graph.
+        array, shape (n_samples, n_out)
+            z = Xu there.
+        """
         n_samples, n_in = self.inputs.shape
         if n_samples >= n_in:
             u = self.inverse @ (a + self.tau * (self.inputs.T @ c))
@@ -184,7 +253,20 @@ class Splitting:
         return a + self.tau * (self.inputs.T @ e), c - e
 
     def prox_penalty(self, t: Array, rho: Array) -> Array:
-        """Prox of f / rho: the penalty on the penalised rows, the mask everywhere."""
+        """Prox of f / rho: the penalty on the penalised rows, the mask everywhere.
+
+        Parameters
+        ----------
+        t : array, shape (n_in, n_out)
+            Where the prox is taken.
+        rho : array, shape () or (n_out,)
+            Penalty parameter, shared or by unit.
+
+        Returns
+        -------
+        array, shape (n_in, n_out)
+            Weights, exactly 0 where the penalty or the mask says so.
+        """
         xp = array_namespace(t)
         if self.program.support is not None:
             # Before the shrinkage: an entry held at zero must not count in its group's norm.
@@ -206,6 +288,20 @@ class Splitting:
 
         In the ball, min(1, epsilon / |(z - q - y)_Omega|); for the fit, 1 / (1 + weight) with
         weight = 2 fit_weight / (rho tau), unit by unit.
+
+        Parameters
+        ----------
+        z : array, shape (n_samples, n_out)
+            Responses.
+        q : array, shape (n_samples, n_out)
+            Scaled multipliers.
+        rho : array, shape () or (n_out,)
+            Penalty parameter, shared or by unit.
+
+        Returns
+        -------
+        array, shape () or (n_out,)
+            Factor from 0 to 1.
         """
         xp = array_namespace(z)
         if isinstance(self.program, ConstrainedProgram):
@@ -219,7 +315,22 @@ class Splitting:
         return 1 / (1 + 2 * self.program.fit_weight / (rho * self.tau))
 
     def prox_response(self, z: Array, q: Array, rho: Array) -> Array:
-        """Prox of g / (rho tau) at z - q: the ball or the fit on Omega, the ceilings off it."""
+        """Prox of g / (rho tau) at z - q: the ball or the fit on Omega, the ceilings off it.
+
+        Parameters
+        ----------
+        z : array, shape (n_samples, n_out)
+            Responses.
+        q : array, shape (n_samples, n_out)
+            Scaled multipliers.
+        rho : array, shape () or (n_out,)
+            Penalty parameter, shared or by unit.
+
+        Returns
+        -------
+        array, shape (n_samples, n_out)
+            Responses that the constraints allow.
+        """
         xp = array_namespace(z)
         t = z - q
         fitted = self.level + self.shrinkage(z, q, rho) * (t - self.level)
@@ -238,7 +349,18 @@ class State:
     rho: Array
 
     def astype(self, dtype: Any) -> State:
-        """Go on in another dtype."""
+        """Go on in another dtype.
+
+        Parameters
+        ----------
+        dtype : dtype
+            float32 or float64 of the arrays' namespace.
+
+        Returns
+        -------
+        State
+            The same point.
+        """
         xp = array_namespace(self.u)
         names = ("u", "z", "p", "q", "w", "rho")
         return State(**{name: xp.astype(getattr(self, name), dtype) for name in names})
@@ -262,6 +384,22 @@ def advance(
 
     The arrays of the state are overwritten. Ends early, with `finite` False, where the residuals
     are not finite.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    progress : Progress
+        Where the iteration stands.
+    target : int
+        Iteration to stop at.
+    walk : callable, optional
+        Takes iterations between changes of rho; `plain_walk` by default.
+
+    Returns
+    -------
+    Progress
+        At the iteration `target`, or earlier where it is not finite.
     """
     walk = plain_walk if walk is None else walk
     while progress.iteration < target:
@@ -283,7 +421,22 @@ def advance(
 
 
 def step(splitting: Splitting, state: State) -> tuple[State, Array]:
-    """One iteration, as in the module's docstring; also returns v."""
+    """One iteration, as in the module's docstring; also returns v.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    state : State
+        Iterates u, z, the scaled multipliers p, q, the last w, and rho.
+
+    Returns
+    -------
+    State
+        After one iteration.
+    array, shape (n_samples, n_out)
+        v, the responses that the constraints allow.
+    """
     alpha = splitting.relaxation
     w = splitting.prox_penalty(state.u - state.p, state.rho)
     v = splitting.prox_response(state.z, state.q, state.rho)
@@ -294,7 +447,22 @@ def step(splitting: Splitting, state: State) -> tuple[State, Array]:
 
 
 def plain_walk(splitting: Splitting, state: State, count: int) -> State:
-    """Take `count` iterations; for tall numpy arrays in place, each array passed over twice."""
+    """Take `count` iterations; for tall numpy arrays in place, each array passed over twice.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    state : State
+        Iterates u, z, the scaled multipliers p, q, the last w, and rho.
+    count : int
+        Iterations to take.
+
+    Returns
+    -------
+    State
+        After `count` iterations.
+    """
     inputs = splitting.inputs
     if not is_numpy_array(inputs) or inputs.shape[0] < inputs.shape[1]:
         for _ in range(count):
@@ -315,7 +483,19 @@ def plain_walk(splitting: Splitting, state: State, count: int) -> State:
 
 
 def relax(splitting: Splitting, z: np.ndarray, q: np.ndarray, rho: np.ndarray) -> None:
-    """Overwrite q by c - z = alpha (v - z) + q, on numpy arrays in one pass."""
+    """Overwrite q by c - z = alpha (v - z) + q, on numpy arrays in one pass.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    z : ndarray, shape (n_samples, n_out)
+        Responses.
+    q : ndarray, shape (n_samples, n_out)
+        Scaled multipliers; overwritten.
+    rho : ndarray, shape () or (n_out,)
+        Penalty parameter, shared or by unit.
+    """
     alpha = z.dtype.type(splitting.relaxation)
     shrinkage = np.broadcast_to(splitting.shrinkage(z, q, rho), (z.shape[1],))
     _relax(z, q, splitting.level, splitting.program.active, shrinkage, alpha)
@@ -344,7 +524,22 @@ def _relax(z, q, level, active, shrinkage, alpha):  # type: ignore[no-untyped-de
 
 
 def start(splitting: Splitting, factor: Factor, warm_start: SolveResult | None) -> State:
-    """First point: the warm start's, in a solver's units, or the old weights', often feasible."""
+    """First point: the warm start's, in a solver's units, or the old weights', often feasible.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    factor : Factor
+        Factorisation of the inputs (`prepare`).
+    warm_start : SolveResult or None
+        Result to go on from, in the units of the splitting.
+
+    Returns
+    -------
+    State
+        First point.
+    """
     program = splitting.program
     xp = array_namespace(splitting.inputs)
     n_samples, n_in, n_out = program.shape
@@ -402,6 +597,24 @@ def residuals(
     """Relative primal and dual residuals: scalars where rho is shared, by unit where it is not.
 
     `previous` is (u, z) before the last step, v what that step made.
+
+    Parameters
+    ----------
+    splitting : Splitting
+        The program as ADMM iterates on it: scaled data and the factorisation.
+    previous : pair of arrays
+        u and z before the last step.
+    state : State
+        Iterates u, z, the scaled multipliers p, q, the last w, and rho.
+    v : array, shape (n_samples, n_out)
+        What the last step made of the responses.
+
+    Returns
+    -------
+    array, shape () or (n_out,)
+        Primal residual.
+    array, shape () or (n_out,)
+        Dual residual.
     """
     xp = array_namespace(state.u)
 
@@ -431,6 +644,18 @@ def balance(state: State, primal: Array, dual: Array) -> State:
 
     A primal residual that is rounding tells nothing: a unit that is done keeps its rho. A dual one
     beside a primal one that is not (constraints that cannot be met leave such) counts as rounding.
+
+    Parameters
+    ----------
+    state : State
+        Iterates u, z, the scaled multipliers p, q, the last w, and rho.
+    primal, dual : array, shape () or (n_out,)
+        Relative residuals, as `residuals` gives them.
+
+    Returns
+    -------
+    State
+        The same point, with another rho and multipliers scaled to it.
     """
     xp = array_namespace(primal)
     rounding = _ROUNDING * xp.finfo(state.rho.dtype).eps

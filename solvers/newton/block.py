@@ -11,7 +11,7 @@ XU and the duals X^T nu, is a product for the whole block, three of them a round
 
 They are in float32, which takes half the time, until a unit's gap and violation are as small as
 that can tell, or no longer fall; from there on in float64. In float64 they begin where rounding XU
-alone moves the duals by more than that (`_noise`), as it does for inputs far from zero mean.
+alone moves the duals by more than that (`noise`), as it does for inputs far from zero mean.
 
 A unit within its tolerances leaves the block. A round that takes many Newton steps has met ceilings
 too stiff for the point it began at: each step is cut short by the next of them. It is begun again
@@ -54,6 +54,12 @@ def solve_block(
 
     Parameters
     ----------
+    shared : Shared
+        Inputs and penalty, the same for all units.
+    units : Units
+        Data of these units.
+    points : Points
+        Where they stand; not changed.
     slack : float
         s = 1 / (2 fit_weight); 0 fits Omega exactly, infinity not at all.
     tolerance, violation : float
@@ -152,7 +158,7 @@ def _begin(
     fine = np.full(count, precision is np.float64)
     z = _responses(shared, now.u, fine)
     rough = 2 * max(accuracy, _INNER * _COARSE)
-    if not fine.all() and _noise(shared, units, 0, now.u[0], z[0], slack) > rough:
+    if not fine.all() and noise(shared, units, 0, now.u[0], z[0], slack) > rough:
         fine[:] = True
         z = _responses(shared, now.u, fine)
     c = _duals(shared, now.nu, fine)
@@ -263,12 +269,32 @@ def _duals(shared: Shared, nu: np.ndarray, fine: np.ndarray) -> np.ndarray:
     return _apart(lambda rows, inputs: rows @ inputs, shared, nu, fine)
 
 
-def _noise(
+def noise(
     shared: Shared, units: Units, b: int, u: np.ndarray, z: np.ndarray, slack: float
 ) -> float:
     """How far the rounding of a unit's z moves X^T nu on Omega, where nu = (z - y) / s, by box.
 
     From some samples alone: sums of roundings grow with the root of their number.
+
+    Parameters
+    ----------
+    shared : Shared
+        Inputs and penalty, the same for all units.
+    units : Units
+        Data of a block of units.
+    b : int
+        Number of the unit in the block.
+    u : ndarray, shape (n_in,)
+        The unit's weights.
+    z : ndarray, shape (n_samples,)
+        Its responses, as the steps have moved them.
+    slack : float
+        s, above 0.
+
+    Returns
+    -------
+    float
+        In units of each input's box.
     """
     part = slice(0, _SOME)
     inputs = shared.inputs[part]

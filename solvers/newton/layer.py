@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
+from solvers import checks
 from solvers.admm.bfloat16 import half_walk
 from solvers.admm.solve import check_factor, check_limits
 from solvers.admm.splitting import (
@@ -41,6 +42,7 @@ from solvers.admm.splitting import (
 )
 from solvers.arrays import like, to_numpy
 from solvers.newton.block import solve_block
+from solvers.newton.slack import Trail, first_slack, is_plausible, keep_finite, log_of, next_slack
 from solvers.newton.work import Points, Shared, Units, Work, holds_single
 from solvers.penalties import L1, ElasticNet
 from solvers.program import ConstrainedProgram, Program, RegularisedProgram
@@ -61,12 +63,8 @@ _OWN_SHARE = 0.5  # a unit's own estimates are asked for this part of the tolera
 _TIGHTER, _FINEST_SHARE = 0.1, 1e-5
 _REFINEMENTS = 5
 _ROOT_STEPS = 60
-_LONGEST, _DOUBLINGS = 3.0, 4  # change of log s, the first and how often it may double
 _INSIDE = 0.25  # of the room that there is inside the ball, where to aim
 _LEAST_ROOM, _MOST_ROOM = 1e-14, 0.04
-_USUAL_SLOPE = 0.7  # of log r over log s, until two points tell
-_FAR = 15.0  # a slack e^15 times the first looks like one without end
-_LARGEST_SLACK, _LONGEST_LOG, _TINY = 1e290, 667.0, 5e-324
 BLOCK = 32  # units whose products are taken together
 _KEPT = 2**28  # bytes of the units' Gram matrices that stay from one slack to the next
 _PROXIMAL = 30.0  # first sigma and tau, relative to what ADMM balanced
@@ -132,6 +130,18 @@ def solve_newton(
     Aghasi et al., Net-Trim (2017), equations (4), (6), (11). Rockafellar, Augmented Lagrangians and
     applications of the proximal point algorithm (1976). Li, Sun, Toh, A highly efficient semismooth
     Newton augmented Lagrangian method for solving lasso problems (2018).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import solve_newton, trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> program = trim_program(X, Y, epsilon=0.1 * np.linalg.norm(Y), old_weight=W)
+    >>> result = solve_newton(program, tolerance=1e-8)
+    >>> result.status.value, bool(result.certificate.gap <= 1e-8)
+    ('solved', True)
     """
     violation_tolerance = tolerance if violation_tolerance is None else violation_tolerance
     if program.penalty.separable and not isinstance(program.penalty, L1 | ElasticNet):
@@ -144,8 +154,7 @@ def solve_newton(
             f"penalty: the {program.penalty.name} penalty couples the units, which Newton's method "
             "solves one by one; use solve_admm"
         )
-    if threads < 1:
-        raise ValueError(f"threads: got {threads!r}, want at least 1")
+    checks.count(1, threads=threads)
     limits = (tolerance, violation_tolerance)
     check_limits(tolerance, violation_tolerance, max_iterations)
     check_factor(program, factor)
@@ -153,7 +162,7 @@ def solve_newton(
     factor = prepare(program.inputs) if factor is None else factor
     started = time.perf_counter()
     scaling = Scaling.of(program, factor.sizes)
-    single = _holds_single(scaling.program)
+    single = columns_hold_single(scaling.program)
     warm_start = scaling.warm_start(warm_start)
     near = _near(scaling, max_iterations, warm_start, factor, single=single)
     rho = scaling.penalty_parameter_back(near.rho)
@@ -218,8 +227,19 @@ def _near(
     return progress.state if progress.finite else start(splitting, factor, warm_start)
 
 
-def _holds_single(program: Program) -> bool:
-    """Tell whether float32 holds the squares of the data."""
+def columns_hold_single(program: Program) -> bool:
+    """Tell whether float32 holds the squares of the data.
+
+    Parameters
+    ----------
+    program : ConstrainedProgram or RegularisedProgram
+        The layer's program.
+
+    Returns
+    -------
+    bool
+        Whether no square of them vanishes or overflows there.
+    """
     xp = array_namespace(program.inputs)
     return all(holds_single(float(xp.max(xp.abs(a)))) for a in (program.inputs, program.level))
 
@@ -279,9 +299,9 @@ class _Finish:
             sizes = np.full(n_out, np.linalg.norm(sizes) / math.sqrt(n_out))
             floor = np.full(n_out, float((np.abs(u) @ weight).sum()) / n_out)
         else:
-            old = scaling.objective * to_numpy(given._penalty_floor())
+            old = scaling.objective * to_numpy(given.penalty_floor())
             floor = 1e-6 * np.broadcast_to(old, (n_out,))
-        sizes = np.where(sizes > 0, sizes, program._scale_floor())
+        sizes = np.where(sizes > 0, sizes, program.scale_floor())
         points = Points.at(u, nu, _PROXIMAL / rho, _PROXIMAL * tau)
         return _Finish(
             given, scaling, shared, floor, sizes, points, limits, max_steps, threads, [], far(given)
@@ -386,8 +406,8 @@ def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> None:
     """Find the slack s at which the units' residuals add up to epsilon."""
     share, epsilon = _OWN_SHARE, program.epsilon
     aim, room = epsilon, _MOST_ROOM
-    slack, refined = _first_slack(program, finish.points), 0
-    trail: list[tuple[float, float]] = []  # (log s, log(r / aim)) of finite slacks so far
+    slack, refined = first_slack(program, finish.points), 0
+    trail: Trail = []  # (log s, log(r / aim)) of finite slacks so far
     if finish.scaling.weights is not None and finish.judged()[2].within(*finish.limits).all():
         return
     for _ in range(_ROOT_STEPS):
@@ -405,7 +425,7 @@ def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> None:
         if aim == epsilon > 0 and slack < math.inf:
             room = _room(finish, slack, epsilon)
             aim = epsilon * math.exp(-_INSIDE * room)
-        error = _log(residual) - _log(aim) if epsilon > 0 else 0.0
+        error = log_of(residual) - log_of(aim) if epsilon > 0 else 0.0
         settled = epsilon == 0 or (slack == math.inf and residual <= epsilon)
         if settled or abs(error) <= share * min(finish.limits[1], room):
             if finish.rounded():
@@ -415,11 +435,11 @@ def _solve_ball(program: ConstrainedProgram, finish: _Finish) -> None:
         if not settled:
             if slack < math.inf:
                 trail.append((math.log(slack), error))
-            if not _plausible(trail):
+            if not is_plausible(trail):
                 # Where the objective is flat, residuals are less accurate than gaps are.
                 share = max(_TIGHTER * share, _FINEST_SHARE)
                 trail = trail[-1:]
-            before, slack = slack, _next_slack(trail, tried_infinity=slack == math.inf)
+            before, slack = slack, next_slack(trail, tried_infinity=slack == math.inf)
             if slack == before:
                 break
 
@@ -431,19 +451,9 @@ def _fit_best(finish: _Finish, residual: float) -> None:
     """
     proof = finish.points.nu.copy()
     beyond = float(finish.far) * finish.scaling.objective
-    finish.run(_held(residual * residual / beyond), _OWN_SHARE)
+    finish.run(keep_finite(residual * residual / beyond), _OWN_SHARE)
     finish.points.nu = proof
     finish.verdict = None
-
-
-def _log(value: float) -> float:
-    """Logarithm of a number >= 0, that of the smallest positive one for 0."""
-    return math.log(max(value, _TINY))
-
-
-def _held(slack: float) -> float:
-    """Keep a slack above 0 and below infinity, where logarithms and quotients are finite."""
-    return min(max(slack, 1 / _LARGEST_SLACK), _LARGEST_SLACK)
 
 
 def _room(finish: _Finish, slack: float, epsilon: float) -> float:
@@ -455,61 +465,3 @@ def _room(finish: _Finish, slack: float, epsilon: float) -> float:
     objective = float(np.sum(np.abs(finish.points.u) @ finish.shared.weight))
     room = finish.limits[0] * objective * slack / epsilon / epsilon
     return min(max(room, _LEAST_ROOM), _MOST_ROOM)
-
-
-def _first_slack(program: ConstrainedProgram, points: Points) -> float:
-    """Guess epsilon / |nu_Omega|; epsilon^2 where that is nothing."""
-    if program.epsilon == 0:
-        return 0.0
-    active = to_numpy(program.active).T
-    force = math.hypot(*(np.linalg.norm(nu[on]) for nu, on in zip(points.nu, active, strict=True)))
-    return _held(program.epsilon / force if force > 0 else program.epsilon * program.epsilon)
-
-
-def _plausible(trail: list[tuple[float, float]]) -> bool:
-    """Tell whether the last two residuals can be those of solutions: 0 <= slope <= 1.
-
-    Then no step shorter than the error leads to the root; a bracket that asks for one is wrong too.
-    """
-    if len(trail) < 2:
-        return True
-    (before, error_before), (here, error) = trail[-2:]
-    rise, run = error - error_before, here - before
-    return abs(run) > 0.5 * abs(error_before) and -1e-3 <= rise / run <= 1.001
-
-
-def _next_slack(trail: list[tuple[float, float]], *, tried_infinity: bool) -> float:
-    """Secant through the last two slacks, in the bracket of all."""
-    here, error = trail[-1]
-    below = max((s for s, e in trail if e < 0), default=-math.inf)
-    above = min((s for s, e in trail if e > 0), default=math.inf)
-    following = here - error / _USUAL_SLOPE
-    if len(trail) > 1 and here != trail[-2][0]:
-        before, error_before = trail[-2]
-        slope = (error - error_before) / (here - before)
-        # Where r is flat, from far inside the ceilings to far beyond what can be fitted, steps
-        # double: a few of them reach a slack at which the bound proves that there is no root.
-        longest = _LONGEST * 2.0 ** min(len(trail) - 2, _DOUBLINGS)
-        # r rises with s and |nu| = r / s falls: the slope lies in [0, 1].
-        step = -error / min(slope, 1.0) if slope > 0 else -math.copysign(longest, error)
-        following = here + min(max(step, -longest), longest)
-    if not below < following < above or _slow(trail):
-        following = (below + above) / 2 if math.isfinite(below + above) else here - 2 * error
-    endless = following > trail[0][0] + _FAR and above == math.inf
-    if endless and not tried_infinity:
-        return math.inf
-    return _held(math.exp(min(max(following, -_LONGEST_LOG), _LONGEST_LOG)))
-
-
-def _slow(trail: list[tuple[float, float]]) -> bool:
-    """Tell whether the last step halved neither the bracket there was before it nor the error."""
-
-    def width(part: list[tuple[float, float]]) -> float:
-        below = max((s for s, e in part if e < 0), default=-math.inf)
-        return min((s for s, e in part if e > 0), default=math.inf) - below
-
-    *earlier, (_, error) = trail
-    before = width(earlier)
-    if not math.isfinite(before):
-        return False
-    return width(trail) > 0.5 * before and abs(error) > 0.5 * min(abs(e) for _, e in earlier)

@@ -74,7 +74,17 @@ class Gram:
     included: np.ndarray
 
     def update(self, samples: np.ndarray, rows: np.ndarray, pushing: np.ndarray) -> None:
-        """Make it that of the pushing ones among `samples`, whose inputs are `rows`."""
+        """Make it that of the pushing ones among `samples`, whose inputs are `rows`.
+
+        Parameters
+        ----------
+        samples : int array
+            Numbers of the ceilings in play.
+        rows : array, shape (len(samples), |W|)
+            Their inputs.
+        pushing : bool array, shape (len(samples),)
+            Which of them push.
+        """
         included = self.included[samples]
         changed = pushing != included
         if not changed.any():
@@ -142,6 +152,12 @@ def minimise(
 
     Parameters
     ----------
+    inner : Inner
+        The function F on the working set.
+    accuracy : float
+        How near 0 the optimality conditions must be, relative to the boxes.
+    max_steps : int
+        Newton steps at most.
     over : Gram
         Of the ceilings in play; it is brought up to date.
     x, z : array, shape (|W|,), (|K|,)
@@ -294,7 +310,7 @@ def _search(
     smooth = fitted_gradient + inner.ridge * x + (x - inner.centre_u) / inner.sigma
     at_zero = float((smooth + weight * theta) @ follow)
     curvature = float(((inner.ridge + 1 / inner.sigma) * follow + dg) @ follow)
-    t, landed = _exact_step(
+    t, landed = exact_step(
         z, dz, inner.centre_nu, inner.level, inner.tau, at_zero, curvature, times, jumps
     )
     new = x + t * follow
@@ -306,8 +322,29 @@ def _search(
 
 
 @njit(cache=True, nogil=True)
-def _ceiling_slope(z, dz, centre, level, tau, t):  # type: ignore[no-untyped-def]
-    """<nu(z + t dz), dz> over ceilings and its derivative in t."""
+def ceiling_slope(z, dz, centre, level, tau, t):  # type: ignore[no-untyped-def]
+    """<nu(z + t dz), dz> over ceilings and its derivative in t.
+
+    Parameters
+    ----------
+    z, dz : ndarray, shape (|K|,)
+        Responses and their change along the direction.
+    centre : ndarray, shape (|K|,)
+        Multipliers at the proximal centre.
+    level : ndarray, shape (|K|,)
+        Ceilings.
+    tau : float
+        Weight of the proximal term.
+    t : float
+        Step.
+
+    Returns
+    -------
+    float
+        The slope.
+    float
+        Its derivative.
+    """
     slope, curvature = 0.0, 0.0
     for j in range(len(z)):
         pushed = centre[j] + tau * (z[j] + t * dz[j] - level[j])
@@ -318,19 +355,41 @@ def _ceiling_slope(z, dz, centre, level, tau, t):  # type: ignore[no-untyped-def
 
 
 @njit(cache=True, nogil=True)
-def _exact_step(  # type: ignore[no-untyped-def]
+def exact_step(  # type: ignore[no-untyped-def]
     z, dz, centre, level, tau, at_zero, curvature, times, jumps
 ):
     """Smallest t in [0, 1] where the slope of F along the direction turns nonnegative, else 1.
 
     `times` are the kinks, in order, `jumps` the slope's jumps up to and with each. Returns t, and
     the number of the kink it lies on or -1.
+
+    Parameters
+    ----------
+    z, dz : ndarray, shape (|K|,)
+        Responses and their change along the direction.
+    centre : ndarray, shape (|K|,)
+        Multipliers at the proximal centre.
+    level : ndarray, shape (|K|,)
+        Ceilings.
+    tau : float
+        Weight of the proximal term.
+    at_zero, curvature : float
+        Slope at 0, without the ceilings and the kinks, and its derivative.
+    times, jumps : ndarray, shape (kinks,)
+        As above.
+
+    Returns
+    -------
+    float
+        The step.
+    int
+        Number of the kink, or -1.
     """
     low, high = 0, len(times)  # the first kink behind which the slope is >= 0
     while low < high:
         middle = (low + high) // 2
         t = times[middle]
-        slope = _ceiling_slope(z, dz, centre, level, tau, t)[0]
+        slope = ceiling_slope(z, dz, centre, level, tau, t)[0]
         if slope + at_zero + t * curvature + jumps[middle] >= 0:
             high = middle
         else:
@@ -338,13 +397,13 @@ def _exact_step(  # type: ignore[no-untyped-def]
     jump = jumps[low - 1] if low > 0 else 0.0
     left = times[low - 1] if low > 0 else 0.0
     right = times[low] if low < len(times) else 1.0
-    slope, _ = _ceiling_slope(z, dz, centre, level, tau, right)
+    slope, _ = ceiling_slope(z, dz, centre, level, tau, right)
     if slope + at_zero + right * curvature + jump <= 0:
         return right, (low if low < len(times) else -1)
     # The root lies inside (left, right), where the slope is continuous and piecewise linear.
     t = right
     for _ in range(_ROOT_STEPS):
-        slope, bend = _ceiling_slope(z, dz, centre, level, tau, t)
+        slope, bend = ceiling_slope(z, dz, centre, level, tau, t)
         slope += at_zero + t * curvature + jump
         bend += curvature
         if slope > 0:

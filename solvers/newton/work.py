@@ -25,7 +25,7 @@ from solvers.newton.unit import Gram, Inner, minimise
 
 _MARGIN = 0.1  # inputs with |c| above weight (1 - margin) join W
 _NEAR = 0.1  # ceilings closer than this part of the unit's rms distance to its ceilings join K
-_CHUNK = 8192  # samples whose inputs are gathered at a time
+CHUNK = 8192  # samples whose inputs are gathered at a time
 _FINE = 1e-9  # optimality conditions that ask for matrices in float64 from the start
 _SINGLE = 1e12  # largest magnitude, and its inverse the smallest, whose squares float32 holds
 
@@ -70,7 +70,26 @@ class Shared:
         *,
         single: bool = True,
     ) -> Shared:
-        """Make the copies of X, that in float32 if it is wanted."""
+        """Make the copies of X, that in float32 if it is wanted.
+
+        Parameters
+        ----------
+        exact : ndarray, shape (n_samples, n_in), float64
+            Inputs X.
+        weight : ndarray, shape (n_in,)
+            Weight of each input in the l1 norm.
+        ridge : ndarray, shape (n_in,)
+            Weight of each input in half the squared norm.
+        gram : ndarray, shape (n_in, n_in), optional
+            X^T X, where it is known.
+        single : bool, optional
+            Whether X is held in float32 too, where that can hold it.
+
+        Returns
+        -------
+        Shared
+            What all units use.
+        """
         inputs = np.ascontiguousarray(exact, dtype=np.float64)
         lengths = np.sqrt(np.einsum("ji,ji->i", inputs, inputs))
         rough = exact.astype(np.float32, copy=False) if single else None
@@ -129,17 +148,51 @@ class Points:
 
     @staticmethod
     def at(u: np.ndarray, nu: np.ndarray, sigma: np.ndarray, tau: np.ndarray) -> Points:
-        """Points nothing is known of yet."""
+        """Points nothing is known of yet.
+
+        Parameters
+        ----------
+        u : ndarray, shape (units, n_in)
+            Weights.
+        nu : ndarray, shape (units, n_samples)
+            Multipliers.
+        sigma, tau : ndarray, shape (units,)
+            First weights of the two proximal terms.
+
+        Returns
+        -------
+        Points
+            With infinite gaps and no steps taken.
+        """
         count, unknown = len(u), np.full(len(u), math.inf)
         steps = np.zeros(count, dtype=int)
         return Points(u, nu, sigma, tau, steps, unknown, unknown.copy(), unknown.copy())
 
     def take(self, rows: slice | np.ndarray) -> Points:
-        """Copy some of them."""
+        """Copy some of them.
+
+        Parameters
+        ----------
+        rows : slice or int array
+            Which units.
+
+        Returns
+        -------
+        Points
+            A copy.
+        """
         return Points(*(np.array(getattr(self, name)[rows]) for name in self.__annotations__))
 
     def put(self, rows: slice | np.ndarray, others: Points) -> None:
-        """Write others over some of them; the first sigma and tau stay."""
+        """Write others over some of them; the first sigma and tau stay.
+
+        Parameters
+        ----------
+        rows : slice or int array
+            Which units.
+        others : Points
+            What to write there.
+        """
         for name in ("u", "nu", "steps", "gap", "violation", "residual"):
             getattr(self, name)[rows] = getattr(others, name)
 
@@ -211,26 +264,76 @@ class Work:
     def build(
         shared: Shared, units: Units, b: int, u: np.ndarray, c: np.ndarray, precision: Any
     ) -> Work:
-        """Begin with the inputs that are nonzero or near their bound."""
+        """Begin with the inputs that are nonzero or near their bound.
+
+        Parameters
+        ----------
+        shared : Shared
+            Inputs and penalty, the same for all units.
+        units : Units
+            Data of a block of units.
+        b : int
+            Number of the unit in the block.
+        u : ndarray, shape (n_in,)
+            The unit's weights.
+        c : ndarray, shape (n_in,)
+            X^T nu.
+        precision : dtype
+            Of the fitted samples' matrix.
+
+        Returns
+        -------
+        Work
+            The unit's working sets and their matrices.
+        """
         near = (u != 0) | (shared.weight == 0) | (np.abs(c) > shared.weight * (1 - _MARGIN))
         inputs = np.flatnonzero(near & units.allowed[b])
         nothing = np.zeros(len(shared.inputs), dtype=bool)
         square = np.zeros((len(inputs), len(inputs)))
         none = np.zeros(0, dtype=int)
-        fitted = _fitted(shared, units.active[b], inputs, inputs, precision)
+        fitted = fitted_matrix(shared, units.active[b], inputs, inputs, precision)
         over, extra = Gram(square, nothing), nothing.copy()
         return Work(inputs, fitted, over, extra, none, np.zeros(0), precision)
 
     def refine(self, shared: Shared, units: Units, b: int) -> bool:
-        """Make the fitted samples' matrix in float64; tell if it was not."""
+        """Make the fitted samples' matrix in float64; tell if it was not.
+
+        Parameters
+        ----------
+        shared : Shared
+            Inputs and penalty, the same for all units.
+        units : Units
+            Data of a block of units.
+        b : int
+            Number of the unit in the block.
+
+        Returns
+        -------
+        bool
+            False where it was in float64 already.
+        """
         if self.precision is np.float64:
             return False
         self.precision = np.float64
-        self.fitted = _fitted(shared, units.active[b], self.inputs, self.inputs, np.float64)
+        self.fitted = fitted_matrix(shared, units.active[b], self.inputs, self.inputs, np.float64)
         return True
 
     def run(self, shared: Shared, units: Units, now: Points, b: int, turn: Turn) -> None:
-        """Minimise the unit's F over W and K, and write the weights and the steps to `now`."""
+        """Minimise the unit's F over W and K, and write the weights and the steps to `now`.
+
+        Parameters
+        ----------
+        shared : Shared
+            Inputs and penalty, the same for all units.
+        units : Units
+            Data of a block of units.
+        now : Points
+            Where the units stand; this unit's weights and steps are written.
+        b : int
+            Number of the unit in the block.
+        turn : Turn
+            What this turn asks of the unit.
+        """
         level, tau, sigma = units.level[b], float(now.tau[b]), float(now.sigma[b])
         distance = np.where(units.active[b], 0.0, turn.z - level)
         width = _NEAR * math.sqrt(float(distance @ distance) / max(1, len(turn.z)))
@@ -273,7 +376,28 @@ class Work:
         c: np.ndarray,
         accuracy: float,
     ) -> bool:
-        """Take in the inputs and the ceilings that the last solution wants; tell if there are."""
+        """Take in the inputs and the ceilings that the last solution wants; tell if there are.
+
+        Parameters
+        ----------
+        shared : Shared
+            Inputs and penalty, the same for all units.
+        units : Units
+            Data of a block of units.
+        b : int
+            Number of the unit in the block.
+        nu : ndarray, shape (n_samples,)
+            The unit's multipliers.
+        c : ndarray, shape (n_in,)
+            X^T nu.
+        accuracy : float
+            How far beyond its bound an input may be and stay out.
+
+        Returns
+        -------
+        bool
+            Whether the working sets grew.
+        """
         pushed = ~units.active[b] & (nu > 0)
         pushed[self.seen] = False
         self.extra |= pushed
@@ -299,7 +423,7 @@ class Work:
             return wider
 
         over = np.flatnonzero(self.over.included)
-        fitted = _fitted(shared, active, new, everything, self.precision)
+        fitted = fitted_matrix(shared, active, new, everything, self.precision)
         self.fitted = widen(self.fitted, fitted)
         pushed = _gram(shared.exact, over, new, everything, np.float64)
         self.over.matrix = widen(self.over.matrix, pushed)
@@ -307,13 +431,39 @@ class Work:
 
 
 def precision_for(shared: Shared, slack: float, accuracy: float) -> Any:
-    """What to make the fitted samples' matrices in."""
+    """What to make the fitted samples' matrices in.
+
+    Parameters
+    ----------
+    shared : Shared
+        Inputs, also in float32 where that serves.
+    slack : float
+        s = 1 / (2 fit_weight); 0 fits exactly.
+    accuracy : float
+        Accuracy asked of the solve.
+
+    Returns
+    -------
+    dtype
+        numpy.float32 or numpy.float64.
+    """
     rough = shared.single is not None and slack > 0 and accuracy >= _FINE
     return np.float32 if rough else np.float64
 
 
 def holds_single(size: float) -> bool:
-    """Tell whether float32 holds the squares of numbers of this magnitude."""
+    """Tell whether float32 holds the squares of numbers of this magnitude.
+
+    Parameters
+    ----------
+    size : float
+        A magnitude, at least 0.
+
+    Returns
+    -------
+    bool
+        Whether its square neither vanishes nor overflows in float32.
+    """
     return size == 0 or 1 / _SINGLE <= size <= _SINGLE
 
 
@@ -334,10 +484,27 @@ def _gather(
     return out
 
 
-def _fitted(
+def fitted_matrix(
     shared: Shared, active: np.ndarray, left: np.ndarray, right: np.ndarray, precision: Any
 ) -> np.ndarray:
-    """X_left^T X_right over Omega: the sum over it, or all but the sum over the rest."""
+    """X_left^T X_right over Omega: the sum over it, or all but the sum over the rest.
+
+    Parameters
+    ----------
+    shared : Shared
+        Inputs, and X^T X where it is known.
+    active : bool array, shape (n_samples,)
+        Omega of the unit.
+    left, right : int array
+        Numbers of the inputs.
+    precision : dtype
+        Of the sums.
+
+    Returns
+    -------
+    ndarray, shape (len(left), len(right))
+        The product.
+    """
     on, off = np.flatnonzero(active), np.flatnonzero(~active)
     if shared.gram is None or len(on) <= len(off):
         return _gram(shared.exact, on, left, right, precision)
@@ -351,8 +518,8 @@ def _gram(
 ) -> np.ndarray:
     """X_left^T X_right over some samples, a chunk of them at a time, summed in float64."""
     total = np.zeros((len(left), len(right)))
-    for start in range(0, len(samples), _CHUNK):
-        chunk = samples[start : start + _CHUNK]
+    for start in range(0, len(samples), CHUNK):
+        chunk = samples[start : start + CHUNK]
         first = _gather(inputs, chunk, left, precision)
         second = first if left is right else _gather(inputs, chunk, right, precision)
         total += first.T @ second

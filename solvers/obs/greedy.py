@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
+from solvers import checks
 from solvers.obs.hessian import decoupled, inverse_cholesky
 from solvers.obs.pattern import Pattern, layer_count, require, row_groups
 from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy
@@ -184,6 +185,18 @@ def allocate_to_loss(path: RemovalPath, limit: float) -> Allocation:
 
     The limit is one on the damped layer error (the square of the paper's tolerance): a removal
     that the mask demands is made whatever it costs.
+
+    Parameters
+    ----------
+    path : RemovalPath
+        Order and cost of each unit's removals.
+    limit : float
+        Largest damped layer error.
+
+    Returns
+    -------
+    Allocation
+        How many removals each unit makes, and their loss.
     """
     low, high = int(path.forced.sum()), int(path.length.sum())
     best = allocate(path, low)
@@ -198,7 +211,22 @@ def allocate_to_loss(path: RemovalPath, limit: float) -> Allocation:
 
 
 def path_support(problem: LayerProblem, path: RemovalPath, removed: np.ndarray) -> np.ndarray:
-    """Return the support (n_in, n_out) after each unit's first ``removed[unit]`` removals."""
+    """Return the support (n_in, n_out) after each unit's first ``removed[unit]`` removals.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+        The layer: weights, Hessian, mask, prunable inputs.
+    path : RemovalPath
+        Order and cost of each unit's removals.
+    removed : int array, shape (n_out,)
+        Removals of each unit.
+
+    Returns
+    -------
+    bool ndarray, shape (n_in, n_out)
+        True where a weight stays.
+    """
     kept = np.ones(tuple(problem.weight.shape), dtype=bool)
     for unit, count in enumerate(removed):
         kept[path.order[unit, :count], unit] = False
@@ -207,6 +235,20 @@ def path_support(problem: LayerProblem, path: RemovalPath, removed: np.ndarray) 
 
 def pattern_support(problem: LayerProblem, path: RemovalPath, pattern: Pattern) -> np.ndarray:
     """Cut a path to a pattern: a support with exactly the pattern's count removed.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+        The layer: weights, Hessian, mask, prunable inputs.
+    path : RemovalPath
+        Order and cost of each unit's removals.
+    pattern : Pattern
+        Where zeros are counted, and how many.
+
+    Returns
+    -------
+    bool ndarray, shape (n_in, n_out)
+        True where a weight stays.
 
     Raises
     ------
@@ -303,8 +345,7 @@ def prune_greedy_to_tolerance(
     ValueError
         If the tolerance is negative or NaN, or a Hessian singular to working precision.
     """
-    if not tolerance >= 0.0:
-        raise ValueError(f"tolerance: got {tolerance!r}, want a number >= 0")
+    checks.not_negative(tolerance=tolerance)
     path = removal_path(problem, damping=damping, threads=threads)
     kept = path_support(problem, path, allocate_to_loss(path, tolerance**2).removed)
     weight = refit_weight(in_numpy(problem), kept, refit_damping, threads)

@@ -17,6 +17,8 @@ from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 from numba import njit
 
+from solvers import checks
+
 Array = Any
 
 
@@ -74,6 +76,16 @@ def add_rows(state: HessianSum | None, inputs: Array) -> HessianSum:
 def hessian_of(batches: Iterable[Array]) -> Array:
     """Stream H = (1/n) sum x x^T over batches of any sizes.
 
+    Parameters
+    ----------
+    batches : iterable of array, shape (rows, n_in)
+        Inputs of the layer, all rows together.
+
+    Returns
+    -------
+    array, shape (n_in, n_in), float64
+        H.
+
     Raises
     ------
     ValueError
@@ -88,6 +100,16 @@ def hessian_of(batches: Iterable[Array]) -> Array:
 def mean_hessian(state: HessianSum | None) -> Array:
     """Divide a running sum by its count.
 
+    Parameters
+    ----------
+    state : HessianSum or None
+        Running sum (`add_rows`).
+
+    Returns
+    -------
+    array, shape (n_in, n_in), float64
+        H.
+
     Raises
     ------
     ValueError
@@ -99,7 +121,18 @@ def mean_hessian(state: HessianSum | None) -> Array:
 
 
 def dead_inputs(hessian: Array) -> Array:
-    """Mark the inputs that were zero in every row, (n_in,) bool."""
+    """Mark the inputs that were zero in every row, (n_in,) bool.
+
+    Parameters
+    ----------
+    hessian : array, shape (n_in, n_in), float64
+        H, the mean of x x^T over the rows.
+
+    Returns
+    -------
+    bool array, shape (n_in,)
+        True for a dead input.
+    """
     return array_namespace(hessian).linalg.diagonal(hessian) == 0
 
 
@@ -138,7 +171,18 @@ def decoupled(hessian: Array, damping: float) -> Array:
 
 
 def mean_diagonal(hessian: Array) -> float:
-    """Average the diagonal over the live inputs; 1 when all are dead."""
+    """Average the diagonal over the live inputs; 1 when all are dead.
+
+    Parameters
+    ----------
+    hessian : array, shape (n_in, n_in), float64
+        H, the mean of x x^T over the rows.
+
+    Returns
+    -------
+    float
+        Above 0.
+    """
     xp = array_namespace(hessian)
     diagonal = xp.linalg.diagonal(hessian)
     live = int(xp.sum(xp.astype(diagonal != 0, xp.int64)))
@@ -147,6 +191,13 @@ def mean_diagonal(hessian: Array) -> float:
 
 def cholesky(matrix: np.ndarray, remedy: str = "raise the damping") -> np.ndarray:
     """Factor a symmetric positive definite matrix, or say that it is not.
+
+    Parameters
+    ----------
+    matrix : ndarray, shape (n, n), float64
+        Symmetric.
+    remedy : str, optional
+        End of the message: what a person can do.
 
     Returns
     -------
@@ -171,6 +222,16 @@ def cholesky(matrix: np.ndarray, remedy: str = "raise the damping") -> np.ndarra
 
 def inverse_cholesky(hessian: np.ndarray) -> np.ndarray:
     """Invert a positive definite Hessian by Cholesky.
+
+    Parameters
+    ----------
+    hessian : ndarray, shape (n, n), float64
+        Symmetric and positive definite.
+
+    Returns
+    -------
+    ndarray, shape (n, n), float64
+        H^-1, exactly symmetric.
 
     Raises
     ------
@@ -214,8 +275,7 @@ def inverse_recursion(batches: Iterable[np.ndarray], count: int, alpha: float) -
     Dong, Chen, Pan (NIPS 2017), the recursion for the inverse of the layer Hessian:
     P <- P - P x x^T P / (n + x^T P x).
     """
-    if not 0.0 < alpha < float("inf"):
-        raise ValueError(f"alpha: got {alpha!r}, want a positive number")
+    checks.positive(alpha=alpha)
     inverse: np.ndarray | None = None
     seen = 0
     for batch in batches:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from array_api_compat import array_namespace
 
+from solvers import checks
 from solvers.obs.hessian import dead_inputs, decoupled
 from solvers.obs.pattern import Pattern, kept_by
 from solvers.obs.problem import LayerProblem, Pruned, finish
@@ -67,7 +68,7 @@ def admm_support(
     Returns
     -------
     Pruned
-        The weights are the projected iterate D: feasible, not refitted. `status` is ``"done"`` when
+        The weights are the projected iterate D: feasible, not refitted. `note` is empty when
         the support stood still between two checks, or says that it was still moving. `history`:
         the share of the support that moved, and rho, at every check.
 
@@ -85,11 +86,8 @@ def admm_support(
     ----------
     Meng, Behdin, Wang, Mazumder (NeurIPS 2024), ALPS: the splitting and the growth of rho.
     """
-    if dtype not in ("float32", "float64"):
-        raise ValueError(f"dtype: got {dtype!r}, want 'float32' or 'float64'")
-    for name, value in (("rho", rho), ("pace", pace)):
-        if not 0.0 < value < float("inf"):
-            raise ValueError(f"{name}: got {value!r}, want a positive number")
+    checks.one_of(("float32", "float64"), dtype=dtype)
+    checks.positive(rho=rho, pace=pace)
     xp = array_namespace(problem.weight)
     working = getattr(xp, dtype)
     hessian = decoupled(problem.hessian, damping)
@@ -115,7 +113,7 @@ def admm_support(
     multiplier = xp.zeros_like(scaled)
     moved_by: list[float] = []
     penalties: list[float] = []
-    status = f"support still moving after {max_iterations} iterations; raise max_iterations"
+    note = f"support still moving after {max_iterations} iterations; raise max_iterations"
     for iteration in range(1, max_iterations + 1):
         right = target - multiplier + rho * split
         point = vectors @ ((vectors.T @ right) / (values + rho))
@@ -128,7 +126,7 @@ def admm_support(
         moved_by.append(moved)
         penalties.append(rho)
         if moved == 0:
-            status = "done"
+            note = ""
             break
         checked = support
         rho *= 1.0 + pace * next(times for share, times in TIMES if moved >= share)
@@ -143,7 +141,7 @@ def admm_support(
         support,
         method="admm",
         damping=damping,
-        status=status,
+        note=note,
         history={"moved": moved_by, "rho": penalties},
     )
 
@@ -185,7 +183,7 @@ def prune_large(
     Returns
     -------
     Pruned
-        `status` joins what ADMM and the search say; ``"done"`` when both are.
+        `note` joins what ADMM and the search say; empty when both ended by themselves.
 
     Raises
     ------
@@ -214,13 +212,13 @@ def prune_large(
             max_rounds=max_rounds,
             threads=threads,
         )
-    said = [s for s in (found.status, final.status) if s != "done"]
+    said = [note for note in (found.note, final.note) if note]
     return finish(
         problem,
         final.weight,
         final.kept,
         method="large",
         damping=damping,
-        status="; ".join(said) or "done",
+        note="; ".join(said),
         history={**found.history, **final.history},
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from solvers import checks
 from solvers.arrays import to_numpy
 from solvers.obs.greedy import pattern_support, prune_greedy, removal_path
 from solvers.obs.large import admm_support, prune_large
@@ -42,13 +43,28 @@ class Method:
 def prune(problem: LayerProblem, pattern: Pattern, method: str, *, threads: int = 1) -> Pruned:
     """Prune a layer by a method of `METHODS`.
 
+    Parameters
+    ----------
+    problem : LayerProblem
+        The layer: weights, Hessian, mask, prunable inputs.
+    pattern : Pattern
+        Where zeros are counted, and how many.
+    method : str
+        Key of `METHODS`.
+    threads : int, optional
+        Threads over the units; results do not depend on them.
+
+    Returns
+    -------
+    Pruned
+        New weights, their support and layer error.
+
     Raises
     ------
     ValueError
         If there is no such method, it does not support the pattern, or it raises.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, want one of {', '.join(METHODS)}")
+    checks.one_of(METHODS, method=method)
     require(pattern, METHODS[method].patterns, method)
     return METHODS[method].run(problem, pattern, threads)
 
@@ -56,7 +72,26 @@ def prune(problem: LayerProblem, pattern: Pattern, method: str, *, threads: int 
 def prune_swaps(
     problem: LayerProblem, pattern: Pattern, *, kicks: int = 0, seed: int = 0, threads: int = 1
 ) -> Pruned:
-    """Prune along the exact greedy path, then search locally; see `greedy.py`, `swaps.py`."""
+    """Prune along the exact greedy path, then search locally; see `greedy.py`, `swaps.py`.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+        The layer: weights, Hessian, mask, prunable inputs.
+    pattern : Pattern
+        Where zeros are counted, and how many.
+    kicks : int, optional
+        How often each unit's best support is perturbed and searched again.
+    seed : int, optional
+        Seed of the kicks.
+    threads : int, optional
+        Threads over the units; results do not depend on them.
+
+    Returns
+    -------
+    Pruned
+        New weights, their support and layer error.
+    """
     path = removal_path(problem, pattern=pattern, threads=threads)
     kept = pattern_support(problem, path, pattern)
     return improve(problem, kept, pattern, kicks=kicks, seed=seed, threads=threads)
@@ -113,14 +148,14 @@ def prune_best(
         wins = losses[0] <= losses[1]
         weight = np.where(wins, to_numpy(first.weight), to_numpy(second.weight))
         kept = np.where(wins, to_numpy(first.kept), to_numpy(second.kept))
-    said = dict.fromkeys(p.status for p in (found, first, second) if p.status != "done")
+    said = dict.fromkeys(p.note for p in (found, first, second) if p.note)
     return finish(
         problem,
         weight,
         kept,
         method="best",
         damping=first.damping,
-        status="; ".join(said) or "done",
+        note="; ".join(said),
         history={"error": [first.error, second.error]},
     )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
+from solvers import checks
 from solvers.obs.hessian import decoupled, inverse_cholesky
 from solvers.obs.pattern import Pattern, kept_by, layer_count, per_layer_count
 from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy, layer_error
@@ -144,8 +145,7 @@ def prune_to_tolerance(
     tolerance and with one removal more it is not. Where the error is not monotone in the count
     there may be several such counts.
     """
-    if not tolerance >= 0.0:
-        raise ValueError(f"tolerance: got {tolerance!r}, want a number >= 0")
+    checks.not_negative(tolerance=tolerance)
     known = sensitivities(problem, damping=damping)
     arrays = in_numpy(problem)
     least = per_layer_count(0)

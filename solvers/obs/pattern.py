@@ -55,6 +55,16 @@ class Pattern:
 
         ``floor(sparsity * size + 1/2)``, or the count asked for.
 
+        Parameters
+        ----------
+        size : int
+            Number of weights, or of inputs.
+
+        Returns
+        -------
+        int
+            From 0 to `size`.
+
         Raises
         ------
         ValueError
@@ -71,19 +81,67 @@ class Pattern:
 
 
 def per_layer(sparsity: float) -> Pattern:
-    """Remove a fraction of the whole matrix, wherever it costs least."""
+    """Remove a fraction of the whole matrix, wherever it costs least.
+
+    Parameters
+    ----------
+    sparsity : float
+        Fraction to remove, from 0 to 1.
+
+    Returns
+    -------
+    Pattern
+        For the methods of this room.
+
+    Raises
+    ------
+    ValueError
+        If the fraction is not in [0, 1].
+    """
     return Pattern("layer", sparsity=_fraction(sparsity))
 
 
 def per_layer_count(count: int) -> Pattern:
-    """Remove exactly `count` weights of the matrix, wherever it costs least."""
+    """Remove exactly `count` weights of the matrix, wherever it costs least.
+
+    Parameters
+    ----------
+    count : int
+        Weights to remove, at least 0.
+
+    Returns
+    -------
+    Pattern
+        For the methods of this room.
+
+    Raises
+    ------
+    ValueError
+        If it is not a whole number of at least 0.
+    """
     if isinstance(count, bool) or int(count) != count or count < 0:
         raise ValueError(f"count: got {count!r}, want a whole number of weights >= 0")
     return Pattern("layer", count=int(count))
 
 
 def per_unit(sparsity: float) -> Pattern:
-    """Remove the same fraction in every unit."""
+    """Remove the same fraction in every unit.
+
+    Parameters
+    ----------
+    sparsity : float
+        Fraction to remove, from 0 to 1.
+
+    Returns
+    -------
+    Pattern
+        For the methods of this room.
+
+    Raises
+    ------
+    ValueError
+        If the fraction is not in [0, 1].
+    """
     return Pattern("unit", sparsity=_fraction(sparsity))
 
 
@@ -91,6 +149,23 @@ def n_of_m(keep: int, group: int) -> Pattern:
     """Keep at most `keep` of every `group` consecutive inputs, counted from the first input.
 
     Free rows are not counted. A last, shorter group of g inputs keeps min(keep, g).
+
+    Parameters
+    ----------
+    keep : int
+        N, weights kept of each group at most.
+    group : int
+        M, consecutive inputs in a group.
+
+    Returns
+    -------
+    Pattern
+        For the methods of this room.
+
+    Raises
+    ------
+    ValueError
+        If not 0 <= N <= M with M at least 1.
     """
     whole = all(int(v) == v and not isinstance(v, bool) for v in (keep, group))
     if not whole or not 0 <= keep <= group or group < 1:
@@ -99,12 +174,40 @@ def n_of_m(keep: int, group: int) -> Pattern:
 
 
 def whole_inputs(sparsity: float) -> Pattern:
-    """Remove a fraction of the inputs, each from all units."""
+    """Remove a fraction of the inputs, each from all units.
+
+    Parameters
+    ----------
+    sparsity : float
+        Fraction to remove, from 0 to 1.
+
+    Returns
+    -------
+    Pattern
+        For the methods of this room.
+
+    Raises
+    ------
+    ValueError
+        If the fraction is not in [0, 1].
+    """
     return Pattern("inputs", sparsity=_fraction(sparsity))
 
 
 def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
     """Make a pattern from a word: ``layer``, ``unit``, ``inputs``, or ``N:M`` such as ``2:4``.
+
+    Parameters
+    ----------
+    text : str
+        The word.
+    sparsity : float, optional
+        Fraction to remove; none for N:M.
+
+    Returns
+    -------
+    Pattern
+        What the word means.
 
     Raises
     ------
@@ -127,6 +230,15 @@ def parse_pattern(text: str, sparsity: float | None = None) -> Pattern:
 def require(pattern: Pattern, supported: Iterable[Kind], method: str) -> None:
     """Refuse, by name, a pattern that a method does not implement.
 
+    Parameters
+    ----------
+    pattern : Pattern
+        Where zeros are counted, and how many.
+    supported : iterable of str
+        Kinds that the method implements.
+    method : str
+        Name of the method, for the message.
+
     Raises
     ------
     ValueError
@@ -140,7 +252,20 @@ def require(pattern: Pattern, supported: Iterable[Kind], method: str) -> None:
 
 
 def row_groups(pattern: Pattern, prunable: np.ndarray) -> np.ndarray:
-    """Number the groups of an N:M pattern, (n_in,) int64; -1 for free rows, 0 without groups."""
+    """Number the groups of an N:M pattern, (n_in,) int64; -1 for free rows, 0 without groups.
+
+    Parameters
+    ----------
+    pattern : Pattern
+        Where zeros are counted, and how many.
+    prunable : bool array, shape (n_in,)
+        False for free rows (the bias).
+
+    Returns
+    -------
+    int64 ndarray, shape (n_in,)
+        Number of each row's group.
+    """
     groups = np.where(prunable, 0, -1)
     if pattern.group is not None:
         groups[prunable] = np.arange(int(prunable.sum())) // pattern.group
@@ -152,6 +277,20 @@ def layer_count(pattern: Pattern, allowed: np.ndarray, prunable: np.ndarray) -> 
 
     Where the mask forbids more than the pattern removes (in the layer, a unit, a group), what the
     mask forbids is removed.
+
+    Parameters
+    ----------
+    pattern : Pattern
+        Where zeros are counted, and how many.
+    allowed : bool array, shape (n_in, n_out)
+        Mask: False where a weight must be zero.
+    prunable : bool array, shape (n_in,)
+        False for free rows (the bias).
+
+    Returns
+    -------
+    int
+        Weights removed, those that the mask forbids among them.
     """
     return int((~kept_by(np.zeros(allowed.shape), pattern, allowed, prunable)).sum())
 

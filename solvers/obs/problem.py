@@ -21,6 +21,7 @@ from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 
 from solvers.arrays import to_numpy
+from solvers.result import Status
 
 Array = Any
 
@@ -72,8 +73,9 @@ class Pruned:
         Which function made it.
     damping : float
         Fraction of the mean diagonal the method worked with.
-    status : str
-        ``"done"``, or what the method says of an early stop.
+    note : str
+        What the method says of an early stop, and what to do about it; empty where it ended by
+        itself.
     history : dict of str to sequence
         What the method recorded on its way.
     """
@@ -85,8 +87,13 @@ class Pruned:
     removed: int
     method: str
     damping: float
-    status: str = "done"
+    note: str = ""
     history: dict[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def status(self) -> Status:
+        """`Status.SOLVED` where the method ended by itself, else `Status.ITERATION_LIMIT`."""
+        return Status.ITERATION_LIMIT if self.note else Status.SOLVED
 
 
 def layer_problem(
@@ -150,8 +157,7 @@ def layer_problem(
         allowed = xp.ones(weight.shape, dtype=xp.bool, device=device_of(weight))
     if tuple(allowed.shape) != tuple(weight.shape) or allowed.dtype != xp.bool:
         raise ValueError(
-            f"allowed: wanted bool {tuple(weight.shape)}, got {allowed.dtype} "
-            f"{tuple(allowed.shape)}"
+            f"allowed: got {allowed.dtype} {tuple(allowed.shape)}, want bool {tuple(weight.shape)}"
         )
     if not bool(np.all(to_numpy(allowed)[~prunable])):
         raise ValueError("allowed: forbids a weight of a free row")
@@ -159,7 +165,18 @@ def layer_problem(
 
 
 def in_numpy(problem: LayerProblem) -> LayerProblem:
-    """Copy a problem to numpy, the weight in float64; for the methods that work unit by unit."""
+    """Copy a problem to numpy, the weight in float64; for the methods that work unit by unit.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+        The layer: weights, Hessian, mask, prunable inputs.
+
+    Returns
+    -------
+    LayerProblem
+        On the CPU.
+    """
     return LayerProblem(
         to_numpy(problem.weight).astype(np.float64),
         to_numpy(problem.hessian),
@@ -169,7 +186,20 @@ def in_numpy(problem: LayerProblem) -> LayerProblem:
 
 
 def layer_error(hessian: Array, old: Array, new: Array) -> float:
-    """Compute (1/n) ||X (new - old)||_F^2 = trace(D^T H D) in float64."""
+    """Compute (1/n) ||X (new - old)||_F^2 = trace(D^T H D) in float64.
+
+    Parameters
+    ----------
+    hessian : array, shape (n_in, n_in), float64
+        H, the mean of x x^T over the rows.
+    old, new : array, shape (n_in, n_out)
+        Weights before and after.
+
+    Returns
+    -------
+    float
+        Mean over the rows of the squared change of the responses; at least 0.
+    """
     xp = array_namespace(hessian)
     change = xp.astype(new, xp.float64) - xp.astype(old, xp.float64)
     return max(0.0, float(xp.sum(change * (hessian @ change))))
@@ -182,10 +212,33 @@ def finish(
     *,
     method: str,
     damping: float,
-    status: str = "done",
+    note: str = "",
     history: dict[str, Sequence[float]] | None = None,
 ) -> Pruned:
-    """Cast a solution back to the caller's namespace and dtype and measure what is returned."""
+    """Cast a solution back to the caller's namespace and dtype and measure what is returned.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+        The layer: weights, Hessian, mask, prunable inputs.
+    weight : array, shape (n_in, n_out)
+        New weights; what is not kept becomes 0.
+    kept : bool array, shape (n_in, n_out)
+        Support: True where a weight stays.
+    method : str
+        Name of the method that made them.
+    damping : float
+        Fraction of the mean diagonal that is added to the Hessian's diagonal.
+    note : str, optional
+        What it says of an early stop.
+    history : dict, optional
+        Figures of its course by name.
+
+    Returns
+    -------
+    Pruned
+        Weights as returned, and their layer error.
+    """
     given = problem.weight
     xp = array_namespace(given)
     where = device_of(given)
@@ -196,4 +249,4 @@ def finish(
     energy = layer_error(problem.hessian, xp.zeros_like(given), given)
     relative = error / energy if energy > 0 else (0.0 if error == 0 else float("inf"))
     removed = int((~to_numpy(support))[problem.prunable].sum())
-    return Pruned(new, support, error, relative, removed, method, damping, status, history or {})
+    return Pruned(new, support, error, relative, removed, method, damping, note, history or {})

@@ -32,6 +32,18 @@ REFIT_DAMPING = 1e-9
 def check_support(problem: LayerProblem, kept: Array) -> np.ndarray:
     """Check a support and copy it to numpy.
 
+    Parameters
+    ----------
+    problem : LayerProblem
+        The layer: weights, Hessian, mask, prunable inputs.
+    kept : bool array, shape (n_in, n_out)
+        Support: True where a weight stays.
+
+    Returns
+    -------
+    bool ndarray, shape (n_in, n_out)
+        A copy.
+
     Raises
     ------
     ValueError
@@ -94,7 +106,24 @@ def refit(
 def refit_weight(
     problem: LayerProblem, kept: np.ndarray, damping: float, threads: int
 ) -> np.ndarray:
-    """Refit a numpy problem; see `refit`."""
+    """Refit a numpy problem; see `refit`.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+        In numpy.
+    kept : bool array, shape (n_in, n_out)
+        Support: True where a weight stays.
+    damping : float
+        Fraction of the mean diagonal that is added to the Hessian's diagonal.
+    threads : int
+        Threads over the units.
+
+    Returns
+    -------
+    ndarray, shape (n_in, n_out), float64
+        Optimal weights on the support, 0 elsewhere.
+    """
     hessian = decoupled(problem.hessian, damping)
     removed = np.where(kept, 0.0, problem.weight)
     gradient = hessian @ removed
@@ -142,7 +171,7 @@ def refit_cg(
     Returns
     -------
     Pruned
-        `status` is ``"done"``, or names the number of units that miss the tolerance after
+        `note` is empty, or names the number of units that miss the tolerance after
         `max_iterations`; every iterate is feasible, and better than the mask alone. `history`
         holds the largest relative residual of each iteration.
 
@@ -188,13 +217,13 @@ def refit_cg(
         ratio = xp.where(going, following / xp.where(product > 0, product, 1.0), 0.0)
         direction = scale * residual + ratio * direction
         product = following
-    status = "done" if missing == 0 else f"{missing} units miss the tolerance; raise max_iterations"
+    note = "" if missing == 0 else f"{missing} units miss the tolerance; raise max_iterations"
     return finish(
         problem,
         old * support + change,
         kept,
         method="refit_cg",
         damping=damping,
-        status=status,
+        note=note,
         history={"residual": worst},
     )

@@ -60,6 +60,21 @@ class Room(NamedTuple):
     stops: np.ndarray
 
 
+class Tableau(NamedTuple):
+    """A unit's tableau in the module's notation; all but `hessian` is updated in place.
+
+    `rows` holds the rows of T that belong to the support, `diagonal` the diagonal of T. `support`
+    has the weight of each row, `kept` the same set as flags.
+    """
+
+    hessian: np.ndarray
+    rows: np.ndarray
+    t: np.ndarray
+    diagonal: np.ndarray
+    support: np.ndarray
+    kept: np.ndarray
+
+
 def improve(
     problem: LayerProblem,
     kept: Array,
@@ -106,7 +121,7 @@ def improve(
     Returns
     -------
     Pruned
-        Refitted on the final support. ``status`` is ``"done"`` at a local optimum, or says which
+        Refitted on the final support. ``note`` is empty at a local optimum, or says which
         limit came first. ``history``: the layer's loss after each round, and the numbers of swaps
         and exchanges.
 
@@ -163,24 +178,33 @@ def improve(
         losses.append(sum(u.loss for u in units))
 
     if stuck:
-        status = "exchanges left; raise max_rounds"
+        note = "exchanges left; raise max_rounds"
     elif any(u.swaps >= max_swaps for u in units):
-        status = "swaps left; raise max_swaps"
+        note = "swaps left; raise max_swaps"
     else:
-        status = "done"
+        note = ""
     return finish(
         problem,
         refit_weight(arrays, support, refit_damping, threads),
         support,
         method=method,
         damping=damping,
-        status=status,
+        note=note,
         history={"loss": losses, "swaps": [swaps], "exchanges": [exchanges]},
     )
 
 
 def check_pattern(problem: LayerProblem, kept: np.ndarray, pattern: Pattern) -> None:
     """Check that a numpy support has the pattern's counts.
+
+    Parameters
+    ----------
+    problem : LayerProblem
+        In numpy.
+    kept : bool array, shape (n_in, n_out)
+        Support: True where a weight stays.
+    pattern : Pattern
+        Where zeros are counted, and how many.
 
     Raises
     ------
@@ -274,7 +298,8 @@ def _search(
         line[support] = old[support] + change
     loss = float(gone @ np.where(kept, 0.0, line))
     kept = kept.copy()
-    done, loss = _swap(hessian, rows, line, diagonal, support, kept, *room, max_swaps, loss, noise)
+    tableau = Tableau(hessian, rows, line, diagonal, support, kept)
+    done, loss = take_swaps(tableau, room, max_swaps, loss, noise)
     if done < 0:
         raise ValueError("damping: a pivot lost its digits in the swaps; raise the damping")
     costs = np.where(kept & room.movable, -(line**2) / diagonal, np.inf)
@@ -284,21 +309,33 @@ def _search(
 
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath={"nsz", "contract"})
-def _swap(
-    H: np.ndarray,
-    T: np.ndarray,
-    t: np.ndarray,
-    diagonal: np.ndarray,
-    support: np.ndarray,
-    kept: np.ndarray,
-    movable: np.ndarray,
-    starts: np.ndarray,
-    stops: np.ndarray,
-    max_swaps: int,
-    loss: float,
-    noise: float,
+def take_swaps(
+    tableau: Tableau, room: Room, max_swaps: int, loss: float, noise: float
 ) -> tuple[int, float]:  # pragma: no cover
-    """Take the best swap until none lowers the loss; all state is updated in place."""
+    """Take the best swap until none lowers the loss; the tableau is updated in place.
+
+    Parameters
+    ----------
+    tableau : Tableau
+        The unit's, at its support.
+    room : Room
+        Where its weights may move.
+    max_swaps : int
+        Swaps at most.
+    loss : float
+        The unit's loss at the support.
+    noise : float
+        A swap must lower the loss by more than this: its rounding.
+
+    Returns
+    -------
+    done : int
+        Swaps taken; -1 where a pivot lost its digits.
+    loss : float
+        At the support reached.
+    """
+    H, T, t, diagonal, support, kept = tableau
+    movable, starts, stops = room
     s, n = T.shape
     C = np.empty(n)
     tq = np.empty(n)
@@ -339,7 +376,7 @@ def _swap(
         if not (diagonal[p] < 0.0 and diagonal[q_best] > 0.0):
             return -1, loss
         row[:] = T[a_best]
-        loss += _pivot(T, t, diagonal, row, a_best, p, -1.0)
+        loss += _pivot(tableau, row, a_best, p, -1.0)
         kept[p] = False
         # the entering row: C = H_q - U_q^T H_S beside the support, U_q on it; the leaver's own
         # line of T now lies outside the support
@@ -358,7 +395,7 @@ def _swap(
         row[q] = diagonal[q]
         if not row[q] > 0.0:
             return -1, loss
-        loss += _pivot(T, t, diagonal, row, a_best, q, 1.0)
+        loss += _pivot(tableau, row, a_best, q, 1.0)
         support[a_best] = q
         kept[q] = True
     return max_swaps, loss
@@ -366,18 +403,13 @@ def _swap(
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _pivot(
-    T: np.ndarray,
-    t: np.ndarray,
-    diagonal: np.ndarray,
-    row: np.ndarray,
-    a: int,
-    k: int,
-    sign: float,
+    tableau: Tableau, row: np.ndarray, a: int, k: int, sign: float
 ) -> float:  # pragma: no cover
     """Pivot on the weight k whose line of the tableau is `row`; return the change of the loss.
 
     sign +1: k enters, and its line becomes line `a`. sign -1: k, stored in line `a`, leaves.
     """
+    T, t, diagonal = tableau.rows, tableau.t, tableau.diagonal
     s, n = T.shape
     d = row[k]
     tk = t[k]

@@ -19,6 +19,7 @@ import numpy as np
 from array_api_compat import array_namespace
 from array_api_compat import device as device_of
 
+from solvers import checks
 from solvers.arrays import to_numpy
 from solvers.obs.hessian import cholesky, dead_inputs, decoupled, inverse_cholesky
 from solvers.obs.pattern import Pattern, kept_by, require, row_groups
@@ -68,8 +69,7 @@ def prune_sweep(
     Frantar, Alistarh (ICML 2023), SparseGPT; there a threshold decides, here a count.
     """
     require(pattern, ("layer", "unit", "n:m"), "prune_sweep")
-    if block < 1:
-        raise ValueError(f"block: got {block}, want at least 1")
+    checks.count(1, block=block)
     xp = array_namespace(problem.weight)
     where = device_of(problem.weight)
     factor = xp.asarray(

@@ -74,7 +74,7 @@ def solve_count(
         Rows of the weights whose zeros count; the penalised ones by default.
     solve : callable
         The solver. A penalty that couples the units wants `solve_admm`.
-    options
+    **options : object
         Further arguments of `solve`.
 
     Returns
@@ -94,6 +94,17 @@ def solve_count(
     Notes
     -----
     A program with nothing to fit has one solution for all radii, which is returned.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import solve_count, trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> program = trim_program(X, Y, epsilon=1.0, old_weight=W)
+    >>> solve_count(program, 12).zeros
+    12
     """
     counted = program.penalised if rows is None else np.asarray(rows)
     total = len(counted) * program.shape[2]
@@ -137,7 +148,20 @@ def solve_count(
 
 
 def held_zeros(program: Program, rows: np.ndarray) -> int:
-    """Count the weights of some rows that the program's mask holds at zero."""
+    """Count the weights of some rows that the program's mask holds at zero.
+
+    Parameters
+    ----------
+    program : ConstrainedProgram or RegularisedProgram
+        The layer's program.
+    rows : int array
+        Numbers of the rows counted.
+
+    Returns
+    -------
+    int
+        0 without a mask.
+    """
     return 0 if program.support is None else int((~to_numpy(program.support)[rows]).sum())
 
 
@@ -172,7 +196,9 @@ class _Search:
         share: float = _FINER,
     ) -> list[tuple[float, PathPoint]]:
         """Solve along the path until the count is met, or near enough for the rest to be set."""
-        slack = _slack(self.counted, program)
+        # Aiming a little lower, from where the rest can be set: what is between is too many. Where
+        # that ends without the count, as on small layers, the count itself is aimed at.
+        aims = (zeros - _slack(self.counted, program) // 2, zeros)
         first = place
         found: list[tuple[float, PathPoint]] = []
         for _ in range(_SEARCH_STEPS):
@@ -184,11 +210,14 @@ class _Search:
             found.append((place, point))
             if point.zeros == zeros or _set_smallest(self, [point], zeros, program) is not None:
                 break
-            # Aiming a little lower, from where the rest can be set: what is between is too many.
-            aim = zeros - slack // 2
-            trials = [(x, each.zeros - aim if each.zeros != aim else 1) for x, each in found]
-            following = next_place(trials, stride=_STRIDE, nearest=_NEAREST, slope=slope)
-            if following is None or abs(following - first) > _WIDEST:
+            following = None
+            for aim in aims:
+                trials = [(x, each.zeros - aim if each.zeros != aim else 1) for x, each in found]
+                following = next_place(trials, stride=_STRIDE, nearest=_NEAREST, slope=slope)
+                if following is not None and abs(following - first) <= _WIDEST:
+                    break
+                following = None
+            if following is None:
                 break
             place = following
         return found
@@ -336,7 +365,7 @@ def _first_weight(program: ConstrainedProgram, size: float) -> float:
     # An epsilon that is nothing, or next to it, is no place to look for a number of zeros from.
     exact = program.epsilon < _SMALLEST_RADIUS * size
     epsilon = _SMALL_RADIUS * size if exact else program.epsilon
-    penalty = float(xp.sum(program._old_penalty()))
+    penalty = float(xp.sum(program.old_penalty()))
     if penalty == 0:
         inputs = float(xp.sqrt(xp.sum(xp.astype(program.inputs, xp.float64) ** 2)))
         penalty = size * math.sqrt(len(program.penalised) * program.shape[2]) / (inputs or 1.0)

@@ -78,7 +78,7 @@ def solve_path(
         On gap and violation.
     solve : callable
         The solver.
-    options
+    **options : object
         Further arguments of `solve`.
 
     Returns
@@ -89,6 +89,23 @@ def solve_path(
     ------
     ValueError
         If `values` is empty, or one of them is no radius or no fit weight.
+
+    Notes
+    -----
+    Each solve begins at the last one's result, so a path costs less than its solves one by one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from solvers import solve_path, trim_program
+    >>> rng = np.random.default_rng(0)
+    >>> X, W = rng.standard_normal((50, 10)), rng.standard_normal((10, 3))
+    >>> Y = np.maximum(X @ W, 0)
+    >>> program = trim_program(X, Y, epsilon=1.0, old_weight=W)
+    >>> points = solve_path(program, [1.0, 2.0, 4.0])
+    >>> zeros = [point.zeros for point in points]
+    >>> zeros == sorted(zeros)
+    True
     """
     if not len(values):
         raise ValueError("values: got none, want at least one epsilon or fit weight")
@@ -110,9 +127,24 @@ def _at(program: Program, value: float) -> Program:
 
 
 def point_of(program: Program, result: SolveResult, counted: np.ndarray) -> PathPoint:
-    """Count the zeros and measure the residual of a solution."""
+    """Count the zeros and measure the residual of a solution.
+
+    Parameters
+    ----------
+    program : ConstrainedProgram or RegularisedProgram
+        The layer's program.
+    result : SolveResult
+        Its solution.
+    counted : int array
+        Rows whose zeros count.
+
+    Returns
+    -------
+    PathPoint
+        The solution with its zeros and its residual.
+    """
     weight = to_numpy(result.weight)[counted]
-    response = program._forward(result.weight)
+    response = program.forward(result.weight)
     xp = array_namespace(program.inputs)
     residual = norm_on_omega(program, response - xp.astype(program.level, xp.float64))
     size = norm_on_omega(program, program.level)
@@ -127,7 +159,20 @@ def point_of(program: Program, result: SolveResult, counted: np.ndarray) -> Path
 
 
 def norm_on_omega(program: Program, values: Array) -> float:
-    """Norm of `values` over Omega, in float64."""
+    """Norm of `values` over Omega, in float64.
+
+    Parameters
+    ----------
+    program : ConstrainedProgram or RegularisedProgram
+        The layer's program.
+    values : array, shape (n_samples, n_out)
+        One number for each response.
+
+    Returns
+    -------
+    float
+        Root of the sum of squares where the program fits.
+    """
     xp = array_namespace(program.inputs)
     wide = xp.astype(values, xp.float64)
     return float(xp.linalg.vector_norm(xp.where(program.active, wide, 0 * wide)))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from solvers import checks
+
 
 class Sum(nn.Module):
     """Sum of branches on the same input: ``Sum(body, nn.Identity())`` is a residual block.
@@ -73,8 +75,8 @@ class PadChannels(nn.Module):
 
     def __init__(self, before: int, after: int, stride: int = 1) -> None:
         super().__init__()
-        _check_counts(before=before, after=after)
-        _check_counts(least=1, stride=stride)
+        checks.count(0, before=before, after=after)
+        checks.count(1, stride=stride)
         self.before, self.after, self.stride = before, after, stride
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ class StackChannels(nn.Module):
 
     def __init__(self, copies: int, stride: int = 1) -> None:
         super().__init__()
-        _check_counts(least=1, copies=copies, stride=stride)
+        checks.count(1, copies=copies, stride=stride)
         self.copies, self.stride = copies, stride
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -156,9 +158,3 @@ def _strided(inputs: Tensor, stride: int) -> Tensor:
     if stride == 1:
         return inputs
     return inputs[(slice(None), slice(None), *[slice(None, None, stride)] * (inputs.ndim - 2))]
-
-
-def _check_counts(least: int = 0, **counts: int) -> None:
-    for name, count in counts.items():
-        if type(count) is not int or count < least:
-            raise ValueError(f"{name}: got {count!r}, want a whole number >= {least}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from retrain.adapters.network.tensors import FLOATS
+from solvers import checks
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda values: values,
@@ -136,8 +137,7 @@ def read_chain(
     ValueError
         If the tensors are not those of dense layers, make no chain, or make several.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, want one of {', '.join(ACTIVATIONS)}")
+    checks.one_of(ACTIVATIONS, activation=activation)
     shapes = _layer_shapes(tensors)
     order = _order(shapes, ordered)
     layers, names = [], {}

@@ -126,7 +126,7 @@ def load_model(
         raise ValueError(f"model: {str(path)!r} is not a file")
     if path.suffix not in (".safetensors", ".pt2", *STATE_DICTS):
         raise ValueError(
-            f"model: {path.name!r} is of no known kind, wanted .safetensors, .pt2 or a state dict "
+            f"model: {path.name!r} is of no known kind, want .safetensors, .pt2 or a state dict "
             f"({', '.join(STATE_DICTS)})"
         )
     if path.suffix == ".pt2" or _members(path) & {"archive_format", "serialized_exported_program"}:
@@ -257,7 +257,7 @@ def _tensors_and_key(path: Path, key: str | None) -> tuple[dict[str, Tensor], bo
         tensors, taken = _chosen(_unpickle(path), key, path)
     if not isinstance(tensors, Mapping):
         raise ValueError(
-            f"model: {str(path)!r} holds a {type(tensors).__name__}, wanted a state dict (tensors "
+            f"model: {str(path)!r} holds a {type(tensors).__name__}, want a state dict (tensors "
             "by name)"
         )
     if not tensors:
@@ -429,7 +429,7 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], arch: str) -> None:
             )
         if tensor.dtype.is_floating_point != target.dtype.is_floating_point:
             raise ValueError(
-                f"model: {name!r} is of type {tensor.dtype}, {arch} wants {target.dtype}"
+                f"model: {name!r}: got type {tensor.dtype}, want {target.dtype} as in {arch}"
             )
     meta = any(target.is_meta for target in own.values())
     if not meta:

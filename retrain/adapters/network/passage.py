@@ -166,7 +166,7 @@ def measure(
     ----------
     Higham, Accuracy and Stability of Numerical Algorithms, section 3.1 (sums of products).
     """
-    walk = _Walk(networks, changed, gains)
+    walk = Walk(networks, changed, gains)
     reason = walk.unfollowed
     moved, size, rows, own = 0.0, 0.0, 0, [0.0, 0.0, 0.0]
     for batch in samples:
@@ -243,7 +243,7 @@ def _same_graph(networks: Networks, batch: Tensor, own: Tensor) -> bool:
     return not math.isfinite(norm(own)) or norm(found.double() - own.double()) <= _SAME * norm(own)
 
 
-class _Walk:
+class Walk:
     """Runs both networks in float64, node by node, side by side; sums up what the bounds need.
 
     Attributes
@@ -369,7 +369,13 @@ class _Walk:
         self.discrepancy[name] = math.hypot(self.discrepancy[name], norm(new - old))
 
     def total(self) -> float:
-        """Sum (*) over both networks, with both factors for the given one."""
+        """Sum (*) over both networks, with both factors for the given one.
+
+        Returns
+        -------
+        float
+            Bound on what rounding adds, in the output's unit.
+        """
         given, gains = self._gains
         total = 0.0
         for node, lost in self._losses[0].items():
@@ -380,7 +386,22 @@ class _Walk:
         return total
 
     def response_loss(self, name: str, received: Tensor, answered: Tensor) -> float:
-        """How far a response in the own type is from the exact one on the same inputs, at most."""
+        """How far a response in the own type is from the exact one on the same inputs, at most.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        received : Tensor
+            Its inputs.
+        answered : Tensor
+            Its response in the own type.
+
+        Returns
+        -------
+        float
+            In the response's unit.
+        """
         node = next(n for n in self._graph.nodes if n.op == "call_module" and n.target == name)
         with torch.no_grad():
             exact = self._modules[1][name](received)

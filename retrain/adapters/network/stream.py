@@ -39,6 +39,7 @@ from retrain.stream.stream import (
     identity_hash,
     layer,
 )
+from solvers import checks
 
 _log = logging.getLogger(__name__)
 
@@ -86,8 +87,7 @@ class TorchStream:
         batch_size: int = 256,
         device: str | torch.device | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, want a positive number")
+        checks.count(1, batch_size=batch_size)
         self._data: Data = as_data(data)
         given = evaluation_copy(model)
         parameters = list(given.parameters())
@@ -225,7 +225,9 @@ class TorchStream:
         wanted = (spec.shape[0] + spec.bias, spec.shape[1])
         new = weight if isinstance(weight, Tensor) else torch.tensor(np.asarray(weight))
         if tuple(new.shape) != wanted:
-            raise ValueError(f"weight: got shape {tuple(new.shape)}, layer {name!r} wants {wanted}")
+            raise ValueError(
+                f"weight: got shape {tuple(new.shape)}, want {wanted} for layer {name!r}"
+            )
         module = self._model.get_submodule(name)
         new = new.detach().to(self._device, cast("Tensor", module.weight).dtype)
         if not torch.isfinite(new).all():
@@ -567,7 +569,7 @@ class TorchStream:
         if not isinstance(output, Tensor) or output.shape[:1] != values.shape[:1]:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"model: returned {got} for {samples} samples, wanted one tensor whose first "
+                f"model: returned {got} for {samples} samples, want one tensor whose first "
                 "axis is the sample"
             )
         received[""] = part(output)

@@ -116,7 +116,7 @@ def lobs(
             commit(stream, name, weights)
         tasks = (state_layer(stream, spec, options) for spec in specs if spec.name not in done)
         for task, results in solve_layers(
-            _solve, tasks, options, jobs=options.jobs, threads=options.threads_per_job
+            solve_layer, tasks, options, jobs=options.jobs, threads=options.threads_per_job
         ):
             yield finish(stream, task, results, options)
         return
@@ -126,7 +126,7 @@ def lobs(
             continue
         with threadpool_limits(options.threads_per_job):
             task = state_layer(stream, spec, options)
-            result = finish(stream, *_solve(task, options), options)
+            result = finish(stream, *solve_layer(task, options), options)
         yield result  # outside the limit: the caller's code keeps the caller's threads
 
 
@@ -207,8 +207,23 @@ def oversized(spec: LayerSpec, options: LobsOptions) -> str | None:
 # --- solving ---------------------------------------------------------------------------------
 
 
-def _solve(task: Task, options: LobsOptions) -> tuple[Task, tuple[Pruned | None, ...]]:
-    """Solve a layer's programs; None for a group in which nothing is to be removed."""
+def solve_layer(task: Task, options: LobsOptions) -> tuple[Task, tuple[Pruned | None, ...]]:
+    """Solve a layer's programs; None for a group in which nothing is to be removed.
+
+    Parameters
+    ----------
+    task : Task
+        Programs of the layer.
+    options : LobsOptions
+        Options of the method.
+
+    Returns
+    -------
+    Task
+        With the seconds that it took.
+    tuple
+        A result for each group.
+    """
     started = time.perf_counter()
     _log.info("solving: layer %s", task.spec.name)
     try:

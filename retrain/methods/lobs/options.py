@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,7 @@ import joblib
 from retrain.methods.amounts import Amount, amount_for, check_amount, check_parallel
 from retrain.methods.lobs.moments import Calibration
 from retrain.stream.stream import LayerSpec
+from solvers import checks
 from solvers.obs import (
     METHODS,
     Pruned,
@@ -85,10 +86,10 @@ class LobsOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("method", self.method, ("auto", *METHODS))
-        _one_of("calibration", self.calibration, ("dense", "sequential", "corrected"))
-        _one_of("bias", self.bias, ("update", "keep"))
-        _one_of("zeros", self.zeros, ("stay", "free"))
+        checks.one_of(("auto", *METHODS), method=self.method)
+        checks.one_of(("dense", "sequential", "corrected"), calibration=self.calibration)
+        checks.one_of(("update", "keep"), bias=self.bias)
+        checks.one_of(("stay", "free"), zeros=self.zeros)
         kind = parse_pattern(self.pattern, None if ":" in self.pattern else 0.0).kind
         if kind == "n:m":
             if self.sparsity is not None or self.tolerance is not None:
@@ -101,18 +102,19 @@ class LobsOptions:
         check_amount("tolerance", self.tolerance, math.inf)
         if self.tolerance is not None:
             if kind != "layer":
-                raise ValueError(f"tolerance: wants the pattern 'layer', got {self.pattern!r}")
-            _one_of("method (with a tolerance)", self.method, ("auto", *TO_TOLERANCE))
+                raise ValueError(f"pattern: got {self.pattern!r}, want 'layer' with a tolerance")
+            checks.one_of(("auto", *TO_TOLERANCE), **{"method (with a tolerance)": self.method})
         elif self.method != "auto" and kind not in METHODS[self.method].patterns:
             kinds = ", ".join(METHODS[self.method].patterns)
-            raise ValueError(f"pattern: {self.method} does {kinds}; got {self.pattern!r}")
+            raise ValueError(
+                f"pattern: got {self.pattern!r}, want one of {kinds} for {self.method}"
+            )
         if self.damping is not None:
             if not (0 <= self.damping < math.inf):
                 raise ValueError(f"damping: got {self.damping!r}, want a finite fraction >= 0")
             if self.method == "best":
                 raise ValueError("damping: the method 'best' has its own; want none")
-        if not self.memory > 0:
-            raise ValueError(f"memory: got {self.memory!r}, want a positive number")
+        checks.positive(memory=self.memory)
         check_parallel(self.jobs, self.threads, self.seed)
         if self.jobs > 1 and self.calibration != "dense":
             raise ValueError(f"jobs: {self.calibration} calibration takes layers one by one")
@@ -213,8 +215,7 @@ def check_stages(stages: int) -> None:
     ValueError
         If it is not from 1 to 1000.
     """
-    if stages < 1:
-        raise ValueError(f"stages: got {stages!r}, want at least 1")
+    checks.count(1, stages=stages)
     if stages > _MOST_STAGES:
         raise ValueError(f"stages: got {stages!r}, want at most {_MOST_STAGES}")
 
@@ -263,9 +264,3 @@ def stage_amounts(amount: Amount | Sequence[Amount], stages: int | None) -> list
             for stage in range(1, stages + 1)
         ]
     return [at(stage, last) for stage in range(1, stages + 1)]
-
-
-def _one_of(argument: str, value: str, known: Iterable[str]) -> None:
-    known = tuple(known)
-    if value not in known:
-        raise ValueError(f"{argument}: got {value!r}, want one of {', '.join(known)}")

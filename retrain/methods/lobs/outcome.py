@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
@@ -15,6 +14,7 @@ from array_api_compat import array_namespace
 from retrain.methods.lobs.moments import RowErrors, row_errors
 from retrain.methods.lobs.options import LobsOptions
 from retrain.methods.lobs.problem import Group, Task
+from retrain.stream.details import LobsDetails
 from retrain.stream.layer_report import LayerReport, LayerResult
 from retrain.stream.stream import Array, LayerSpec, LayerStream
 from solvers.arrays import like, to_numpy
@@ -145,25 +145,25 @@ def _report(
     within = tolerance is None or error <= tolerance**2 * (1 + _STORED)
     certified = within and all(check.agrees and check.exact for check in checks)
     solved = [result for result in results if result is not None]
-    said = dict.fromkeys(result.status for result in solved)
-    details: dict[str, Any] = {
-        "method": options.method_for(spec),
-        "pattern": options.pattern,
-        "calibration": options.calibration,
-        "bias": ("updated" if options.bias == "update" else "kept") if spec.bias else "none",
-        "damping": solved[0].damping if solved else options.damping,
-        "sparsity": options.sparsity_for(spec.name),
-        "tolerance": tolerance,
-        "removed": sum(check.removed for check in checks),
-        "dead_inputs": [int(dead_inputs(to_numpy(g.problem.hessian)).sum()) for g in task.groups],
-        "layer_error": error,
-        "layer_error_from_hessian": sum(check.quadratic for check in checks),
-        "rms_error": math.sqrt(error),
-        "energy": energy,
-        "relative_layer_error": error / energy if energy > 0 else None,
-        "method_status": "; ".join(said) or "nothing to remove",
-        "sensitivities": [group.sensitivities for group in task.groups],
-    }
+    said = dict.fromkeys(result.note or "done" for result in solved)
+    details = LobsDetails(
+        method=options.method_for(spec),
+        pattern=options.pattern,
+        calibration=options.calibration,
+        bias=("updated" if options.bias == "update" else "kept") if spec.bias else "none",
+        damping=solved[0].damping if solved else options.damping,
+        sparsity=options.sparsity_for(spec.name),
+        tolerance=tolerance,
+        removed=sum(check.removed for check in checks),
+        dead_inputs=[int(dead_inputs(to_numpy(g.problem.hessian)).sum()) for g in task.groups],
+        layer_error=error,
+        layer_error_from_hessian=sum(check.quadratic for check in checks),
+        rms_error=math.sqrt(error),
+        energy=energy,
+        relative_layer_error=error / energy if energy > 0 else None,
+        method_status="; ".join(said) or "nothing to remove",
+        sensitivities=[group.sensitivities for group in task.groups],
+    )
     return LayerReport(
         name=spec.name,
         kind=spec.kind,
@@ -175,7 +175,7 @@ def _report(
         zeros=sum(int((to_numpy(weight)[: spec.shape[0]] == 0).sum()) for weight in weights),
         rows=checks[0].rows.rows,
         total_rows=checks[0].rows.rows,
-        status=(Status.SOLVED if certified else Status.INEXACT).value,
+        status=Status.SOLVED if certified else Status.INEXACT,
         certified=certified,
         dense_units=0,
         error=activated,

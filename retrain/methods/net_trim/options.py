@@ -10,7 +10,7 @@ import joblib
 
 from retrain.methods.amounts import Amount, amount_for, check_amount, check_parallel
 from retrain.stream.stream import LayerSpec
-from solvers import L1, ElasticNet, Penalty
+from solvers import L1, ElasticNet, Penalty, checks
 
 # Values of the options of the same names; `Chosen` is the solver that ``"auto"`` becomes.
 Scheme = Literal["parallel", "cascade"]
@@ -122,8 +122,7 @@ class NetTrimOptions:
         if self.fit_weight is not None:
             if self.form == "constrained":
                 raise ValueError("fit_weight: belongs to the regularised form; set form too")
-            if not (self.fit_weight > 0 and math.isfinite(self.fit_weight)):
-                raise ValueError(f"fit_weight: got {self.fit_weight!r}, want a positive number")
+            checks.positive(fit_weight=self.fit_weight)
         if self.form == "regularised" and not self.penalty.separable:
             raise ValueError(
                 f"penalty: the {self.penalty.name} penalty couples the units, which the "
@@ -147,8 +146,7 @@ class NetTrimOptions:
             value = getattr(self, name)
             if not (isinstance(value, float | int) and value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}: got {value!r}, want a positive finite number")
-        if self.max_iterations < 1:
-            raise ValueError(f"max_iterations: got {self.max_iterations!r}, want at least 1")
+        checks.count(1, max_iterations=self.max_iterations)
         if self.max_iterations >= 2**31:  # the kernels count in fixed widths
             raise ValueError(f"max_iterations: got {self.max_iterations!r}, want less than 2^31")
         check_parallel(self.jobs, self.threads, self.seed)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from retrain.methods.net_trim.options import NetTrimOptions
 from retrain.methods.net_trim.task import SLAB, Task, chosen_solver
+from retrain.stream.details import NetTrimDetails
 from retrain.stream.layer_report import LayerReport, LayerResult
 from retrain.stream.stream import Array, LayerSpec, LayerStream
 from solvers import SolveResult, Status
@@ -217,45 +217,39 @@ def _report(
         return float(max(np.max(getattr(certificate, name)) for certificate in certificates))
 
     size = errors.target
-    details: dict[str, Any] = {
-        "scheme": options.scheme,
-        "form": options.form,
-        "penalty": options.penalty.name,
-        "epsilon": math.hypot(*task.epsilons),
-        "relative_epsilon": math.hypot(*task.epsilons) / size if size > 0 else None,
-        "objective": float(sum(np.sum(certificate.objective) for certificate in certificates)),
-        "dual_bound": float(sum(np.sum(certificate.dual_bound) for certificate in certificates)),
-        "gap": worst("gap"),
-        "ball_violation": worst("ball_violation"),
-        "ceiling_violation": worst("ceiling_violation"),
-        "largest_violation": worst("largest_violation"),
-        "residual": errors.residual,
-        "over": errors.over,
-        "ceiling_norm": errors.ceiling,
-        "target_norm": size,
-        "tolerance": options.tolerance,
-        "violation_tolerance": options.violation_tolerance,
-        "solver": results[0].solver,
-        "solver_because": chosen_solver(task, options)[1],
-        "iterations": max(result.iterations for result in results),
-        "setup_seconds": sum(result.setup_seconds for result in results),
-        "solve_seconds": sum(result.solve_seconds for result in results),
-    }
-    if options.form == "regularised":
-        details["fit_weight"] = [
-            program.fit_weight
-            for program in task.programs
-            if isinstance(program, RegularisedProgram)
-        ]
-    if options.sparsity is not None:
-        asked = sum(options.zeros_for(spec))
-        details |= {
-            "asked_zeros": asked,
-            "asked_sparsity": asked / spec.size,
-            "trials": sum(len(result.history) for result in results),
-        }
+    regularised = [p.fit_weight for p in task.programs if isinstance(p, RegularisedProgram)]
+    asked = None if options.sparsity is None else sum(options.zeros_for(spec))
+    setup = sum(result.setup_seconds for result in results)
+    solve = sum(result.solve_seconds for result in results)
+    details = NetTrimDetails(
+        scheme=options.scheme,
+        form=options.form,
+        penalty=options.penalty.name,
+        epsilon=math.hypot(*task.epsilons),
+        relative_epsilon=math.hypot(*task.epsilons) / size if size > 0 else None,
+        objective=float(sum(np.sum(certificate.objective) for certificate in certificates)),
+        dual_bound=float(sum(np.sum(certificate.dual_bound) for certificate in certificates)),
+        gap=worst("gap"),
+        ball_violation=worst("ball_violation"),
+        ceiling_violation=worst("ceiling_violation"),
+        largest_violation=worst("largest_violation"),
+        residual=errors.residual,
+        over=errors.over,
+        ceiling_norm=errors.ceiling,
+        target_norm=size,
+        tolerance=options.tolerance,
+        violation_tolerance=options.violation_tolerance,
+        solver=results[0].solver,
+        solver_because=chosen_solver(task, options)[1],
+        iterations=max(result.iterations for result in results),
+        setup_seconds=setup,
+        solve_seconds=solve,
+        fit_weight=regularised if options.form == "regularised" else None,
+        asked_zeros=asked,
+        asked_sparsity=None if asked is None else asked / spec.size,
+        trials=None if asked is None else sum(len(result.history) for result in results),
+    )
     status = max((result.status for result in results), key=_SEVERITY.index)
-    solving = details["setup_seconds"] + details["solve_seconds"]
     return LayerReport(
         name=spec.name,
         kind=spec.kind,
@@ -267,11 +261,11 @@ def _report(
         zeros=zeros,
         rows=task.programs[0].shape[0],
         total_rows=task.total_rows,
-        status=status.value,
+        status=status,
         certified=all(bool(np.all(result.certified)) for result in results),
         dense_units=dense_units,
         error=errors.error,
         relative_error=errors.error / size if size > 0 else 0.0,
-        seconds=task.seconds + solving,
+        seconds=task.seconds + setup + solve,
         details=details,
     )

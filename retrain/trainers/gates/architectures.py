@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from retrain.trainers.gates.block import Gated, padded, pointwise, stacked
+from solvers import checks
 
 
 def dense_network(
@@ -56,7 +57,7 @@ def deep_lenet(layers: int = 10) -> nn.Module:
         If `layers` is odd, or below 4.
     """
     if layers < 4 or layers % 2:
-        raise ValueError(f"layers: got {layers}, want an even number, 4 or more,")
+        raise ValueError(f"layers: got {layers}, want an even number, 4 or more")
     half = layers // 2
     modules: list[tuple[str, nn.Module]] = []
     for stage, (n_in, n_out) in enumerate(((1, 6), (6, 16)), 1):
@@ -261,6 +262,5 @@ def _he(model: nn.Module) -> nn.Module:
 
 
 def _chosen(argument: str, name: str, among: dict[str, Callable]) -> Callable:
-    if name not in among:
-        raise ValueError(f"{argument}: got {name!r}, want one of {', '.join(among)}")
+    checks.one_of(among, **{argument: name})
     return among[name]

@@ -122,7 +122,7 @@ def _matched(skipped: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
     if skipped.shape != path.shape:
         raise ValueError(
             f"skip: the block gives {tuple(path.shape)}, but its skip gives "
-            f"{tuple(skipped.shape)}; wanted a skip of the block's shape (padded, stacked, "
+            f"{tuple(skipped.shape)}, want a skip of the block's shape (padded, stacked, "
             f"pointwise or dense)"
         )
     return skipped, path

@@ -23,6 +23,7 @@ from retrain.trainers.gates.network import gates_of, ungate
 from retrain.trainers.loop.callbacks import Callbacks, Epoch, Step
 from retrain.trainers.loop.distributed import joint_mean
 from retrain.trainers.loop.training import Setting, Training
+from solvers import checks
 
 Estimator = Literal["first-order", "exact"]
 ThetaOptimizer = Literal["adam", "sgd"]
@@ -103,26 +104,25 @@ class Gates:
 
     def __post_init__(self) -> None:
         _check("log_gamma", self.log_gamma, self.log_gamma <= 0, "0 or less")
-        _check("decay", self.decay, self.decay >= 0, "0 or more")
+        checks.not_negative(decay=self.decay)
         _check("theta", self.theta, 0 < self.theta <= 1, "a probability above 0")
-        _check("theta_rate", self.theta_rate, self.theta_rate > 0, "a number above 0")
-        _check("tolerance", self.tolerance, 0 <= self.tolerance < 1, "0 or more, below 1")
+        checks.positive(theta_rate=self.theta_rate, offset=self.offset)
+        checks.below_one(tolerance=self.tolerance)
         _check("round_below", self.round_below, 0 <= self.round_below <= 1, "0 to 1")
-        _check("offset", self.offset, self.offset > 0, "a number above 0")
         power = self.power == 0 or 0.5 < self.power <= 1
         _check("power", self.power, power, "0, or above 1/2 and up to 1, by (31)")
         for name in ("warmup", "fine_tune_epochs"):
-            _check_count(name, getattr(self, name), 0)
+            checks.count(0, **{name: getattr(self, name)})
         if self.scaled_from is not None:
-            _check_count("scaled_from", self.scaled_from, 1)
+            checks.count(1, scaled_from=self.scaled_from)
         for name in ("keep_at", "fine_tune_rate", "converged"):
             value = getattr(self, name)
             if value is not None:
-                _check(name, value, value > 0, "a number above 0")
-        _check_choice("estimator", self.estimator, get_args(Estimator))
-        _check_choice("theta_optimizer", self.theta_optimizer, get_args(ThetaOptimizer))
+                checks.positive(**{name: value})
+        checks.one_of(get_args(Estimator), estimator=self.estimator)
+        checks.one_of(get_args(ThetaOptimizer), theta_optimizer=self.theta_optimizer)
         for pattern, factor in self.factors.items():
-            _check(f"factors.{pattern}", factor, factor > 0, "a number above 0")
+            checks.positive(**{f"factors.{pattern}": factor})
         if self.power and self.theta_optimizer != "sgd":
             raise ValueError(
                 f"theta_optimizer: got {self.theta_optimizer!r}, want 'sgd' with Robbins-Monro "
@@ -386,13 +386,3 @@ def _check_plain_sgd(optimizer: Optimizer, setting: Setting) -> None:
 def _check(name: str, value: float, holds: bool, wanted: str) -> None:
     if not (isinstance(value, int | float) and math.isfinite(value) and holds):
         raise ValueError(f"{name}: got {value!r}, want {wanted}")
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name}: got {value!r}, want a whole number, {least} or more,")
-
-
-def _check_choice(name: str, value: Any, among: tuple[str, ...]) -> None:
-    if value not in among:
-        raise ValueError(f"{name}: got {value!r}, want one of {', '.join(among)}")

@@ -24,6 +24,7 @@ from retrain.trainers.itp.smgd import SMGD, MAdam, MRMSProp, MultiGradient
 from retrain.trainers.itp.soft_pruning import HardPruning, SoftPruning
 from retrain.trainers.loop.callbacks import Callbacks, Epoch, Step
 from retrain.trainers.loop.training import Setting, Stateful, Training
+from solvers import checks
 
 logger = logging.getLogger(__name__)
 
@@ -83,14 +84,8 @@ class Itp:
 
     def __post_init__(self) -> None:
         for key, kind in (("pruning", Pruning), ("zeros", Zeros), ("descent", Descent)):
-            if getattr(self, key) not in get_args(kind):
-                wanted = ", ".join(map(repr, get_args(kind)))
-                raise ValueError(f"{key}: got {getattr(self, key)!r}, want one of {wanted}")
-        for key in ("threshold", "l2", "decay"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise ValueError(
-                    f"{key}: got {getattr(self, key)}, want a finite number, 0 or more,"
-                )
+            checks.one_of(get_args(kind), **{key: getattr(self, key)})
+        checks.not_negative(threshold=self.threshold, l2=self.l2, decay=self.decay)
         if self.descent == "weighted":
             if self.trade_off is None or not 0 <= self.trade_off < float("inf"):
                 raise ValueError(

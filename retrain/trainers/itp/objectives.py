@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retrain.trainers.loop.masked import weights_of
+from solvers import checks
 
 Objective = Callable[[nn.Module], Tensor]
 """Something to be small that depends on the weights alone."""
@@ -38,8 +38,7 @@ class Complexity:
     power: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.power) and self.power > 0):
-            raise ValueError(f"power: got {self.power}, want a positive number")
+        checks.positive(power=self.power)
 
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the complexity of `model`, a scalar with a gradient."""
@@ -84,15 +83,13 @@ def gradients(
 
 def convex_weight(trade_off: float) -> float:
     """Return the weight of the complexity in (7) that is as `trade_off` in (2): l / (1 + l)."""
-    if trade_off < 0:
-        raise ValueError(f"trade_off: got {trade_off}, want 0 or more")
+    checks.not_negative(trade_off=trade_off)
     return trade_off / (1 + trade_off)
 
 
 def trade_off_of(weight: float) -> float:
     """Return the trade-off of (2) that is as the convex weight of (7): l / (1 - l)."""
-    if not 0 <= weight < 1:
-        raise ValueError(f"weight: got {weight}, want at least 0 and below 1")
+    checks.below_one(weight=weight)
     return weight / (1 - weight)
 
 

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from retrain.trainers.loop.training import Setting
+from solvers import checks
 
 
 def time_decay(optimizer: Optimizer, decay: float) -> LambdaLR:
@@ -18,8 +19,7 @@ def time_decay(optimizer: Optimizer, decay: float) -> LambdaLR:
     ValueError
         If `decay` is negative.
     """
-    if not decay >= 0:
-        raise ValueError(f"decay: got {decay}, want 0 or more")
+    checks.not_negative(decay=decay)
     return LambdaLR(optimizer, lambda step: 1 / (1 + decay * step))
 
 

@@ -17,6 +17,8 @@ from typing import Literal
 
 import numpy as np
 
+from solvers import checks
+
 CLOSENESS = 1e-3
 """Of algorithm 3, line 12: how near to a trained weight a new one may not be."""
 _SAME = 1e-9
@@ -68,7 +70,7 @@ def nondominated(outcomes: Sequence[Outcome]) -> list[Outcome]:
 def fixed_list(train: Train, weights: Sequence[float]) -> list[Outcome]:
     """Train with each of the weights given: figure 9(a)."""
     for weight in weights:
-        _check_weight(weight)
+        checks.below_one(weight=weight)
     return train(list(weights))
 
 
@@ -164,12 +166,10 @@ def _by_levels(
     train: Train, interval: tuple[float, float], levels: int, budget: int, propose: Propose
 ) -> list[Outcome]:
     low, high = interval
-    _check_weight(low)
-    _check_weight(high)
+    checks.below_one(low=low, high=high)
     if not low < high:
         raise ValueError(f"interval: got {low}, {high}, want lambda_1 < lambda_2")
-    if levels < 1:
-        raise ValueError(f"levels: got {levels}, want 1 or more")
+    checks.count(1, levels=levels)
     if budget < 2:
         raise ValueError(f"budget: got {budget}, want 2 trainings or more")
     outcomes = train([low, high])
@@ -240,8 +240,3 @@ def _weights(outcomes: Sequence[Outcome]) -> list[float]:
 
 def _near(weight: float, known: Sequence[float], closeness: float) -> list[float]:
     return [other for other in known if abs(other - weight) <= closeness]
-
-
-def _check_weight(weight: float) -> None:
-    if not 0 <= weight < 1:
-        raise ValueError(f"weight: got {weight}, want at least 0 and below 1")

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from retrain.trainers.itp.min_norm import min_norm_weights
+from solvers import checks
 
 
 class MultiGradient(Optimizer):
@@ -45,9 +46,8 @@ class MultiGradient(Optimizer):
     """
 
     def __init__(self, params: Any, objectives: int, defaults: dict[str, Any]) -> None:
-        if objectives < 1:
-            raise ValueError(f"objectives: got {objectives}, want 1 or more")
-        _positive("lr", defaults["lr"])
+        checks.count(1, objectives=objectives)
+        checks.positive(lr=defaults["lr"])
         super().__init__(params, defaults)
         self.objectives = objectives
         self.trade_offs: list[list[float]] = []
@@ -179,7 +179,7 @@ class SMGD(MultiGradient):
     def __init__(
         self, params: Any, lr: float = 1e-3, momentum: float = 0.0, *, objectives: int = 2
     ) -> None:
-        _fraction("momentum", momentum)
+        checks.below_one(momentum=momentum)
         super().__init__(params, objectives, {"lr": lr, "momentum": momentum})
 
     def _move(
@@ -224,8 +224,8 @@ class MRMSProp(MultiGradient):
         *,
         objectives: int = 2,
     ) -> None:
-        _fraction("alpha", alpha)
-        _positive("eps", eps)
+        checks.below_one(alpha=alpha)
+        checks.positive(eps=eps)
         super().__init__(params, objectives, {"lr": lr, "alpha": alpha, "eps": eps})
 
     def _move(
@@ -266,8 +266,8 @@ class MAdam(MultiGradient):
         objectives: int = 2,
     ) -> None:
         for beta in betas:
-            _fraction("betas", beta)
-        _positive("eps", eps)
+            checks.below_one(betas=beta)
+        checks.positive(eps=eps)
         super().__init__(params, objectives, {"lr": lr, "betas": tuple(betas), "eps": eps})
 
     def _move(
@@ -310,13 +310,3 @@ def _buffer(state: dict[str, Any], key: str, parameter: Tensor) -> Tensor:
         state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     buffer: Tensor = state[key]
     return buffer
-
-
-def _positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}: got {value}, want a positive number")
-
-
-def _fraction(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: got {value}, want at least 0 and below 1")

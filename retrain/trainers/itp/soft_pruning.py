@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from solvers import checks
 
 
 class SoftPruning:
@@ -33,8 +34,7 @@ class SoftPruning:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str], threshold: float) -> None:
-        if not (math.isfinite(threshold) and threshold >= 0):
-            raise ValueError(f"threshold: got {threshold}, want a finite number, 0 or more,")
+        checks.not_negative(threshold=threshold)
         self.threshold = threshold
         self.weights = {name: model.get_parameter(name) for name in names}
         # Where the last pruning left a zero; counts of what came and went since the start, kept on

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from solvers import checks
+
 Array = Tensor | np.ndarray
 
 
@@ -166,7 +168,7 @@ def parts(
         yield batch._replace(inputs=inputs, targets=batch.targets.to(device))
     if count == 0:
         raise ValueError(
-            "data: there is no sample; wanted at least one, and an iterable that can be "
+            "data: got no sample, want at least one, and an iterable that can be "
             "passed over again (a generator is used up after one pass)"
         )
 
@@ -190,8 +192,7 @@ def _cut(
     generator: torch.Generator | None,
     part: Part,
 ) -> Iterator[Batch]:
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, want 1 or more")
+    checks.count(1, batch_size=batch_size)
     count = len(inputs)
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
     whole = [rows for rows in order.split(batch_size) if len(rows) > 0]

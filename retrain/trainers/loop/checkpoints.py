@@ -160,8 +160,8 @@ def _check_model(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None
             continue
         if other.shape != tensor.shape or other.dtype != tensor.dtype:
             raise ValueError(
-                f"checkpoint: {name!r} is {other.dtype} of shape {tuple(other.shape)}, the model "
-                f"wants {tensor.dtype} of shape {tuple(tensor.shape)}"
+                f"checkpoint: {name!r}: got {other.dtype} of shape {tuple(other.shape)}, want the "
+                f"model's {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
 
 

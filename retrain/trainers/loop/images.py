@@ -21,6 +21,7 @@ from torch import Tensor
 from retrain.data.arrays import parse_normalise
 from retrain.files import READ_ERRORS, first_line
 from retrain.trainers.loop.batches import Rows
+from solvers import checks
 
 KINDS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _AHEAD = 2  # batches read while one is trained on
@@ -53,8 +54,7 @@ class ImageFolder(Rows):
     ) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"data: there is no folder {str(folder)!r}")
-        if size < 1:
-            raise ValueError(f"size: got {size}, want a whole number >= 1")
+        checks.count(1, size=size)
         self.folder, self.size = folder, size
         self.classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         found = [
@@ -65,7 +65,7 @@ class ImageFolder(Rows):
         ]
         if not found:
             raise ValueError(
-                f"data: {str(folder)!r} has no images, wanted DIR/CLASS/IMAGE with one of "
+                f"data: {str(folder)!r} has no images, want DIR/CLASS/IMAGE with one of "
                 f"{', '.join(KINDS)}"
             )
         if limit is not None and limit < len(found):

@@ -35,6 +35,7 @@ from retrain.trainers.loop.callbacks import Callbacks, Epoch, Step
 from retrain.trainers.loop.computation import PLAIN, Computation
 from retrain.trainers.loop.distributed import joint_sums
 from retrain.trainers.loop.states import device_of, mode, seeded
+from solvers import checks
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +177,7 @@ def fit(
         If the loss or the penalty, or at the end of an epoch a parameter, is not finite. A loss is
         looked at before its step: the parameters are then those that gave it.
     """
-    if epochs < 0:
-        raise ValueError(f"epochs: got {epochs}, want 0 or more")
+    checks.count(0, epochs=epochs)
     calls = callbacks or Callbacks()
     place = device_of(model)
     history: list[Epoch] = []

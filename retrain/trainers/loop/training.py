@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from retrain.trainers.loop.callbacks import Callbacks
 from retrain.trainers.loop.supervised import Loss
+from retrain.trainers.named import Named
 
 
 class Stateful(Protocol):
@@ -96,13 +97,16 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Something chosen by name in a recipe, with its options: an optimiser, a schedule."""
+class Choice(Named):
+    """An optimiser or a schedule of a recipe, found by its name.
 
-    name: str
-    options: dict[str, Any]
+    Attributes
+    ----------
+    make : callable
+        Called with what it is made for, then the options.
+    """
+
     make: Callable[..., Any]
-    """Called with what it is made for, then the options."""
 
 
 @dataclass(frozen=True)

@@ -83,18 +83,6 @@ def check_names(table: Mapping[str, Any], known: list[str], where: str) -> None:
             raise ValueError(f"recipe: {where} has no option {key!r}{meant or there}")
 
 
-def check_not_negative(**values: float) -> None:
-    """Refuse numbers that are negative or not finite, by name.
-
-    Raises
-    ------
-    ValueError
-    """
-    for name, value in values.items():
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name}: got {value!r}, want a finite number of at least 0")
-
-
 def convert(value: Any, hint: Any, where: str) -> Any:
     """Return a value as what a type hint wants: lists become tuples, whole numbers floats.
 

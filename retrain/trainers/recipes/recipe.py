@@ -32,7 +32,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrain.data.factories import import_factory
+from retrain.trainers.named import Named
 from retrain.trainers.recipes.options import check_arguments, check_names, make_options
+from solvers import checks
 
 RECIPES = Path(__file__).parent
 
@@ -127,14 +129,6 @@ class TrainingTable:
         _at_least(1, batch_size=self.batch_size)
         if self.precision == "float16" and not self.device.startswith("cuda"):
             raise ValueError("precision: float16 is for CUDA; use bfloat16 on a CPU")
-
-
-@dataclass(frozen=True)
-class Named:
-    """A name, and the options that came with it."""
-
-    name: str
-    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -357,12 +351,10 @@ def _named(table: Mapping[str, Any], known: Mapping[str, str], where: str) -> Na
     if not isinstance(name, str) or name not in known:
         what = "architecture" if where == "[model]" else "name"
         raise ValueError(
-            f"recipe: {where} {what}: want one of {', '.join(known)}; got {name!r:.80}"
+            f"recipe: {where} {what}: got {name!r:.80}, want one of {', '.join(known)}"
         )
     return Named(name, {key: value for key, value in table.items() if key != "name"})
 
 
 def _at_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name}: got {value}, want a whole number >= {least}")
+    checks.count(least, **{name: value for name, value in values.items() if value is not None})

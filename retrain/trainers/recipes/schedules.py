@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from retrain.trainers.loop.training import Setting
+from solvers import checks
 
 
 def cosine(
@@ -20,15 +21,13 @@ def cosine(
 ) -> LRScheduler:
     """Half a cosine from the learning rate to `minimum` over `epochs`; by default all there are."""
     length = max(setting.epochs, 1) if epochs is None else epochs
-    if length < 1:
-        raise ValueError(f"epochs: got {length}, want 1 or more")
+    checks.count(1, epochs=length)
     return CosineAnnealingLR(optimizer, length, minimum)
 
 
 def step(optimizer: Optimizer, setting: Setting, *, every: int, factor: float) -> LRScheduler:
     """Multiply by `factor` every so many epochs."""
-    if every < 1:
-        raise ValueError(f"every: got {every}, want 1 or more epochs")
+    checks.count(1, every=every)
     return StepLR(optimizer, every, factor)
 
 
@@ -48,6 +47,5 @@ def inverse(
     optimizer: Optimizer, setting: Setting, *, decay: float, power: float = 1.0
 ) -> LRScheduler:
     """Divide by (1 + decay * epoch)^power: with 1/2 < power <= 1, steps of Robbins and Monro."""
-    if decay < 0:
-        raise ValueError(f"decay: got {decay}, want a number >= 0")
+    checks.not_negative(decay=decay)
     return LambdaLR(optimizer, lambda epoch: (1 + decay * epoch) ** -power)

@@ -25,7 +25,8 @@ from retrain.trainers.loop.batches import Rows
 from retrain.trainers.loop.states import mode, seeded
 from retrain.trainers.loop.supervised import Loss
 from retrain.trainers.loop.training import Choice, Method, Setting, Training
-from retrain.trainers.recipes.recipe import LOSSES, OPTIMIZERS, SCHEDULES, Named, Recipe, imported
+from retrain.trainers.named import Named
+from retrain.trainers.recipes.recipe import LOSSES, OPTIMIZERS, SCHEDULES, Recipe, imported
 
 Pair = tuple[Tensor | Rows, Tensor]
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from retrain.trainers.loop.callbacks import Step
 from retrain.trainers.shrinknets.network import Neurons, Side, neurons_of
+from solvers import checks
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +72,7 @@ def groups_of(
     ValueError
         As for `neurons_of`; if a name is not a layer's, or the outputs of the last layer are named.
     """
-    if at not in get_args(Side):
-        raise ValueError(f"at: got {at!r}, want one of {', '.join(get_args(Side))}")
+    checks.one_of(get_args(Side), at=at)
     groups = neurons_of(model)
     found = {}
     for neurons in groups:

@@ -14,7 +14,6 @@ from torch import nn
 
 from retrain.trainers.loop.callbacks import Callbacks, Step
 from retrain.trainers.loop.training import Setting, Training
-from retrain.trainers.recipes.options import check_not_negative
 from retrain.trainers.shrinknets.cost import Costs, input_neurons
 from retrain.trainers.shrinknets.cutting import cut_neurons
 from retrain.trainers.shrinknets.fold import fold
@@ -27,6 +26,7 @@ from retrain.trainers.shrinknets.switches import (
     regularised_penalty,
     switches_of,
 )
+from solvers import checks
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +96,8 @@ class ShrinkNets:
 
     def __post_init__(self) -> None:
         _check_common(self.strength, self.at)
-        check_not_negative(weight_strength=self.weight_strength)
-        if self.power not in POWERS:
-            raise ValueError(f"power: got {self.power!r}, want 1 or 2")
+        checks.not_negative(weight_strength=self.weight_strength)
+        checks.one_of(POWERS, power=self.power)
         if self.removal not in get_args(Removal):
             choices = " or ".join(map(repr, get_args(Removal)))
             raise ValueError(f"removal: got {self.removal!r}, want {choices}")
@@ -256,9 +255,8 @@ class GroupSparsity:
 
 
 def _check_common(strength: float, at: str) -> None:
-    check_not_negative(strength=strength)
-    if at not in get_args(Side):
-        raise ValueError(f"at: got {at!r}, want one of {', '.join(get_args(Side))}")
+    checks.not_negative(strength=strength)
+    checks.one_of(get_args(Side), at=at)
 
 
 def _names(layers: Any) -> tuple[str, ...] | None:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from retrain.compact.cut import NORMS
 from retrain.trainers.loop.states import device_of
 from retrain.trainers.shrinknets.switches import InputSwitch, Switch
+from solvers import checks
 
 Side = Literal["inputs", "outputs"]
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -225,8 +226,7 @@ def with_switches(
         If a name is not a layer's, the outputs of the last layer are named, a module on the way
         mixes neurons or, behind a switch, makes something else than 0 of 0; and as `neurons_of`.
     """
-    if at not in get_args(Side):
-        raise ValueError(f"at: got {at!r}, want one of {', '.join(get_args(Side))}")
+    checks.one_of(get_args(Side), at=at)
     copied = copy.deepcopy(model)
     groups = neurons_of(copied)
     inner = groups[1:-1]

@@ -19,6 +19,8 @@ from typing import Literal, get_args
 import numpy as np
 from scipy.special import log_softmax, softmax
 
+from solvers import checks
+
 Kind = Literal["linear", "logistic"]
 NEGLIGIBLE = 1e-3
 """Section 6.1: a column is gone when all its weights are below this in absolute value."""
@@ -47,8 +49,7 @@ class Regression:
     free: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind: got {self.kind!r}, want one of {', '.join(get_args(Kind))}")
+        checks.one_of(get_args(Kind), kind=self.kind)
         if self.X.ndim != 2 or self.Y.ndim != 2 or len(self.X) != len(self.Y) or not self.X.size:
             raise ValueError(
                 f"X, Y: got {self.X.shape} and {self.Y.shape}, want matrices of as many rows"

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retrain.trainers.recipes.options import check_not_negative
 from retrain.trainers.shrinknets.regression import (
     Regression,
     equivalent_penalty,
@@ -22,6 +21,7 @@ from retrain.trainers.shrinknets.regression import (
     shrink_objective,
     split_columns,
 )
+from solvers import checks
 
 Prox = Callable[[np.ndarray, float], np.ndarray]
 """Takes a matrix and a step size."""
@@ -90,7 +90,7 @@ def solve_group(
     The draft's (6); Beck and Teboulle, FISTA (2009); O'Donoghue and Candes,
     adaptive restart (2015).
     """
-    check_not_negative(strength=strength)
+    checks.not_negative(strength=strength)
     A, count, moved = _descend(
         problem,
         _start(problem, start),
@@ -144,14 +144,13 @@ def solve_shrink(
     The draft's (7) and (8). Majorising a concave penalty by its tangents: Zou and Li (2008);
     reweighted l1, Candes, Wakin and Boyd (2008).
     """
-    check_not_negative(strength=strength, weight_strength=weight_strength)
+    checks.not_negative(strength=strength, weight_strength=weight_strength)
     if strength == 0 or weight_strength == 0:
         raise ValueError(
             f"strength, weight_strength: got {strength} and {weight_strength}, want more than 0: "
             f"without one of them there is no minimum"
         )
-    if power not in (1, 2):
-        raise ValueError(f"power: got {power!r}, want 1 or 2")
+    checks.one_of((1, 2), power=power)
     columns = problem.penalised
     count, moved = 0, math.inf
     C = _start(problem, start)

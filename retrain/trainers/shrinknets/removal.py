@@ -33,6 +33,7 @@ from retrain.trainers.loop.callbacks import Step
 from retrain.trainers.shrinknets.cutting import cut_neurons
 from retrain.trainers.shrinknets.network import neurons_of
 from retrain.trainers.shrinknets.switches import Switch, switches_of
+from solvers import checks
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,7 @@ class SignVariance:
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.inertia < 1:
-            raise ValueError(f"inertia: got {self.inertia}, want a number in [0, 1)")
+        checks.below_one(inertia=self.inertia)
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold: got {self.threshold}, want a number in (0, 1)")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from retrain.trainers.loop.masked import weights_of
+from solvers import checks
 
 POWERS = (1, 2)
 
@@ -42,8 +43,7 @@ class Switch(nn.Module):
 
     def __init__(self, size: int, *, span: int = 1, axis: int = -1) -> None:
         super().__init__()
-        if size < 1 or span < 1:
-            raise ValueError(f"size, span: got {size} and {span}, want 1 or more")
+        checks.count(1, size=size, span=span)
         self.span = span
         self.axis = axis
         self.beta = nn.Parameter(torch.ones(size))
@@ -137,8 +137,7 @@ def regularised_penalty(
     ValueError
         If the model has no switch, or `power` is not 1 or 2.
     """
-    if power not in POWERS:
-        raise ValueError(f"power: got {power!r}, want 1 or 2")
+    checks.one_of(POWERS, power=power)
     penalty = switch_penalty(model, strength)
     if weight_strength == 0:
         return penalty
