@@ -7,7 +7,7 @@ from pathlib import Path
 import gated_joint
 import pytest
 import torch
-from gated_cases import same, weights
+from networks import same, weights
 from shared_data import SHARED
 from torchrun import torchrun
 

@@ -3,11 +3,11 @@
 import copy
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from networks import random_chain
 from shared_data import SHARED
 from torch import nn
 from torch.nn import functional
@@ -26,12 +26,7 @@ WIDTHS = (12, 16, 10, 4)
 
 
 def network(seed=0, *, biases=True, dtype=np.float64):
-    rng = np.random.default_rng(seed)
-    weights = [
-        (rng.standard_normal((a + biases, b)) / math.sqrt(a)).astype(dtype)
-        for a, b in pairwise(WIDTHS)
-    ]
-    return Chain(tuple(weights), (biases,) * len(weights))
+    return random_chain(*WIDTHS, seed=seed, bias=biases, dtype=dtype)[0]
 
 
 def samples(seed=1, rows=200, dtype=np.float64):

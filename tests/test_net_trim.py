@@ -1,12 +1,12 @@
 """Net-Trim over a layer stream: Algorithms 1 and 2 as the paper has them, and what a run needs."""
 
 import math
-from itertools import pairwise
 
 import joblib
 import numpy as np
 import pytest
 import torch
+from networks import random_chain, rows
 from torch import nn
 
 from retrain.adapters.network.stream import TorchStream
@@ -22,12 +22,7 @@ TIGHT = {"tolerance": 1e-6, "violation_tolerance": 1e-7, "max_iterations": 20_00
 
 
 def make(seed=0, widths=(8, 12, 10, 4), samples=60, bias=True, dtype=np.float64):
-    rng = np.random.default_rng(seed)
-    weights = tuple(
-        (rng.standard_normal((a + bias, b)) / np.sqrt(a)).astype(dtype) for a, b in pairwise(widths)
-    )
-    inputs = rng.standard_normal((samples, widths[0])).astype(dtype)
-    return ChainStream(Chain(weights, (bias,) * len(weights)), inputs)
+    return ChainStream(*random_chain(*widths, seed=seed, samples=samples, bias=bias, dtype=dtype))
 
 
 def inputs_of(stream):
@@ -142,7 +137,7 @@ def test_the_groups_of_a_layer_share_its_epsilon(groups):
     """sqrt(groups (epsilon / sqrt(groups))^2): together they move as far as one layer may."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=groups), nn.ReLU(), nn.Flatten())
-    x = np.random.default_rng(0).normal(size=(20, 4, 5, 5)).astype(np.float32)
+    x = rows(20, 4, 5, 5)
     stream = TorchStream(model, x)
     options = {"scheme": "parallel", "relative_epsilon": None}
     report = run(stream, epsilon=3.0, tolerance=1e-3, violation_tolerance=1e-5, **options)["0"]
