@@ -46,9 +46,9 @@ class Command:
 
     def __init__(self, folder: Path, arguments: list[str], prepare) -> None:
         self._kept = tempfile.TemporaryDirectory()
-        self._files = [Path(self._kept.name) / name for name in ("out", "err")]
+        self.files = [Path(self._kept.name) / name for name in ("out", "err")]
         self.process = _FORKS.Process(
-            target=_child, args=(str(folder), arguments, self._files, prepare)
+            target=_child, args=(str(folder), arguments, self.files, prepare)
         )
         self.process.start()
 
@@ -62,7 +62,7 @@ class Command:
 
     def read(self) -> Answer:
         """What there is by now."""
-        out, err = (file.read_text() if file.exists() else "" for file in self._files)
+        out, err = (file.read_text() if file.exists() else "" for file in self.files)
         code = self.process.exitcode
         return Answer(-1 if code is None else code, out, err)
 

@@ -11,12 +11,6 @@ from retrain.trainers.loop.training import Choice, Setting
 CPU = torch.device("cpu")
 
 
-def samples(count=48, shape=(6,), classes=3, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, *shape, generator=generator).to(dtype)
-    return x, torch.randint(classes, (count,), generator=generator)
-
-
 def wbaw(width=6, hidden=8, *, skip=None, norm=False, activation=nn.Tanh):
     """W-(B)-a-W with a skip."""
     middle = [nn.BatchNorm1d(hidden)] if norm else []
@@ -38,11 +32,3 @@ def small(blocks=3, *, width=6, classes=3, seed=0, norm=False, linear_skips=Fals
 def setting(count=48, *, batch_size=16, epochs=3, seed=0, optimizer=None, schedule=None):
     chosen = optimizer or Choice("sgd", {"lr": 0.1}, torch.optim.SGD)
     return Setting(count, batch_size, epochs, seed, CPU, chosen, schedule, functional.cross_entropy)
-
-
-def weights(model):
-    return [parameter.detach().clone() for parameter in model.parameters()]
-
-
-def same(a, b):
-    return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from networks import dense
 from torch import nn
 from torch.nn import functional
 
@@ -346,15 +347,8 @@ def test_unreached_and_repeated_layers_have_none():
     assert "no single place" in stream.gain("c").reason
 
 
-def chain():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)
-    ).double()
-
-
 def test_a_chain_is_the_product_of_the_later_norms_as_they_are_now():
-    model = chain()
+    model = dense(7, 6, 5, 4, dtype=torch.float64)
     stream = TorchStream(model, np.random.default_rng(0).normal(size=(30, 7)))
     second, third = (model[i].weight.detach() for i in (2, 4))
     for norm, order in (("spectral", 2), ("frobenius", "fro")):
@@ -373,7 +367,7 @@ def test_a_chain_is_the_product_of_the_later_norms_as_they_are_now():
 def test_the_bound_of_a_pruned_chain_holds(seed):
     """sum_j e_j gain_j >= ||outputs − dense outputs||, e_j measured on the dense inputs."""
     rng = np.random.default_rng(seed)
-    stream = TorchStream(chain(), rng.normal(size=(40, 7)))
+    stream = TorchStream(dense(7, 6, 5, 4, dtype=torch.float64), rng.normal(size=(40, 7)))
     for name in ("0", "2", "4"):
         weight = stream.weight(name)
         weight[:-1][torch.tensor(rng.random(weight[:-1].shape) < 0.4)] = 0

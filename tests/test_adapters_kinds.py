@@ -2,9 +2,9 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
+from networks import rows
 from torch import nn
 from torch.nn import functional
 
@@ -55,7 +55,7 @@ def case(monkeypatch):
     model = nn.Sequential(
         nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Conv1d(4, 3, 2, stride=2), nn.Flatten(), nn.Linear(15, 3)
     )
-    x = np.random.default_rng(0).normal(size=(30, 2, 12)).astype(np.float32)
+    x = rows(30, 2, 12)
     return model, x
 
 
@@ -109,7 +109,7 @@ def test_one_row_makes_an_operation_known(monkeypatch):
             return self.last(functional.softshrink(self.first(x)))
 
     torch.manual_seed(0)
-    x = np.random.default_rng(1).normal(size=(20, 4)).astype(np.float32)
+    x = rows(20, 4, seed=1)
     stream = TorchStream(Net(), x)
     assert stream.gain("first").reason == "softshrink has no known factor"
     from retrain.adapters.network import operations

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from shared_data import SHARED
+from shared_data import LENET, SHARED
 from torch import nn
 
 from retrain.adapters.files.load import fill, load_model
 
-MODELS = SHARED / "data" / "models"
+RESNET = "data/models/resnet20-12fca82f.th"
 
 
 def chain_tensors(widths=(6, 5, 4, 3), names=("fc1", "fc2", "fc3"), dtype=torch.float32):
@@ -192,12 +192,12 @@ def test_saved_on_a_gpu(tmp_path):
     assert all(tensor.device.type == "cpu" for tensor in loaded.module.state_dict().values())
 
 
-@pytest.mark.shared_data("data/models")
+@pytest.mark.shared_data(LENET, RESNET)
 def test_saved_networks_of_others(tmp_path, monkeypatch):
-    lenet = load_model(MODELS / "lobs_LeNet300100_pretrain.pth")
+    lenet = load_model(SHARED / LENET)
     assert lenet.note == "read as dense layers 784-300-100-10, assuming relu between them"
     with pytest.raises(ValueError, match=r"not a chain of dense layers: 'conv1.weight'"):
-        load_model(MODELS / "resnet20-12fca82f.th")
+        load_model(SHARED / RESNET)
 
 
 FACTORIES = """

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from networks import dense
 from torch import nn
 from torch.nn import functional
 
@@ -138,7 +139,7 @@ def test_images_go_flat_into_a_dense_network_only():
 
 
 def test_tokens_have_a_row_each():
-    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    model = dense(4, 3, 2)
     x = samples(7, 5, 4)
     stream = TorchStream(model, x, batch_size=3)
     assert stream.count("2") == 35

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from networks import dense, rows
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
@@ -14,12 +15,11 @@ from retrain.adapters.files.load import load_model
 from retrain.adapters.network.find import layer_table
 from retrain.adapters.network.wrappers import unwrapped, without_wrappers
 
-X = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+X = rows(40, 6)
 
 
 def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    return dense(6, 5, 3)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,10 @@ def test_the_only_mapping_of_tensors_is_taken(tmp_path):
 
 
 def test_several_mappings_are_listed_and_one_is_chosen(tmp_path):
-    one, two = network().state_dict(), {k: v + 1 for k, v in network().state_dict().items()}
+    one, two = (
+        network().state_dict(),
+        {k: v + 1 for k, v in network().state_dict().items()},
+    )
     torch.save({"student": one, "teacher": {"net": two}, "epoch": 1}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"several mappings of tensors, student, teacher.net; .*"):
         load_model(tmp_path / "a.pt")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shared_data import SHARED
+from shared_data import LENET, MNIST, SHARED
 
 from bench import answers, curve, peers, solver_tables, solvers
 from bench.forms import FORMS
@@ -126,7 +126,7 @@ def test_sizes_that_a_family_does_not_have():
         problem("digits-64x100x8").make()
 
 
-@pytest.mark.shared_data("data/models", "data/mnist")
+@pytest.mark.shared_data(LENET, *MNIST)
 def test_the_layers_of_lenet():
     data = SHARED / "data"
     program = problem("lenet-fc3-200-ball", data).make().program

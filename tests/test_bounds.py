@@ -2,11 +2,11 @@
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from networks import dense, random_chain, rows
 from torch import nn
 
 import retrain
@@ -30,11 +30,8 @@ from retrain.stream.chain import Chain, ChainStream, forward, link_normalise
 TIGHT = {"tolerance": 1e-4, "violation_tolerance": 1e-6, "max_iterations": 20_000}
 
 
-def random_chain(seed, widths=(10, 14, 12, 5), follows=(), bias=False):
-    rng = np.random.default_rng(seed)
-    weights = tuple(rng.standard_normal((a + bias, b)) / np.sqrt(a) for a, b in pairwise(widths))
-    inputs = rng.standard_normal((80, widths[0]))
-    return Chain(weights, (bias,) * len(weights), follows), inputs
+def drawn(seed, widths=(10, 14, 12, 5), follows=(), bias=False):
+    return random_chain(*widths, seed=seed, samples=80, bias=bias, follows=follows)
 
 
 def trimmed(chain, inputs, **options):
@@ -47,7 +44,7 @@ def trimmed(chain, inputs, **options):
 @pytest.mark.parametrize("follows", [(), ("relu",) * 3])
 @pytest.mark.parametrize("seed", range(3))
 def test_theorem_1_on_link_normalised_networks(seed, follows):
-    chain, inputs = random_chain(seed, follows=follows)
+    chain, inputs = drawn(seed, follows=follows)
     normalised, _ = link_normalise(chain)
     dense = forward(normalised, inputs)
     epsilons = [0.1 * np.linalg.norm(outcome) for outcome in dense]
@@ -62,7 +59,7 @@ def test_theorem_1_on_link_normalised_networks(seed, follows):
 @pytest.mark.parametrize("follows", [(), ("relu",) * 3])
 @pytest.mark.parametrize("seed", range(3))
 def test_theorem_2_on_cascades(seed, follows):
-    chain, inputs = random_chain(seed, follows=follows)
+    chain, inputs = drawn(seed, follows=follows)
     normalised, _ = link_normalise(chain)
     dense = forward(normalised, inputs)
     epsilon = 0.1 * np.linalg.norm(dense[0])
@@ -90,7 +87,7 @@ def test_theorem_2_wants_inflations_of_at_least_one():
 @pytest.mark.parametrize("seed", range(4))
 def test_output_bound_holds_for_any_weights(seed, bias):
     """The sum over layers needs no certificate: it holds for weights from anywhere."""
-    chain, inputs = random_chain(seed, bias=bias)
+    chain, inputs = drawn(seed, bias=bias)
     stream = ChainStream(chain, inputs, batch_size=33)
     rng = np.random.default_rng(seed)
     for spec in stream.layers:
@@ -106,7 +103,7 @@ def test_output_bound_holds_for_any_weights(seed, bias):
 
 def test_output_bound_is_exact_where_nothing_can_be_lost():
     """One changed layer, the last: the bound is the measured deviation."""
-    chain, inputs = random_chain(0)
+    chain, inputs = drawn(0)
     stream = ChainStream(chain, inputs)
     stream.commit("2", 0.5 * stream.weight("2"))
     bound = output_bound(stream)
@@ -118,7 +115,7 @@ def test_a_bound_without_a_layer_would_be_broken():
     """The bound must be able to fail: leaving out the largest term breaks it on some network."""
     broken = 0
     for seed in range(10):
-        chain, inputs = random_chain(seed)
+        chain, inputs = drawn(seed)
         stream = ChainStream(chain, inputs)
         stream.commit("2", 0.2 * stream.weight("2"))
         stream.commit("0", 0.99 * stream.weight("0"))
@@ -129,7 +126,7 @@ def test_a_bound_without_a_layer_would_be_broken():
 
 
 def test_unchanged_network_has_bound_zero():
-    chain, inputs = random_chain(0)
+    chain, inputs = drawn(0)
     bound = output_bound(ChainStream(chain, inputs))
     assert (bound.bound, bound.measured, bound.ratio) == (0, 0, 1)
 
@@ -137,7 +134,7 @@ def test_unchanged_network_has_bound_zero():
 @pytest.mark.parametrize("follows", [(), ("relu",) * 3])
 @pytest.mark.parametrize("seed", range(3))
 def test_direct_cascade_bound_is_tighter_and_holds(seed, follows):
-    chain, inputs = random_chain(seed, follows=follows, bias=True)
+    chain, inputs = drawn(seed, follows=follows, bias=True)
     stream, reports = trimmed(chain, inputs, relative_epsilon=0.1, inflation=1.3)
     bound = output_bound(stream, direct=cascade_bound(stream, reports))
     assert bound.measured <= bound.direct <= bound.bound
@@ -147,7 +144,7 @@ def test_direct_cascade_bound_is_tighter_and_holds(seed, follows):
 @pytest.mark.parametrize("seed", range(8))
 def test_bounds_hold_in_float32_too(seed):
     """The direct bound is all but equal to what is measured, so float32's rounding shows."""
-    chain, inputs = random_chain(seed, bias=True)
+    chain, inputs = drawn(seed, bias=True)
     chain = Chain(tuple(weight.astype(np.float32) for weight in chain.weights), chain.biases)
     stream = ChainStream(chain, inputs.astype(np.float32))
     options = NetTrimOptions(relative_epsilon=0.1, tolerance=1e-3, violation_tolerance=1e-6)
@@ -159,7 +156,7 @@ def test_bounds_hold_in_float32_too(seed):
 
 
 def test_direct_bound_needs_a_certified_constrained_cascade_of_the_last_layer():
-    chain, inputs = random_chain(0)
+    chain, inputs = drawn(0)
     stream, reports = trimmed(chain, inputs, scheme="parallel", relative_epsilon=0.1)
     assert cascade_bound(stream, reports) == NO_DIRECT
     for form in ("regularised", "another"):
@@ -175,7 +172,7 @@ def test_direct_bound_needs_a_certified_constrained_cascade_of_the_last_layer():
 @pytest.mark.parametrize("follows", [(), ("relu",) * 3])
 def test_a_cascade_on_sampled_rows_has_no_direct_bound(follows):
     """Its last program holds on the rows it was given, the outputs are measured on all."""
-    chain, inputs = random_chain(0, follows=follows, bias=True)
+    chain, inputs = drawn(0, follows=follows, bias=True)
     options = {"relative_epsilon": 0.1, "tolerance": 1e-3, "violation_tolerance": 1e-5}
     options["solver"] = "admm"
     whole = retrain.net_trim(chain, inputs, **options)
@@ -204,7 +201,7 @@ class Squared(nn.Module):
 
 def test_without_a_factor_the_bound_has_the_layers_reason():
     torch.manual_seed(0)
-    x = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    x = rows(30, 4)
     run = retrain.net_trim(Squared(), x, relative_epsilon=0.1, layers=["a"])
     bound = run.bounds["calibration"]
     assert bound.bound is None
@@ -212,7 +209,7 @@ def test_without_a_factor_the_bound_has_the_layers_reason():
 
 
 def test_a_bound_that_overflows_has_its_reason_and_so_has_the_direct_one():
-    chain, inputs = random_chain(0)
+    chain, inputs = drawn(0)
     stream = ChainStream(chain, inputs)
     stream.commit("2", 0.5 * stream.weight("2"))
     passage = stream.passage()
@@ -252,9 +249,8 @@ def test_a_bound_that_overflows_has_its_reason_and_so_has_the_direct_one():
     ids=lambda value: type(value).__name__,
 )
 def test_the_direct_bound_holds_through_slopes_of_at_most_one(ending, direct):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), ending).eval()
-    x = np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32)
+    model = nn.Sequential(*dense(6, 8, 5), ending).eval()
+    x = rows(60, 6)
     run = retrain.net_trim(model, x, relative_epsilon=0.1, tolerance=1e-3)
     bound = run.bounds["calibration"]
     assert run.certified
@@ -268,9 +264,8 @@ def test_the_direct_bound_holds_through_slopes_of_at_most_one(ending, direct):
 
 def test_a_cascade_on_as_many_sampled_rows_as_samples_has_no_direct_bound():
     """Tokens are more rows than samples: as many as samples are still not all."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
-    tokens = np.random.default_rng(0).normal(size=(30, 4, 6)).astype(np.float32)
+    model = dense(6, 8, 5)
+    tokens = rows(30, 4, 6)
     stream = TorchStream(model, tokens)
     last = stream.layers[-1]
     memory = 30.5 * 1e9 / rows_within(last, 1e9, 4, "admm")
@@ -283,7 +278,7 @@ def test_a_cascade_on_as_many_sampled_rows_as_samples_has_no_direct_bound():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_l_obs_bound_is_theorem_3_2(seed):
-    chain, inputs = random_chain(seed)
+    chain, inputs = drawn(seed)
     stream = ChainStream(chain, inputs)
     rng = np.random.default_rng(seed)
     for spec in stream.layers:

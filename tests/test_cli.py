@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from command import command
+from networks import dense, rows
 from safetensors.torch import load_file, save_file
 from small_case import WIDTHS, network, samples, save_case
-from torch import nn
 
 import retrain
 from retrain.cli import main
@@ -377,10 +377,8 @@ def test_demo_compares_both_schemes(tmp_path):
 
 def test_a_former_name_is_read_with_a_warning(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-    torch.save(net.state_dict(), "net.pt")
-    np.save("x.npy", np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32))
+    torch.save(dense(6, 5, 3).state_dict(), "net.pt")
+    np.save("x.npy", rows(40, 6))
     for now, former, said in (
         (
             ("trim", "--gap", "1e-4", "--violation", "1e-5"),

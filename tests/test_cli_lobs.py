@@ -2,12 +2,12 @@
 
 import json
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from command import command, start
+from networks import random_chain
 from safetensors.torch import load_file, save_file
 from small_case import WIDTHS, network, samples, save_case
 from torch import nn
@@ -400,10 +400,9 @@ def test_zeros_stay_through_fine_tuning():
 
 def pruned_chain(seed, widths=(10, 12, 9, 5), rows=80):
     rng = np.random.default_rng(seed)
-    weights = tuple(rng.normal(size=(a + 1, b)) / np.sqrt(a) for a, b in pairwise(widths))
-    chain = Chain(weights, (True,) * 3)
-    stream = ChainStream(chain, rng.normal(size=(rows, widths[0])))
-    new = retrain.lobs(chain, rng.normal(size=(60, widths[0])), sparsity=0.6).model
+    dense, inputs = random_chain(*widths, seed=rng, samples=rows)
+    stream = ChainStream(dense, inputs)
+    new = retrain.lobs(dense, rng.normal(size=(60, widths[0])), sparsity=0.6).model
     for index, weight in enumerate(new.weights):
         stream.commit(str(index), weight)
     return stream
@@ -426,7 +425,8 @@ def test_theorems_hold_on_held_out_rows(seed):
 
 def test_theorems_against_the_network_computed_by_hand():
     stream = pruned_chain(7)
-    dense = current = stream._inputs
+    first = stream.layers[0]
+    dense = current = next(stream.batches(first.name)).inputs[:, : first.shape[0]]
     ones = np.ones((len(dense), 1))
     for index, entry in enumerate(second_order_bounds(stream).layers):
         old, new = stream.dense.weights[index], stream.chain.weights[index]

@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from networks import dense, rows
 
 import retrain.demo
 import retrain.runs.drive
@@ -74,11 +74,8 @@ class SolvedError(BaseException):
 
 @pytest.fixture
 def case(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-    torch.save(net.state_dict(), tmp_path / "net.pt")
-    x = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
-    np.savez(tmp_path / "data.npz", x=x, y=np.arange(40) % 3)
+    torch.save(dense(6, 5, 3).state_dict(), tmp_path / "net.pt")
+    np.savez(tmp_path / "data.npz", x=rows(40, 6), y=np.arange(40) % 3)
     (tmp_path / "r.toml").write_text(RECIPE)
     (tmp_path / "dir").mkdir()
     for name, text in MODULES.items():

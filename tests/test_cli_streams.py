@@ -77,7 +77,7 @@ def test_every_command_in_every_encoding(case, tmp_path, encoding, name):
 def _bytes_of(folder, arguments, prepare):
     running = start(folder, *arguments, prepare=prepare)
     running.process.join(100)
-    content = [file.read_bytes() for file in running._files]
+    content = [file.read_bytes() for file in running.files]
     return running.process.exitcode, *content
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from networks import dense
 from torch import nn
 from torch.amp import GradScaler
 from torch.nn import functional
@@ -19,8 +20,7 @@ def fitted(how, *, lr=0.1, scale_data=1.0):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 6, generator=generator) * scale_data
     y = torch.randint(3, (40,), generator=generator)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = dense(6, 8, 3)
     seen = []
     history = fit(
         model,

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shared_data import SHARED
+from shared_data import MNIST, SHARED
 
 from retrain.data.arrays import Data, parse_normalise
 from retrain.data.factories import import_factory
 from retrain.data.sources import as_data, load_data
 
-MNIST = SHARED / "data" / "mnist"
+FOLDER = SHARED / "data" / "mnist"
 
 
 def idx(array, *, shape=None, code=8):
@@ -80,9 +80,9 @@ def test_mnist(mnist, images):
     assert (load_data(f"mnist:{mnist}", limit=2).x == data.x[:2]).all()
 
 
-@pytest.mark.shared_data("data/mnist")
+@pytest.mark.shared_data(*MNIST)
 def test_real_mnist_is_centred_by_its_usual_constants():
-    data = load_data(f"mnist:{MNIST}", limit=5000, normalise="0.1307,0.3081")
+    data = load_data(f"mnist:{FOLDER}", limit=5000, normalise="0.1307,0.3081")
     assert abs(data.x.mean()) < 0.02 and abs(data.x.std() - 1) < 0.02
     assert data.y.max() == 9
 

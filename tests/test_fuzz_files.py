@@ -16,10 +16,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from networks import dense, rows
 from PIL import Image
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
-from torch import nn
 
 import retrain
 from retrain.adapters.files.load import load_model
@@ -233,14 +233,9 @@ def test_images(tmp_path, kind):
 # --- networks -----------------------------------------------------------------------------------
 
 
-def network():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-
-
 @pytest.mark.parametrize("kind", ["a.safetensors", "b.pt", "c.pt", "d.pt"])
 def test_networks(tmp_path, kind):
-    path, state = tmp_path / kind, network().state_dict()
+    path, state = tmp_path / kind, dense(6, 5, 3).state_dict()
     if kind == "a.safetensors":
         save_file(state, path)
     elif kind == "b.pt":
@@ -255,7 +250,7 @@ def test_networks(tmp_path, kind):
 
 def test_exported_programs(tmp_path):
     path = tmp_path / "a.pt2"
-    torch.export.save(torch.export.export(network().eval(), (torch.zeros(2, 6),)), path)
+    torch.export.save(torch.export.export(dense(6, 5, 3).eval(), (torch.zeros(2, 6),)), path)
     rng = random.Random(SEED)
     contents = damaged(path.read_bytes(), rng, 10, 30)
     try_all(path, contents, lambda: load_model(path, trust=True), 0.2)
@@ -284,8 +279,8 @@ def runs(tmp_path_factory):
     )
     retrain.lobs(chain(), SAMPLES, sparsity=0.5, out=folder / "lobs")
     retrain.lobs(chain(), SAMPLES, sparsity=[0.3, 0.5], out=folder / "stages")
-    x = np.random.default_rng(1).normal(size=(30, 6)).astype(np.float32)
-    retrain.lobs(network(), x, sparsity=0.5, out=folder / "module")
+    x = rows(30, 6, seed=1)
+    retrain.lobs(dense(6, 5, 3), x, sparsity=0.5, out=folder / "module")
     retrain.train(TABLES, out=folder / "training", data=(x, np.arange(30) % 3))
     return folder
 
@@ -406,7 +401,7 @@ def test_checkpoints_with_other_types(runs, tmp_path):
     folder, rng = tmp_path / "training", random.Random(SEED)
     shutil.copytree(runs / "training", folder)
     whole = entries(folder)
-    x = np.random.default_rng(1).normal(size=(30, 6)).astype(np.float32)
+    x = rows(30, 6, seed=1)
     record = json.loads((folder / "run.json").read_text())
     begun = {key: record[key] for key in ("format", "identity")} | {"state": "running"}
     count = 0

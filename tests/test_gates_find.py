@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from gated_cases import samples
+from networks import samples
 from torch import nn
 from torch.nn import functional
 

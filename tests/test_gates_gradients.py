@@ -6,7 +6,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from gated_cases import samples, small, wbaw
+from gated_cases import small, wbaw
+from networks import samples
 from torch import nn
 from torch.nn import functional
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import gated_joint
 import pytest
 import torch
-from gated_cases import same, weights
-from shared_data import SHARED
+from networks import same, weights
+from shared_data import MNIST, SHARED
 from torchrun import torchrun
 
 import retrain
@@ -16,7 +16,7 @@ from retrain.trainers.gates.network import gates_of
 from retrain.trainers.recipes.recipe import built_in, read_recipe
 
 HERE = Path(__file__).parent
-MNIST = SHARED / "data" / "mnist"
+FOLDER = SHARED / "data" / "mnist"
 
 
 class Interrupted(Exception):
@@ -116,14 +116,14 @@ def test_the_papers_settings_are_in_the_recipes():
     assert read_recipe("gates-cifar100-resnet56").make_method().factors == {"stage3.*": 5.0}
 
 
-@pytest.mark.shared_data("data/mnist")
+@pytest.mark.shared_data(*MNIST)
 def test_the_reduced_recipe_prunes_mnist():
     """On fewer images still, and with more pressure."""
     run = retrain.train(
         "gates-mnist-dense-small",
         changes={
-            "data.train": f"mnist:{MNIST}",
-            "data.test": f"mnist-test:{MNIST}",
+            "data.train": f"mnist:{FOLDER}",
+            "data.test": f"mnist-test:{FOLDER}",
             "data.limit": 3000,
             "data.test_limit": 1000,
             "method.log_gamma": -3000.0,

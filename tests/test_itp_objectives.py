@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from networks import dense
 from torch import nn
 
 from retrain.trainers.itp.architectures import lenet_5, vgg_like
@@ -24,8 +25,7 @@ NAMES = ("0.weight", "2.weight")
 
 
 def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    return dense(3, 4, 2, seed=seed, dtype=torch.float64)
 
 
 def with_zeros(model):

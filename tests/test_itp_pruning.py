@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import dense
 from torch import nn
 
 from retrain.trainers.itp.method import Itp
@@ -18,11 +19,6 @@ from retrain.trainers.loop.training import Choice, Setting
 ADAM = Choice("adam", {"lr": 1e-2}, torch.optim.Adam)
 SGD = Choice("sgd", {"lr": 0.1}, torch.optim.SGD)
 NAMES = ("0.weight", "2.weight")
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
 
 
 def samples(count=48):
@@ -37,7 +33,7 @@ def setting(optimizer=ADAM, epochs=4, **changes):
 
 def run(method, optimizer=ADAM, epochs=4, model=None, after=(), **changes):
     """Train as a recipe's run does, and return the training."""
-    training = method.start(model or network(), setting(optimizer, epochs, **changes))
+    training = method.start(model or dense(6, 9, 3), setting(optimizer, epochs, **changes))
     calls = replace(training.callbacks, after_step=(*training.callbacks.after_step, *after))
     fit(
         training.model,
@@ -101,7 +97,7 @@ def test_a_weight_at_the_threshold_stays_and_the_next_smaller_goes(dtype):
 
 
 def test_a_threshold_of_zero_prunes_nothing_and_biases_are_never_pruned():
-    model = network()
+    model = dense(6, 9, 3)
     before = parameters(model)
     pruning = SoftPruning(model, NAMES, 0.0)
     pruning.prune()
@@ -114,7 +110,7 @@ def test_a_threshold_of_zero_prunes_nothing_and_biases_are_never_pruned():
 def test_no_pressure_is_plain_training_bitwise():
     """Trade-off, threshold and l2 at zero: the shared loop with the recipe's optimiser."""
     plain = train(
-        network(),
+        dense(6, 9, 3),
         samples(),
         epochs=4,
         optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=1e-2),
@@ -128,8 +124,8 @@ def test_no_pressure_is_plain_training_bitwise():
 
 def test_a_weighted_step_is_on_equation_2():
     """One SGD step by hand: E + lambda |w|_1 on the chosen layer, 1/2 l2 w^2 on the other."""
-    model, (x, y) = network(), samples(16)
-    wanted = network()
+    model, (x, y) = dense(6, 9, 3), samples(16)
+    wanted = dense(6, 9, 3)
     loss = nn.functional.cross_entropy(wanted(x), y)
     first, last = wanted[0].weight, wanted[2].weight
     (loss + 0.01 * last.abs().sum() + 0.05 * first.square().sum()).backward()
@@ -161,7 +157,7 @@ def test_pruning_before_during_and_at_the_end(pruning, prunings, monkeypatch):
 
     monkeypatch.setattr(SoftPruning, "prune", counted)
     method = Itp(1e-3, threshold=0.05, pruning=pruning)
-    training = method.start(network(), setting())
+    training = method.start(dense(6, 9, 3), setting())
     assert len(times) == 1
     before = flat(training.model)
     assert (before == 0).any() and before[before != 0].abs().min() >= 0.05
@@ -224,7 +220,7 @@ def test_multi_gradient_descent_by_the_recipes_optimiser(optimizer, kind):
     assert told == {"mean": pytest.approx(sum(last) / 3), "min": min(last), "max": max(last)}
     assert all(sum(weights) == pytest.approx(1) for weights in training.optimizer.trade_offs)
     x, y = samples()
-    before, after = (nn.functional.cross_entropy(m(x), y) for m in (network(), training.model))
+    before, after = (nn.functional.cross_entropy(m(x), y) for m in (dense(6, 9, 3), training.model))
     assert after < 0.8 * before
 
 
@@ -243,7 +239,7 @@ def test_decay_moves_the_rate_after_every_step():
     with pytest.raises(
         ValueError, match=r"decay: want there is a \[schedule\] too; only one of them"
     ):
-        Itp(0.0, decay=0.1).start(network(), setting(schedule=step))
+        Itp(0.0, decay=0.1).start(dense(6, 9, 3), setting(schedule=step))
 
 
 def _halved(optimizer, setting, every, factor):
@@ -303,20 +299,20 @@ def test_wrong_options_are_told(options, message):
 
 def test_wrong_models_and_optimisers_are_told():
     with pytest.raises(ValueError, match="layers: 'fc' matches no dense layer"):
-        Itp(0.1, layers=("fc",)).start(network(), setting())
+        Itp(0.1, layers=("fc",)).start(dense(6, 9, 3), setting())
     method = Itp(descent="multi-gradient")
     with pytest.raises(ValueError, match="multi-gradient descent has sgd, adam, rmsprop, not 'ad"):
-        method.start(network(), setting(Choice("adamw", {}, torch.optim.AdamW)))
+        method.start(dense(6, 9, 3), setting(Choice("adamw", {}, torch.optim.AdamW)))
     with pytest.raises(ValueError, match="MAdam takes lr, betas, eps, not 'amsgrad'"):
-        method.start(network(), setting(Choice("adam", {"amsgrad": True}, torch.optim.Adam)))
+        method.start(dense(6, 9, 3), setting(Choice("adam", {"amsgrad": True}, torch.optim.Adam)))
     with pytest.raises(ValueError, match="threshold: got nan, want a finite number >= 0"):
-        SoftPruning(network(), NAMES, float("nan"))
+        SoftPruning(dense(6, 9, 3), NAMES, float("nan"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("descent", ["weighted", "multi-gradient"])
 def test_trains_on_a_gpu(descent):
     method = Itp(None if descent == "multi-gradient" else 1e-3, threshold=0.02, descent=descent)
-    training = run(method, model=network().cuda(), device=torch.device("cuda"))
+    training = run(method, model=dense(6, 9, 3).cuda(), device=torch.device("cuda"))
     told = training.describe()
     assert 0 < told["nonzero"] < told["size"]

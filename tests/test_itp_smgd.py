@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from networks import dense
 from torch import nn
 
 from retrain.trainers.itp.min_norm import min_norm_weights
@@ -30,11 +31,6 @@ PAIRS = {
 }
 
 
-def network(seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3)).to(dtype)
-
-
 def batch(step, dtype=torch.float32):
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(8, 6, generator=generator)
@@ -49,7 +45,7 @@ def loss_of(model, step, dtype=torch.float32):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_one_objective_is_the_plain_optimiser_step_for_step(pair, decay):
-    ours, theirs = network(), network()
+    ours, theirs = dense(6, 9, 3), dense(6, 9, 3)
     make_ours, make_theirs = PAIRS[pair]
     optimizers = [make_ours(ours.parameters(), objectives=1), make_theirs(theirs.parameters())]
     schedules = [time_decay(optimizer, decay) for optimizer in optimizers]
@@ -70,7 +66,7 @@ def test_one_objective_is_the_plain_optimiser_step_for_step(pair, decay):
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_same_objective_twice_is_the_plain_optimiser_too(pair):
     """g_1 = g_2: whatever the shares, the step is one objective's; to rounding."""
-    ours, theirs = network(dtype=torch.float64), network(dtype=torch.float64)
+    ours, theirs = dense(6, 9, 3, dtype=torch.float64), dense(6, 9, 3, dtype=torch.float64)
     make_ours, make_theirs = PAIRS[pair]
     optimizer, plain = make_ours(ours.parameters()), make_theirs(theirs.parameters())
     for step in range(20):
@@ -113,7 +109,7 @@ def by_hand(pair, histories, share):
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_two_objectives_mix_steps_with_moments_of_their_own(pair):
-    model = network(dtype=torch.float64)
+    model = dense(6, 9, 3, dtype=torch.float64)
     omega = Complexity(("0.weight", "2.weight"))
     optimizer = PAIRS[pair][0](model.parameters())
     histories = [[], []]
@@ -159,7 +155,7 @@ def test_smgd_finds_a_stationary_point_of_three_quadratics():
 
 
 def test_every_objective_falls_along_the_direction():
-    model = network(dtype=torch.float64)
+    model = dense(6, 9, 3, dtype=torch.float64)
     omega = Complexity(("0.weight", "2.weight"))
     optimizer = SMGD(model.parameters(), 1e-4)
     for step in range(5):
@@ -172,7 +168,7 @@ def test_every_objective_falls_along_the_direction():
 
 
 def test_a_zero_gradient_stops_the_step():
-    model = network()
+    model = dense(6, 9, 3)
     optimizer = SMGD(model.parameters(), 0.1)
     before = copy.deepcopy(model.state_dict())
     loss_of(model, 0).backward()
@@ -190,7 +186,7 @@ def test_states_go_through_a_file_and_training_goes_on_bitwise(pair):
             optimizer.backward([loss_of(model, step), Complexity(("0.weight",))(model)])
             optimizer.step()
 
-    straight = network()
+    straight = dense(6, 9, 3)
     first = PAIRS[pair][0](straight.parameters())
     steps(straight, first, range(5))
     file = io.BytesIO()
@@ -199,7 +195,7 @@ def test_states_go_through_a_file_and_training_goes_on_bitwise(pair):
 
     file.seek(0)
     weights, state = torch.load(file, weights_only=True)
-    resumed = network(1)
+    resumed = dense(6, 9, 3, seed=1)
     resumed.load_state_dict(weights)
     second = PAIRS[pair][0](resumed.parameters())
     second.load_state_dict(state)
@@ -210,7 +206,7 @@ def test_states_go_through_a_file_and_training_goes_on_bitwise(pair):
 
 
 def test_a_closure_and_groups_with_rates_of_their_own():
-    model = network()
+    model = dense(6, 9, 3)
     frozen = copy.deepcopy(model[2].state_dict())
     optimizer = SMGD(
         [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 1e-30}], 0.1
@@ -227,7 +223,7 @@ def test_a_closure_and_groups_with_rates_of_their_own():
 
 
 def test_parameters_without_any_gradient_are_left_alone():
-    model = network()
+    model = dense(6, 9, 3)
     spare = nn.Parameter(torch.ones(3))
     optimizer = MAdam([*model.parameters(), spare])
     optimizer.backward([loss_of(model, 0), Complexity(("0.weight",))(model)])
@@ -236,7 +232,7 @@ def test_parameters_without_any_gradient_are_left_alone():
 
 
 def test_misuse_is_told():
-    model = network()
+    model = dense(6, 9, 3)
     optimizer = MAdam(model.parameters())
     loss_of(model, 0).backward()
     with pytest.raises(RuntimeError, match="objective 1: its gradient was not handed over"):
@@ -252,7 +248,7 @@ def test_misuse_is_told():
     optimizer.set_gradients(1, [torch.full_like(p, torch.nan) for p in model.parameters()])
     with pytest.raises(FloatingPointError, match="a gradient is NaN or infinite"):
         optimizer.step()
-    other = SMGD(network().parameters(), objectives=3)
+    other = SMGD(dense(6, 9, 3).parameters(), objectives=3)
     with pytest.raises(ValueError, match="state_dict: got 2, want 3 objectives"):
         other.load_state_dict(optimizer.state_dict())
 
@@ -270,13 +266,13 @@ def test_misuse_is_told():
 )
 def test_wrong_options_are_told(make, message):
     with pytest.raises(ValueError, match=message):
-        make(network().parameters())
+        make(dense(6, 9, 3).parameters())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pair", PAIRS)
 def test_steps_on_a_gpu_as_on_the_cpu(pair):
-    models = [network().double(), network().double().cuda()]
+    models = [dense(6, 9, 3).double(), dense(6, 9, 3).double().cuda()]
     for model in models:
         optimizer = PAIRS[pair][0](model.parameters())
         for step in range(5):

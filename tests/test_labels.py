@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
+from networks import dense, rows
 
 import retrain
 from retrain.data.labels import class_labels
@@ -79,12 +78,11 @@ def test_what_does_not_is_told(name):
 
 # --- runs ---------------------------------------------------------------------------------------
 
-X = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+X = rows(40, 6)
 
 
 def network(outputs=3):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, outputs))
+    return dense(6, 8, outputs)
 
 
 @pytest.mark.parametrize("name", READ)

@@ -3,12 +3,12 @@
 import copy
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from shared_data import SHARED
+from networks import random_chain
+from shared_data import AUTHORS, LENET, MNIST, SHARED
 from torch import nn
 from torch.nn import functional
 
@@ -21,17 +21,11 @@ from retrain.stream.stream import LayerBatch, collect, layer
 from solvers import Status
 from solvers.obs import METHODS, hessian_of, layer_problem, per_layer, prune
 
-DATA = SHARED / "data"
 WIDTHS = (12, 16, 10, 4)
 
 
 def network(seed=0, *, biases=True, dtype=np.float64):
-    rng = np.random.default_rng(seed)
-    weights = [
-        (rng.standard_normal((a + biases, b)) / math.sqrt(a)).astype(dtype)
-        for a, b in pairwise(WIDTHS)
-    ]
-    return Chain(tuple(weights), (biases,) * len(weights))
+    return random_chain(*WIDTHS, seed=seed, bias=biases, dtype=dtype)[0]
 
 
 def samples(seed=1, rows=200, dtype=np.float64):
@@ -609,17 +603,17 @@ def test_stages_keep_the_same_share_each():
 # --- the authors' own files ----------------------------------------------------------------------
 
 
-@pytest.mark.shared_data("data/lobs-authors", "data/models", "data/mnist")
+@pytest.mark.shared_data(AUTHORS, LENET, *MNIST)
 def test_our_streamed_hessians_are_the_authors():
     """Theirs: (1/n) sum x x^T over all 60 000 images, the bias last, float32 sums."""
     from retrain.adapters.files.load import load_model
     from retrain.data.arrays import Data
     from retrain.data.sources import load_data
 
-    model = load_model(DATA / "models/lobs_LeNet300100_pretrain.pth").module
-    data = load_data(f"mnist:{DATA}/mnist", normalise="0.1307,0.3081")
+    model = load_model(SHARED / LENET).module
+    data = load_data(f"mnist:{SHARED}/data/mnist", normalise="0.1307,0.3081")
     stream = TorchStream(model, Data(data.x, None, data.name))
-    theirs = np.load(DATA / "lobs-authors/lobs_LeNet300100_hessian_mask_pruned.npz")
+    theirs = np.load(SHARED / AUTHORS)
     for name, close in (("fc1", 1e-4), ("fc2", 1e-5), ("fc3", 1e-5)):
         ours = stream_moments(stream, layer(stream, name), 0, "dense").hessian.numpy()
         apart = np.linalg.norm(ours - theirs[f"hessian/{name}"]) / np.linalg.norm(ours)

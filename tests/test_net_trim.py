@@ -1,12 +1,12 @@
 """Net-Trim over a layer stream: Algorithms 1 and 2 as the paper has them, and what a run needs."""
 
 import math
-from itertools import pairwise
 
 import joblib
 import numpy as np
 import pytest
 import torch
+from networks import random_chain, rows
 from torch import nn
 
 from retrain.adapters.network.stream import TorchStream
@@ -22,12 +22,13 @@ TIGHT = {"tolerance": 1e-6, "violation_tolerance": 1e-7, "max_iterations": 20_00
 
 
 def make(seed=0, widths=(8, 12, 10, 4), samples=60, bias=True, dtype=np.float64):
-    rng = np.random.default_rng(seed)
-    weights = tuple(
-        (rng.standard_normal((a + bias, b)) / np.sqrt(a)).astype(dtype) for a, b in pairwise(widths)
-    )
-    inputs = rng.standard_normal((samples, widths[0])).astype(dtype)
-    return ChainStream(Chain(weights, (bias,) * len(weights)), inputs)
+    return ChainStream(*random_chain(*widths, seed=seed, samples=samples, bias=bias, dtype=dtype))
+
+
+def inputs_of(stream):
+    """The samples that the network is given."""
+    first = stream.layers[0]
+    return collect(stream, first.name).inputs[:, : first.shape[0]]
 
 
 def run(stream, **options):
@@ -61,9 +62,9 @@ def test_cascade_solves_program_6_on_the_retrained_inputs():
     results = run(stream, relative_epsilon=0.2, inflation=1.3)
     new = stream.chain
     for index, spec in enumerate(stream.layers[1:], start=1):
-        inputs = forward(new, stream._inputs)[index - 1]
+        inputs = forward(new, inputs_of(stream))[index - 1]
         inputs = np.hstack([inputs, np.ones((len(inputs), 1))])
-        targets = forward(stream.dense, stream._inputs)[index]
+        targets = forward(stream.dense, inputs_of(stream))[index]
         old = inputs @ stream.dense.weights[index]
         fitted = targets > 0 if spec.follows == "relu" else np.ones_like(targets, bool)
         epsilon = math.sqrt(1.3 * ((old - targets)[fitted] ** 2).sum())
@@ -136,7 +137,7 @@ def test_the_groups_of_a_layer_share_its_epsilon(groups):
     """sqrt(groups (epsilon / sqrt(groups))^2): together they move as far as one layer may."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=groups), nn.ReLU(), nn.Flatten())
-    x = np.random.default_rng(0).normal(size=(20, 4, 5, 5)).astype(np.float32)
+    x = rows(20, 4, 5, 5)
     stream = TorchStream(model, x)
     options = {"scheme": "parallel", "relative_epsilon": None}
     report = run(stream, epsilon=3.0, tolerance=1e-3, violation_tolerance=1e-5, **options)["0"]
@@ -320,7 +321,7 @@ def sparse(seed=0, share=0.4, **options):
         weight[:n_in, 0] = 0
         weight[1] = 0
         weight[-1, 1] = 0
-    return ChainStream(Chain(tuple(weights), (True,) * len(weights)), stream._inputs)
+    return ChainStream(Chain(tuple(weights), (True,) * len(weights)), inputs_of(stream))
 
 
 def regrown(stream):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from shared_data import SHARED
+from shared_data import AUTHORS, LENET, MNIST, SHARED
 
 from solvers.obs import (
     add_rows,
@@ -24,21 +24,18 @@ from solvers.obs import (
 )
 from solvers.obs.swaps import improve
 
-DATA = SHARED / "data"
-needs_data = pytest.mark.shared_data("data/models", "data/mnist", "data/lobs-authors", "PEERS.json")
+PEERS = "PEERS.json"
 
 
 @pytest.fixture(scope="module")
 def state():
-    loaded = torch.load(
-        DATA / "models/lobs_LeNet300100_pretrain.pth", weights_only=True, map_location="cpu"
-    )
+    loaded = torch.load(SHARED / LENET, weights_only=True, map_location="cpu")
     return {name: value.double().numpy() for name, value in loaded.items()}
 
 
 @pytest.fixture(scope="module")
 def problems(state):
-    with gzip.open(DATA / "mnist/train-images-idx3-ubyte.gz") as file:
+    with gzip.open(SHARED / MNIST[0]) as file:
         pixels = np.frombuffer(file.read(16 + 784 * 10_000), np.uint8, offset=16)
     inputs = (pixels.reshape(-1, 784) / 255 - 0.1307) / 0.3081
     made = {}
@@ -49,7 +46,7 @@ def problems(state):
     return made
 
 
-@needs_data
+@pytest.mark.shared_data(AUTHORS, LENET)
 @pytest.mark.parametrize("name", ["fc1", "fc2", "fc3"])
 def test_rankings_and_updates_of_the_authors(name, state):
     """Their files: the Hessian with the bias last, rankings over (inputs + bias) x units.
@@ -60,7 +57,7 @@ def test_rankings_and_updates_of_the_authors(name, state):
     entries of their inverse come out negative, so that the bottom of their ranking is rounding;
     the top and the masks are not.
     """
-    theirs = np.load(DATA / "lobs-authors/lobs_LeNet300100_hessian_mask_pruned.npz")
+    theirs = np.load(SHARED / AUTHORS)
     weight = np.vstack([state[f"{name}.weight"].T, state[f"{name}.bias"]])
     problem = layer_problem(weight, theirs[f"hessian/{name}"].astype(np.float64))
     known = sensitivities(problem, damping=1e-7)
@@ -79,10 +76,10 @@ def test_rankings_and_updates_of_the_authors(name, state):
         assert np.median(np.abs(result.weight[:-1] - pruned)[both]) < 1e-4
 
 
-@needs_data
+@pytest.mark.shared_data(LENET, MNIST[0], PEERS)
 @pytest.mark.parametrize("name", ["fc3", "fc2"])
 def test_below_every_peer(name, problems):
-    peers = json.loads((SHARED / "PEERS.json").read_text())[name]
+    peers = json.loads((SHARED / PEERS).read_text())[name]
     problem = problems[name]
     path = removal_path(problem, threads=2)
     for sparsity, margin in [(0.5, 1.0), (0.8, 0.97), (0.9, 0.97), (0.95, 0.97)]:
@@ -97,10 +94,10 @@ def test_below_every_peer(name, problems):
     assert prune_swaps(problem, n_of_m(2, 4), threads=2).relative_error <= best
 
 
-@needs_data
+@pytest.mark.shared_data(LENET, MNIST[0], PEERS)
 def test_the_sweep_is_sparsegpt(problems):
     """Two implementations of one algorithm: the same errors, though counts differ by the ties."""
-    peers = json.loads((SHARED / "PEERS.json").read_text())
+    peers = json.loads((SHARED / PEERS).read_text())
     for name in ("fc2", "fc3"):
         for pattern in (per_layer(0.5), per_layer(0.9), n_of_m(2, 4)):
             peer, _ = peers[name][str(pattern).removeprefix("layer ")]["sparsegpt"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from command import command
-from torch import nn
+from networks import dense
 
 import retrain
 
@@ -16,10 +16,7 @@ GIB = 2**30
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     folder = tmp_path_factory.mktemp("oversized")
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(12, 300), nn.ReLU(), nn.Linear(300, 8), nn.ReLU(), nn.Linear(8, 4)
-    )
+    model = dense(12, 300, 8, 4)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(100, 12)).astype(np.float32)
     torch.save(model.state_dict(), folder / "net.pth")

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from networks import rows
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -200,7 +201,7 @@ def test_only_what_is_missing_is_done_again(run):
 
 def test_a_layer_that_must_stay_hides_no_finished_one(tmp_path):
     model = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
-    x = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float32)
+    x = rows(30, 5)
     retrain.net_trim(model, x, out=tmp_path)
     files = sorted((tmp_path / "layers").iterdir())
     stamps = [file.stat().st_mtime_ns for file in files]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from command import command, start
+from networks import dense
 from torch import nn
 from torch.nn import functional
 from torch.optim import SGD, Adam
@@ -49,10 +50,7 @@ def setting(optimizer=SGD, loss=functional.cross_entropy, samples=48, **options)
 
 
 def network():
-    with seeded(0, torch.device("cpu")):
-        return nn.Sequential(
-            nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)
-        )
+    return dense(6, 8, 5, 3)
 
 
 def samples(count=48):

@@ -225,7 +225,8 @@ def test_switches_only_where_they_are_asked_for():
     switched = with_switches(model, layers=["head.fc2", "features.conv2"])
     assert list(switches_of(switched)) == ["features.switch_conv2", "head.switch_fc2"]
     switched = with_switches(model, "outputs", ["features.conv1"])
-    assert list(switched.features._modules)[:3] == ["conv1", "norm1", "switch_conv1"]
+    names = [name for name, _ in switched.features.named_children()]
+    assert names[:3] == ["conv1", "norm1", "switch_conv1"]
     # A flatten's switch is one a channel, over all its positions.
     switch = with_switches(model).head.switch_fc1
     assert (switch.size, switch.span) == (4, 4)

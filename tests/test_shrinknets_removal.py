@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import dense
 from torch import nn
 from torch.optim import (
     LBFGS,
@@ -204,7 +205,7 @@ def test_factored_states_are_cut_where_they_are_as_long_as_the_parameter():
 
 
 def test_a_state_that_cannot_be_cut_is_told_and_nothing_is_changed():
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model = dense(3, 4, 2)
     stepping = LBFGS(model.parameters(), max_iter=2)
 
     def closure():

@@ -10,6 +10,7 @@ import torch
 from command import command, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import dense, rows
 from small_case import network, samples, save_case
 from torch import nn
 
@@ -88,7 +89,7 @@ def test_a_mapping_chooses_the_layers(tmp_path):
 def test_groups_share_the_zeros_exactly():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(6, 9, 2, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4))
-    x = np.random.default_rng(0).normal(size=(40, 6, 3, 3)).astype(np.float32)
+    x = rows(40, 6, 3, 3)
     options = {"solver": "newton", "layers": "0", "tolerance": 0.05, "violation_tolerance": 0.05}
     run = retrain.net_trim(model, x, sparsity=35 / 72, **options)
     assert run.layers[0].details.asked_zeros == 35
@@ -213,8 +214,7 @@ def trained():
     """A network that tells three classes apart, and data."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(3, 16)) * 0.8
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 3))
+    model = dense(16, 24, 3)
     labels = rng.integers(0, 3, 600)
     x = (centres[labels] + rng.normal(size=(600, 16))).astype(np.float32)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
@@ -441,7 +441,7 @@ def test_groups_of_a_convolution_keep_their_zeros():
     with torch.no_grad():
         model[0].weight[torch.rand(model[0].weight.shape) < 0.3] = 0
     zero = model[0].weight == 0
-    x = np.random.default_rng(0).normal(size=(40, 6, 3, 3)).astype(np.float32)
+    x = rows(40, 6, 3, 3)
     run = retrain.net_trim(model, x, relative_epsilon=0.1)
     assert torch.all(run.model[0].weight[zero] == 0)
     assert run.layers[0].certified

@@ -100,13 +100,13 @@ def watch(running):
 def test_the_bounds_of_a_slow_network_are_not_silent(case, verb, tmp_path):
     common = ("net.pth", "--data", "data.npz", "--evaluate", "test.npz", "--out", tmp_path / "out")
     running = start(case, verb[0], *common, *verb[1:], prepare=slow)
+    quiet = start(case, verb[0], *common[:-1], tmp_path / "q", *verb[1:], "--quiet", prepare=slow)
     spoken = watch(running)
     answer = running.wait()
     assert len(spoken) > 3  # it spoke while it was running
     assert answer.code == 0
     assert "bounds: calibration data" in answer.err
     assert "bounds: held-out data" in answer.err
-    quiet = start(case, verb[0], *common[:-1], tmp_path / "q", *verb[1:], "--quiet", prepare=slow)
     answer = quiet.wait()
     assert (answer.code, answer.out, answer.err) == (0, "", "")
 

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from networks import dense, samples
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from retrain.trainers.loop.callbacks import Callbacks
 from retrain.trainers.loop.masked import fine_tune, masks_of, weights_of
-from retrain.trainers.loop.states import seeded
 from retrain.trainers.loop.supervised import train
 
 OPTIMIZERS = {
@@ -37,24 +37,13 @@ class Restless(SGD):
 OPTIMIZERS["restless"] = lambda m: Restless(m.parameters(), lr=0.1)
 
 
-def network():
-    with seeded(0, torch.device("cpu")):
-        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-
-
 def pruned():
-    model = network()
+    model = dense(6, 8, 3)
     with torch.no_grad():
         for layer in (model[0], model[2]):
             layer.weight.view(-1)[::3] = 0
         model[0].bias[:2] = 0
     return model
-
-
-def samples(count=50):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(count, 6, generator=generator)
-    return x, torch.randint(3, (count,), generator=generator)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -105,7 +94,7 @@ def test_without_a_mask_the_zeros_come_back():
 def test_equals_training_the_smaller_network(optimizer):
     """Hidden units without links are as good as absent, also for a norm over all gradients."""
     kept = [0, 3, 4, 7]
-    big = network().double()
+    big = dense(6, 8, 3).double()
     with torch.no_grad():
         for unit in set(range(8)) - set(kept):
             big[0].weight[unit] = 0
@@ -203,9 +192,9 @@ def test_default_weights_are_neither_biases_nor_scales():
 )
 def test_wrong_masks_are_told(masks, message):
     with pytest.raises(ValueError, match=message):
-        fine_tune(network(), samples(), epochs=1, masks=masks)
+        fine_tune(dense(6, 8, 3), samples(), epochs=1, masks=masks)
 
 
 def test_wrong_names_are_told():
     with pytest.raises(ValueError, match=r"names: the model has no parameter 'a', 'b'; it has 0\."):
-        masks_of(network(), ["b", "0.weight", "a"])
+        masks_of(dense(6, 8, 3), ["b", "0.weight", "a"])

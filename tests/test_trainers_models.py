@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shared_data import SHARED
+from shared_data import MNIST, SHARED
 
 from retrain.data.sources import load_data
 from retrain.trainers.loop.accuracy import evaluate
 
 ROOT = Path(__file__).parents[1]
-MNIST = SHARED / "data" / "mnist"
+FOLDER = SHARED / "data" / "mnist"
 
 
 @pytest.fixture
@@ -54,10 +54,10 @@ def test_other_data_than_the_papers_are_refused(models):
         models.nn2_10k(0, np.zeros((9, 784)), np.zeros(9, int))
 
 
-@pytest.mark.shared_data("data/mnist")
+@pytest.mark.shared_data(*MNIST)
 def test_nn2_10k_starts_where_the_paper_does(models):
-    data = load_data(f"mnist:{MNIST}", limit=10_000)
-    held_out = load_data(f"mnist-test:{MNIST}")
+    data = load_data(f"mnist:{FOLDER}", limit=10_000)
+    held_out = load_data(f"mnist-test:{FOLDER}")
     assert data.y is not None and held_out.y is not None
     accuracy = evaluate(models.nn2_10k(0, data.flat, data.y), (held_out.flat, held_out.y))
     assert accuracy == pytest.approx(0.9559, abs=0.004)  # one seed, other thread counts

@@ -3,11 +3,11 @@
 import copy
 import logging
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from networks import dense, same, samples, weights
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from retrain.trainers.loop.accuracy import evaluate
 from retrain.trainers.loop.callbacks import Callbacks
-from retrain.trainers.loop.states import mode, seeded
+from retrain.trainers.loop.states import mode
 from retrain.trainers.loop.supervised import fit, train
 
 CPU = torch.device("cpu")
@@ -27,35 +27,10 @@ OPTIMIZERS = {
 }
 
 
-def network(*widths, seed=0, dropout=0.0, norm=False):
-    modules = []
-    with seeded(seed, CPU):
-        for n_in, n_out in pairwise(widths):
-            modules += [nn.Linear(n_in, n_out)]
-            modules += [nn.BatchNorm1d(n_out)] if norm else []
-            modules += [nn.ReLU()] + ([nn.Dropout(dropout)] if dropout else [])
-    last = max(i for i, module in enumerate(modules) if isinstance(module, nn.Linear))
-    return nn.Sequential(*modules[: last + 1])
-
-
-def samples(count=50, n_in=6, classes=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, n_in, generator=generator)
-    return x, torch.randint(classes, (count,), generator=generator)
-
-
-def weights(model):
-    return [parameter.detach().clone() for parameter in model.parameters()]
-
-
-def same(a, b):
-    return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_equals_the_plain_loop_step_for_step(optimizer):
     x, y = samples()
-    given = network(6, 8, 3)
+    given = dense(6, 8, 3)
 
     plain = copy.deepcopy(given)
     made = OPTIMIZERS[optimizer](plain)
@@ -104,7 +79,7 @@ def test_equals_the_plain_loop_step_for_step(optimizer):
 
 
 def test_repeats_bitwise_whatever_the_global_generators_hold():
-    model = network(6, 16, 3, dropout=0.5)
+    model = dense(6, 16, 3, dropout=0.5)
     torch.manual_seed(1)
     first = train(model, samples(), epochs=2, seed=5)
     torch.manual_seed(2)
@@ -116,7 +91,7 @@ def test_repeats_bitwise_whatever_the_global_generators_hold():
 
 
 def test_leaves_model_modes_data_and_global_state_alone():
-    model = network(6, 16, 3, dropout=0.5, norm=True)
+    model = dense(6, 16, 3, dropout=0.5, norm=True)
     model[1].eval()
     before = copy.deepcopy(model.state_dict())
     x, y = samples()
@@ -136,7 +111,7 @@ def test_leaves_model_modes_data_and_global_state_alone():
 
 def test_forms_of_data_agree():
     x, y = samples(48)
-    model = network(6, 8, 3)
+    model = dense(6, 8, 3)
     pair = train(model, (x, y), epochs=1, batch_size=16, seed=2)
     arrays = train(model, (x.numpy(), y.numpy()), epochs=1, batch_size=16, seed=2)
     rows = torch.randperm(48, generator=torch.Generator().manual_seed(2)).split(16)
@@ -152,14 +127,14 @@ def test_forms_of_data_agree():
 
 def test_a_loader_without_a_generator_repeats_too():
     loader = DataLoader(TensorDataset(*samples()), batch_size=8, shuffle=True)
-    model = network(6, 8, 3)
+    model = dense(6, 8, 3)
     runs = [train(model, loader, epochs=2, seed=seed).model for seed in (4, 4, 5)]
     assert same(weights(runs[0]), weights(runs[1]))
     assert not same(weights(runs[0]), weights(runs[2]))
 
 
 def test_fit_trains_in_place_and_draws_only_from_its_generator():
-    model, data = network(6, 8, 3), samples()
+    model, data = dense(6, 8, 3), samples()
     wanted = train(model, data, epochs=2, optimizer=OPTIMIZERS["adam"], seed=9).model
     state = torch.get_rng_state()
     history = fit(
@@ -175,7 +150,7 @@ def test_fit_trains_in_place_and_draws_only_from_its_generator():
 
 def test_callbacks_come_in_order_and_see_what_they_should():
     seen = []
-    model, (x, y) = network(6, 8, 3), samples(32)
+    model, (x, y) = dense(6, 8, 3), samples(32)
 
     def note(name):
         def callback(step):
@@ -212,7 +187,7 @@ def test_callbacks_come_in_order_and_see_what_they_should():
 def test_an_epoch_callback_ends_the_training_and_all_are_called():
     calls = []
     result = train(
-        network(6, 8, 3),
+        dense(6, 8, 3),
         samples(),
         epochs=9,
         callbacks=Callbacks(
@@ -229,7 +204,7 @@ def test_penalty_is_weight_decay_when_it_is_half_the_square():
     def half_square(model):
         return 0.05 * sum(parameter.square().sum() for parameter in model.parameters())
 
-    model, data = network(6, 8, 3).double(), samples()
+    model, data = dense(6, 8, 3).double(), samples()
     data = (data[0].double(), data[1])
     penalised = train(
         model, data, epochs=3, optimizer=lambda m: SGD(m.parameters(), lr=0.1), penalty=half_square
@@ -250,7 +225,7 @@ def test_soft_pruning_can_be_built_from_callbacks():
                 parameter.masked_fill_(parameter.abs() < 0.05, 0)
 
     result = train(
-        network(6, 16, 3),
+        dense(6, 16, 3),
         samples(),
         epochs=20,
         optimizer=lambda m: SGD(m.parameters(), lr=0.1),
@@ -266,7 +241,7 @@ def test_gates_can_be_built_from_callbacks():
     class Gated(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.block, self.last = network(6, 8), network(8, 8), network(8, 3)
+            self.first, self.block, self.last = dense(6, 8), dense(8, 8), dense(8, 3)
             self.keep = nn.Parameter(torch.tensor(0.5))
             self.gate = 1.0
 
@@ -306,7 +281,7 @@ def test_neurons_can_be_cut_out_while_training():
     """Cutting a dead neuron from model and optimiser continues as the smaller network does."""
     x, y = samples()
     x = x.double()
-    big = network(6, 5, 3).double()
+    big = dense(6, 5, 3).double()
     with torch.no_grad():
         big[0].weight[2] = 0
         big[0].bias[2] = 0
@@ -343,7 +318,7 @@ def test_a_loss_of_the_callers_own_on_real_targets():
     x, _ = samples(64)
     y = x @ torch.arange(6.0)[:, None]
     result = train(
-        network(6, 1),
+        dense(6, 1),
         (x, y),
         epochs=60,
         batch_size=8,
@@ -366,7 +341,7 @@ def test_one_logit_per_position_counts_positions():
 
 
 def test_evaluate_is_in_evaluation_mode_and_batched():
-    model = network(6, 16, 3, dropout=0.9, norm=True)
+    model = dense(6, 16, 3, dropout=0.9, norm=True)
     x, y = samples(50)
     before = copy.deepcopy(model.state_dict())
     model[1].eval()
@@ -386,7 +361,7 @@ def test_evaluate_is_in_evaluation_mode_and_batched():
 def test_learns_the_digits():
     digits = load_digits()
     x, y = (digits.images.reshape(-1, 64) / 16).astype(np.float32), digits.target
-    model = network(64, 64, 10)
+    model = dense(64, 64, 10)
     fitted, held_out = np.split(np.random.default_rng(0).permutation(len(x)), [1400])
     result = train(model, (x[fitted], y[fitted]), epochs=30)
     assert evaluate(model, (x[held_out], y[held_out])) < 0.3
@@ -398,7 +373,7 @@ def test_learns_the_digits():
 def test_a_non_finite_loss_is_an_error_before_the_step():
     x, y = samples(64)
     x[40] = torch.nan
-    model = network(6, 8, 3)
+    model = dense(6, 8, 3)
     seen = []
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d \(epoch 0\)"):
         train(
@@ -420,7 +395,7 @@ def test_parameters_that_overflow_in_the_last_step_are_an_error():
 
     with pytest.raises(FloatingPointError, match=r"'0.bias' is not finite after epoch 0"):
         train(
-            network(6, 3),
+            dense(6, 3),
             samples(8),
             epochs=1,
             callbacks=Callbacks(after_step=(overflow,)),
@@ -445,11 +420,11 @@ def test_parameters_that_overflow_in_the_last_step_are_an_error():
 )
 def test_wrong_arguments_are_told(data, options, message):
     with pytest.raises(ValueError, match=message):
-        train(network(6, 3), data, **options)
+        train(dense(6, 3), data, **options)
 
 
 def test_no_epochs_return_an_equal_copy():
-    model = network(6, 3)
+    model = dense(6, 3)
     result = train(model, samples(), epochs=0)
     assert result.history == [] and result.model is not model
     assert same(weights(result.model), weights(model))
@@ -457,14 +432,14 @@ def test_no_epochs_return_an_equal_copy():
 
 def test_epochs_are_logged_not_printed(caplog, capsys):
     with caplog.at_level(logging.INFO, logger="retrain"):
-        train(network(6, 3), samples(), epochs=2)
+        train(dense(6, 3), samples(), epochs=2)
     assert len(caplog.records) == 2 and "loss=" in caplog.text
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.gpu
 def test_trains_on_a_gpu():
-    model = network(6, 16, 3, dropout=0.2)
+    model = dense(6, 16, 3, dropout=0.2)
     state = torch.cuda.get_rng_state()
     runs = [train(model, samples(), epochs=3, device="cuda", seed=1) for _ in range(2)]
     assert next(runs[0].model.parameters()).is_cuda
