@@ -13,6 +13,7 @@ import retrain
 from retrain.adapters.network import captured_stream
 from retrain.adapters.network.captured_stream import CapturedStream
 from retrain.adapters.network.open import open_network
+from retrain.adapters.network.recurrent import STEPS, unrolled
 from retrain.adapters.network.sites import windows
 from retrain.adapters.network.stream import TorchStream
 from retrain.data.arrays import Data
@@ -126,7 +127,11 @@ def tokens(rows, length, count, seed=0):
 
 CASES = {
     "branch and mapping": (Branching, partial(numbers, 30, 6), {"a", "b"}),
-    "tokens": (Tagger, partial(tokens, 14, 9, 20), {"head"}),
+    "tokens": (
+        Tagger,
+        partial(tokens, 14, 9, 20),
+        {"recur.weight_ih_l0", "recur.weight_hh_l0", "head"},
+    ),
     "two inputs": (
         TwoInputs,
         lambda: Data(
@@ -346,8 +351,8 @@ def test_reasons_of_what_is_left():
 
     tied = reasons(Tied, tokens(6, 5, 12))
     assert "embedding" in tied["embed"] and "(tied)" in tied["head"]
-    tagger = reasons(Tagger, tokens(6, 5, 20))
-    assert "recurrent" in tagger["recur.weight_ih_l0"]
+    long = reasons(Tagger, tokens(2, STEPS + 1, 20))
+    assert "at most 512 steps" in long["recur.weight_ih_l0"]
 
     class Normed(nn.Module):
         def __init__(self):
@@ -386,3 +391,35 @@ def test_half_types_are_read_and_written():
     run = retrain.lobs(model, numbers(30, 6), sparsity=0.5)
     assert all(value.dtype is torch.bfloat16 for value in run.model.state_dict().values())
     assert int((run.model.a.weight == 0).sum()) == 24
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, partial(nn.RNN, nonlinearity="relu")])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch_first": True, "bidirectional": True}, {"num_layers": 2, "bias": False}],
+)
+def test_recurrent_layers_written_out_are_the_layers(kind, options):
+    layer = seeded(lambda: kind(4, 5, **options))
+    holder = unrolled(nn.ModuleDict({"recur": layer}))
+    for x in (torch.randn(6, 3, 4), torch.randn(6, 4)):
+        (out, state), (wanted, last) = holder["recur"](x), layer(x)
+        torch.testing.assert_close(out, wanted)
+        torch.testing.assert_close(state, last)
+    state = last  # of one sequence, given as the state to begin with
+    torch.testing.assert_close(holder["recur"](x, state)[0], layer(x, state)[0])
+    assert dict(holder.named_parameters()).keys() == {
+        f"recur.{name}" for name, _ in layer.named_parameters()
+    }
+
+
+def test_recurrent_matrices_are_retrained_and_the_layer_is_saved(tmp_path):
+    model, data = seeded(Tagger).eval(), tokens(14, 9, 20)
+    run = retrain.lobs(model, data, sparsity=0.5, out=tmp_path / "run")
+    assert {r.name for r in run.layers} >= {"recur.weight_ih_l0", "recur.weight_hh_l0"}
+    assert isinstance(run.model.recur, nn.LSTM)
+    assert int((run.model.recur.weight_hh_l0 == 0).sum()) == 200
+    with torch.no_grad():
+        ours, theirs = run.model(torch.tensor(data)), model(torch.tensor(data))
+    assert run.measured == pytest.approx(float((ours - theirs).norm()), rel=1e-4)
+    steps = CapturedStream(model, data)
+    assert steps.count("recur.weight_hh_l0") == 14 * 9

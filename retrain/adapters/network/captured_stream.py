@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from retrain.adapters.network.capture import Captured, CaptureError, Inputs, arguments_of, capture
 from retrain.adapters.network.find import evaluation_copy
 from retrain.adapters.network.frontier import Frontier, Plan, Values
+from retrain.adapters.network.recurrent import STEPS, unrolled
 from retrain.adapters.network.rows import BLOCK
 from retrain.adapters.network.sites import Operation, Site, find_sites, view_of
 from retrain.adapters.network.structure import weights_hash
@@ -545,21 +546,27 @@ class CapturedStream:
                 found = tuple((name, torch.cat([value, value])) for name, value in found)
             return found
 
+        network = unrolled(self._dense) if self._longest() <= STEPS else self._dense
         try:
-            captured = capture(self._dense, example())
+            captured = capture(network, example())
         except CaptureError as refused:
             if not self._integers:
                 raise
             self._integers = False
             try:
-                captured = capture(self._dense, example())
+                captured = capture(network, example())
             except CaptureError:
                 raise refused from None
         if captured.batch is not None and self._batch_size != 1:
             _log.info("reading: the network fixes its batch; one sample is sent at a time")
             self._batch_size = 1
-            captured = capture(self._dense, self._inputs(0, 1))
+            captured = capture(network, self._inputs(0, 1))
         return captured
+
+    def _longest(self) -> int:
+        """Largest size of an input's second axis: the steps of a sequence, if it is one."""
+        arrays = self._data.arguments(integers=True)
+        return max((v.shape[1] for _, v in arrays if v.ndim > 1), default=1)
 
     def _size(self, batch: int) -> int:
         """Samples of a batch."""

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from retrain.adapters.network.capture import Captured, arguments_of, operation
+from retrain.adapters.network.recurrent import STEPS
 from retrain.stream.stream import Follows, LayerSpec
 
 Arguments = Mapping[str, Any]
@@ -242,10 +243,10 @@ OPERATIONS: dict[str, Operation] = {
 
 WEIGHTED = {
     "embedding": "an embedding: its rows are looked up, not multiplied",
-    "lstm": "recurrent: its matrices are not retrained",
-    "gru": "recurrent: its matrices are not retrained",
-    "rnn_tanh": "recurrent: its matrices are not retrained",
-    "rnn_relu": "recurrent: its matrices are not retrained",
+    "lstm": f"recurrent: its matrices are retrained on sequences of at most {STEPS} steps",
+    "gru": f"recurrent: its matrices are retrained on sequences of at most {STEPS} steps",
+    "rnn_tanh": f"recurrent: its matrices are retrained on sequences of at most {STEPS} steps",
+    "rnn_relu": f"recurrent: its matrices are retrained on sequences of at most {STEPS} steps",
     "bilinear": "bilinear: it multiplies two inputs",
 }
 """Operations with weight matrices that are left, with the reason."""
