@@ -141,7 +141,7 @@ CASES = {
     ),
     "tied": (Tied, partial(tokens, 14, 5, 12), {"mid"}),
     "called thrice": (Repeated, partial(numbers, 30, 6), {"same", "out"}),
-    "fused": (Fused, partial(numbers, 8, 7, 4), {"qkv[0]", "qkv[1]", "qkv[2]", "w"}),
+    "fused": (Fused, partial(numbers, 8, 7, 4), {"qkv.0", "qkv.1", "qkv.2", "w"}),
     "convolutions": (
         Convolutions,
         partial(numbers, 6, 2, 13),

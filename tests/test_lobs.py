@@ -12,7 +12,9 @@ from shared_data import AUTHORS, LENET, MNIST, SHARED
 from torch import nn
 from torch.nn import functional
 
+import retrain
 from retrain.adapters.network.stream import TorchStream
+from retrain.methods.lobs.budget import shared_sparsities
 from retrain.methods.lobs.method import lobs, lobs_plan
 from retrain.methods.lobs.moments import stream_moments
 from retrain.methods.lobs.options import LobsOptions, stage_amounts
@@ -618,3 +620,60 @@ def test_our_streamed_hessians_are_the_authors():
         ours = stream_moments(stream, layer(stream, name), 0, "dense").hessian.numpy()
         apart = np.linalg.norm(ours - theirs[f"hessian/{name}"]) / np.linalg.norm(ours)
         assert apart < close
+
+
+# --- one sparsity for the network -----------------------------------------------------------------
+
+
+def wide_network():
+    """Two layers alike, the second with inputs that hardly matter."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(12, 20), torch.nn.ReLU(), torch.nn.Linear(20, 20), torch.nn.Linear(20, 4)
+    ).double()
+    with torch.no_grad():
+        model[2].weight[:, 5:] *= 1e-4
+    return model, np.random.default_rng(0).normal(size=(150, 12))
+
+
+def test_a_networks_zeros_are_shared_by_what_they_cost():
+    model, x = wide_network()
+    shared = retrain.lobs(model, x, sparsity=0.5, sparsity_of="network")
+    alike = retrain.lobs(model, x, sparsity=0.5)
+    total = sum(report.weights for report in shared.layers)
+    zeros = sum(report.zeros for report in shared.layers)
+    assert zeros == total // 2 == sum(report.zeros for report in alike.layers)
+    middle = next(report for report in shared.layers if report.name == "2")
+    assert middle.sparsity > 0.7 > shared.layers[0].sparsity
+    assert shared.measured < 0.7 * alike.measured
+    again = retrain.lobs(model, x, sparsity=shared.record["options"]["sparsity"])
+    for name, value in shared.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
+
+
+def test_shares_hold_for_scaled_layers_and_for_layers_left_out():
+    model, x = wide_network()
+    names = ["0", "2", "3"]
+    plain = shared_sparsities(TorchStream(model, x), names, 0.5, LobsOptions(sparsity=0.5))
+    with torch.no_grad():  # the same function: ReLU is homogeneous
+        model[0].weight *= 64
+        model[0].bias *= 64
+        model[2].weight /= 64
+    scaled = shared_sparsities(TorchStream(model, x), names, 0.5, LobsOptions(sparsity=0.5))
+    assert scaled == plain
+    some = retrain.lobs(model, x, sparsity=0.5, sparsity_of="network", skip="0")
+    assert [report.name for report in some.layers] == ["2", "3"]
+    assert sum(r.zeros for r in some.layers) == sum(r.weights for r in some.layers) // 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"tolerance": 1.0}, {"sparsity": {"0": 0.5}}, {"sparsity": [0.2, 0.5]},
+     {"sparsity": 0.5, "pattern": "unit"}],
+)  # fmt: skip
+def test_a_networks_sparsity_is_one_number(options):
+    model, x = wide_network()
+    with pytest.raises(ValueError, match="sparsity_of: the network's wants one sparsity"):
+        retrain.lobs(model, x, sparsity_of="network", **options)
+    with pytest.raises(ValueError, match="sparsity_of: got 'unit', want one of layer, network"):
+        retrain.lobs(model, x, sparsity=0.5, sparsity_of="unit")

@@ -9,20 +9,24 @@ outcome of the last stage.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from retrain.methods.amounts import Amount
+from retrain.methods.lobs.budget import shared_sparsities
 from retrain.methods.lobs.options import LobsOptions
 from retrain.runs.drive import drive
 from retrain.runs.outcome import OnLayer, Run
-from retrain.runs.request import request_of
+from retrain.runs.prepare import select
+from retrain.runs.request import Request, request_of
 from retrain.runs.stages import (
     lobs_method,
     plan_stages,
     run_stages,
 )
 from retrain.runs.subject import apart_from_caller
+from solvers import checks
 
 
 @apart_from_caller()
@@ -33,6 +37,7 @@ def lobs(
     sparsity: Amount | Sequence[Amount] | None = None,
     tolerance: Amount | Sequence[Amount] | None = None,
     stages: int | None = None,
+    sparsity_of: Literal["layer", "network"] = "layer",
     out: str | Path | None = None,
     evaluate: Any = None,
     layers: str | Sequence[str] | None = None,
@@ -61,6 +66,9 @@ def lobs(
     tolerance : float, mapping from str to float, or a sequence of those, optional
         Instead of a sparsity: largest root mean squared error of each layer's response, in the
         response's own unit. A single number serves every stage.
+    sparsity_of : {"layer", "network"}, optional
+        Scope of a single ``sparsity``: each layer, or all pruned layers together, which share the
+        zeros by their measured losses (`retrain.methods.lobs.budget`).
     stages : int, optional
         Number of prunings; by default one, or as many as there are sparsities. With a single
         sparsity for several stages, that sparsity is reached in the last one (`stage_amounts`).
@@ -127,6 +135,7 @@ def lobs(
     >>> run.measured <= run.bound
     True
     """
+    checks.one_of(("layer", "network"), sparsity_of=sparsity_of)
     plan = plan_stages(options, sparsity, tolerance, stages, settings)
     request = request_of(
         model,
@@ -139,6 +148,26 @@ def lobs(
         out=out,
         on_layer=on_layer,
     )
+    if sparsity_of == "network":
+        plan = [_shared(request, plan)]
     if len(plan) == 1:
         return drive(lobs_method(plan[0]), request)
     return run_stages(plan, model, request)
+
+
+def _shared(request: Request, plan: list[LobsOptions]) -> LobsOptions:
+    """Options with a sparsity for each layer in place of the network's one."""
+    options = plan[0]
+    one = len(plan) == 1 and isinstance(options.sparsity, int | float)
+    if not one or options.pattern != "layer":
+        raise ValueError(
+            "sparsity_of: the network's wants one sparsity, a number, the pattern 'layer' and no "
+            "stages"
+        )
+    stream = request.subject.stream(request.data)
+    names = select(stream.layers, request.layers, request.skip)
+    amount = float(options.sparsity)  # type: ignore[arg-type]
+    found = shared_sparsities(stream, names, amount, options)
+    if not found:
+        raise ValueError("memory: no layer fits into it; raise it (--memory)")
+    return replace(options, sparsity=found)

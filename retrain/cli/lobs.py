@@ -53,6 +53,12 @@ def add_command(commands: Any) -> None:
         help="fraction of a layer's weights to remove, 0.93, or by layer, fc1=0.93,fc2=0.8; given "
         "more than once: one for each stage",
     )
+    lobs.add_argument(
+        "--sparsity-of",
+        choices=("layer", "network"),
+        help="what has --sparsity: each layer, or the layers together, which share the zeros by "
+        "their measured losses; default layer",
+    )
     amount.add_argument(
         "--layer-error",
         metavar="E",
@@ -123,6 +129,7 @@ def _run(options: argparse.Namespace) -> int:
                 data,
                 **what_is_asked(options, held_out, progress),
                 **amounts,
+                **given(options, "sparsity_of"),
                 **settings,
             )
     return conclude(run, options, loaded.note)

@@ -512,6 +512,6 @@ def _named_apart(sites: Sequence[Site]) -> list[Site]:
     for index, site in enumerate(sites):
         name = site.spec.name
         if names.count(name) > 1:
-            name = f"{name}[{names[:index].count(name)}]"
+            name = f"{name}.{names[:index].count(name)}"
         apart.append(replace(site, spec=replace(site.spec, name=name)))
     return apart
