@@ -16,6 +16,7 @@ from retrain.adapters.network.open import open_network
 from retrain.adapters.network.recurrent import STEPS, unrolled
 from retrain.adapters.network.sites import windows
 from retrain.adapters.network.stream import TorchStream
+from retrain.cli import main
 from retrain.data.arrays import Data
 from retrain.data.sources import as_data
 
@@ -423,3 +424,24 @@ def test_recurrent_matrices_are_retrained_and_the_layer_is_saved(tmp_path):
     assert run.measured == pytest.approx(float((ours - theirs).norm()), rel=1e-4)
     steps = CapturedStream(model, data)
     assert steps.count("recur.weight_hh_l0") == 14 * 9
+
+
+def test_a_run_names_its_factory_and_imports_it_only_when_told(tmp_path, monkeypatch):
+    source = "from torch import nn\nimport torch\n\n\nclass Net(nn.Module):\n"
+    source += (
+        "    def __init__(self):\n        super().__init__()\n        self.a = nn.Linear(6, 4)\n"
+    )
+    source += "    def forward(self, x):\n        return {'y': torch.tanh(self.a(x))}\n"
+    (tmp_path / "their_networks.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    torch.save(nn.ModuleDict({"a": nn.Linear(6, 4)}).state_dict(), "net.pt")
+    np.save("x.npy", numbers(20, 6))
+    arguments = ["net.pt", "--arch", "their_networks:Net", "--data", "x.npy"]
+    assert main(["lobs", *arguments, "--sparsity", "0.5", "--out", "run", "--quiet"]) == 0
+    with pytest.raises(ValueError, match=r"made by 'their_networks:Net'; .*trust=True"):
+        retrain.load("run")
+    run = retrain.load("run", trust=True)
+    assert int((run.model.a.weight == 0).sum()) == 12
+    again = ["lobs", "run", "--data", "x.npy", "--sparsity", "0.7", "--out", "more", "--quiet"]
+    assert main(again) == 2
+    assert main([*again, "--trust"]) == 0

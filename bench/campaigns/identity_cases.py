@@ -122,6 +122,7 @@ _LOBS = (
         "{no sparsity}",
     ),
     ("--tolerance", "--tolerance 0.1", "--tolerance 0.2", "options.tolerance was", "{no sparsity}"),
+    ("--sparsity-of", "", "--sparsity-of network", "options.sparsity was", "--sparsity 0.5"),
     ("--stages", "--stages 2", "--stages 3", "stages was", ""),
     ("--calibration", "", "--calibration sequential", "options.calibration was", ""),
     ("--damping", "--damping 0.01", "--damping 0.1", "options.damping was 0.01, is 0.1", ""),

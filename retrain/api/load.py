@@ -12,7 +12,7 @@ from retrain.runs.trained import KIND, TrainedRun, load_trained
 
 
 @apart_from_caller()
-def load(path: str | Path, model: Any = None) -> Run | TrainedRun:
+def load(path: str | Path, model: Any = None, *, trust: bool = False) -> Run | TrainedRun:
     """Read a finished run back.
 
     Parameters
@@ -22,6 +22,9 @@ def load(path: str | Path, model: Any = None) -> Run | TrainedRun:
     model : torch.nn.Module, optional
         Architecture of the network, whose weights are replaced in a copy. Needed only where the run
         could not describe its architecture; the error message says so.
+    trust : bool, optional
+        Whether the ``package.module:factory`` that the record names may be imported and called to
+        build the architecture, which runs its code.
 
     Returns
     -------
@@ -60,4 +63,4 @@ def load(path: str | Path, model: Any = None) -> Run | TrainedRun:
         raise ValueError(f"run: {str(path)!r} is not finished; repeat its command to resume it")
     if record.get("kind") == KIND:
         return load_trained(directory, record, model)
-    return read_run(directory, record, model)
+    return read_run(directory, record, model, trust=trust)

@@ -72,7 +72,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="load a .pt2 file, which can run code of whoever made it",
+        help="load a .pt2 file, which can run code of whoever made it; import the factory that a "
+        "run names",
     )
     parser.add_argument(
         "--key",
@@ -176,7 +177,8 @@ def _load_run(options: argparse.Namespace) -> LoadedModel:
     path = Path(options.model)
     if options.key is not None:
         raise ValueError(f"key: got {options.key!r}, but {options.model!r} is a run; leave it")
-    run = load_run(path, None if options.arch == "auto" else made_module(options.arch))
+    given_arch = None if options.arch == "auto" else made_module(options.arch)
+    run = load_run(path, given_arch, trust=options.trust)
     if not isinstance(run.model, nn.Module):
         raise ValueError(f"model: {options.model!r} is a run on a chain of arrays, want a module")
     note = f"read from the run {options.model}"

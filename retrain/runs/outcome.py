@@ -119,7 +119,9 @@ def totals(reports: Sequence[LayerReport]) -> dict[str, Any]:
     }
 
 
-def read_run(directory: Path, record: dict[str, Any], model: Any = None) -> Run:
+def read_run(
+    directory: Path, record: dict[str, Any], model: Any = None, *, trust: bool = False
+) -> Run:
     """Read a finished run from its directory.
 
     Parameters
@@ -130,6 +132,8 @@ def read_run(directory: Path, record: dict[str, Any], model: Any = None) -> Run:
         JSON values of its ``run.json``.
     model : torch.nn.Module, optional
         Architecture of the network, where the run could not describe it.
+    trust : bool, optional
+        Whether the factory that the record names may be imported and called.
 
     Returns
     -------
@@ -143,7 +147,7 @@ def read_run(directory: Path, record: dict[str, Any], model: Any = None) -> Run:
     """
     checked = check_finished(record, f"run: {directory / RUN_FILE}")
     return Run(
-        model=reopen(checked.record.model, directory, model),
+        model=reopen(checked.record.model, directory, model, trust=trust),
         layers=checked.layers,
         bounds=checked.bounds,
         record=record,

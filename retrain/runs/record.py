@@ -134,6 +134,8 @@ class ModuleModel(msgspec.Struct, frozen=True, tag_field="kind", tag="module"):
         Layers of a chain that was derived from the shapes in a file; empty for other networks.
     hugging_face : bool
         Whether the run directory has a configuration from which transformers builds the network.
+    factory : str or None
+        ``package.module:factory`` that built the architecture; imported only when it is allowed.
     """
 
     names: dict[str, str]
@@ -143,6 +145,7 @@ class ModuleModel(msgspec.Struct, frozen=True, tag_field="kind", tag="module"):
     description: dict[str, Any] | None = None
     dense_layers: list[Dense] = []
     hugging_face: bool = False
+    factory: str | None = None
 
 
 class Theorem(msgspec.Struct, frozen=True):

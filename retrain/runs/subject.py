@@ -233,7 +233,9 @@ def subject_of(model: Any, device: str | None = None) -> Subject:
     if device is not None:
         check_device(device)
     if isinstance(model, LoadedModel):
-        return _ModuleSubject(model.module, model.names, str(model.path), model.note, device)
+        return _ModuleSubject(
+            model.module, model.names, str(model.path), model.note, device, model.factory or None
+        )
     if isinstance(model, nn.Module):
         model = unwrapped(model)
         names = {name: name for name in model.state_dict()}
@@ -263,7 +265,9 @@ def check_device(device: str) -> None:
         raise ValueError(f"device: cannot compute on {device!r} here ({reason})") from error
 
 
-def reopen(described: ChainModel | ModuleModel, directory: Path, model: Any = None) -> Any:
+def reopen(
+    described: ChainModel | ModuleModel, directory: Path, model: Any = None, *, trust: bool = False
+) -> Any:
     """Rebuild a finished run's network from its directory.
 
     Parameters
@@ -274,6 +278,8 @@ def reopen(described: ChainModel | ModuleModel, directory: Path, model: Any = No
         Run directory.
     model : torch.nn.Module, optional
         Architecture; a copy is filled with the run's weights.
+    trust : bool, optional
+        Whether the factory that the record names may be imported and called.
 
     Returns
     -------
@@ -297,7 +303,7 @@ def reopen(described: ChainModel | ModuleModel, directory: Path, model: Any = No
         except (SafetensorError, *READ_ERRORS) as error:
             raise ValueError(f"run: {path} is damaged ({first_line(error)})") from error
     from retrain.adapters.files.description import build_module
-    from retrain.adapters.files.load import fill, load_model
+    from retrain.adapters.files.load import fill, load_model, made_module
 
     if model is None and described.hugging_face:
         from retrain.adapters.files.hugging_face import load_directory
@@ -307,10 +313,17 @@ def reopen(described: ChainModel | ModuleModel, directory: Path, model: Any = No
         model = _dense_chain(described.dense_layers)
     elif model is None and described.description:  # older runs have no entry
         model = build_module(described.description)
+    if model is None and described.factory and trust:
+        model = made_module(described.factory)
     if model is not None:
         return fill(model, path, described.names)
     if described.plain:
         return load_model(path).module
+    if described.factory:
+        raise ValueError(
+            f"model: the architecture is made by {described.factory!r}; retrain.load(DIR, "
+            "trust=True) imports it, which runs its code, or pass the architecture"
+        )
     raise ValueError(
         "model: the run was of a torch module that is no plain chain of dense layers; pass the "
         "architecture, retrain.load(DIR, model)"
@@ -405,6 +418,7 @@ class _ModuleSubject:
     path: str | None
     note: str
     device: str | None
+    factory: str | None = None
 
     def stream(self, data: Data, like: Any = None) -> Any:
         from retrain.adapters.network.open import open_network
@@ -512,6 +526,7 @@ class _ModuleSubject:
             "plain": stream.network is not None and is_plain(stream.network, stream.dense_model),
             "description": described(self.module)[0],
             "hugging_face": self._is_hugging_face(),
+            "factory": self.factory,
             "dense_layers": [
                 {**asdict(layer), "dtype": str(layer.dtype)}
                 for layer in getattr(self.module, "dense_layers", ())

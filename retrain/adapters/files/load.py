@@ -68,12 +68,15 @@ class LoadedModel:
         The file.
     note : str
         Assumptions that were made, for the user to read; empty if there were none.
+    factory : str
+        ``package.module:factory`` that built the module; empty where none did.
     """
 
     module: nn.Module
     names: Mapping[str, str]
     path: Path
     note: str = ""
+    factory: str = ""
 
 
 @apart()
@@ -159,7 +162,7 @@ def load_model(
         said += [f"names are without their prefix {prefix!r}"] if prefix else []
         note = ", ".join(said)
     check_finite(module)
-    return LoadedModel(module.eval(), names, path, note)
+    return LoadedModel(module.eval(), names, path, note, "" if arch == "auto" else arch)
 
 
 def made_module(arch: str) -> nn.Module:
