@@ -116,6 +116,7 @@ class CapturedStream:
         self._plan = Plan(self._captured)
         self._tables = {id(m): _tensors(m) for m in (self._dense, self._current, self._model)}
         self._sites = {s.spec.name: s for s in find_sites(self._captured, self._dense)}
+        self._surveyed: dict[int, Tensor] = {}
         self._rows, self._leading = self._survey()
         self._layers = tuple(self._judged(site) for site in self._sites.values())
         self._changed: set[str] = set()
@@ -385,8 +386,16 @@ class CapturedStream:
                 values = self._go_on(frontier, values, place, self._plan.place[call])
                 place = self._plan.place[call]
             received = frontier_value(frontier, arguments_of(call)[site.operation.input], values)
-            with torch.no_grad():
-                answered = frontier.evaluate(call, values) if responses else None
+            answered = None
+            if responses:
+                # The dense network's weights stay, so what is answered is what comes next.
+                ahead = self._plan.place[call] == frontier.place
+                with torch.no_grad():
+                    answered = (
+                        frontier.answer(batch, call, values)
+                        if ahead
+                        else frontier.evaluate(call, values)
+                    )
             found.append((received.to(self._dtype), answered))
         return found
 
@@ -434,16 +443,18 @@ class CapturedStream:
                 def rows_of(
                     values: Tensor, part: slice = part, pick: Tensor = pick, args: Any = arguments
                 ) -> Tensor:
-                    found = how.rows(values[part], weight, args, group)[pick]
+                    found = how.rows(values[part], weight, args, group)
+                    found = found if len(pick) == len(found) else found[pick]
                     if spec.bias:
                         found = torch.cat([found, found.new_ones(len(found), 1)], dim=1)
                     return found
 
                 dense_rows = rows_of(x)
+                answers = how.responses(y[part], arguments, group).to(self._dtype)
                 yield LayerBatch(
                     dense_rows if other is x else rows_of(other),
                     dense_rows,
-                    how.responses(y[part], arguments, group)[pick].to(self._dtype),
+                    answers if len(pick) == len(answers) else answers[pick],
                     (wanted[here] + start).astype(np.int64),
                 )
             offset += len(positions)
@@ -467,6 +478,9 @@ class CapturedStream:
         assert frontier is not None
         end = len(self._plan.nodes)
         for batch in range(self._batches):
+            if dense and frontier.place == 0 and batch in self._surveyed:
+                yield self._surveyed[batch]
+                continue
             # The frontier stays where it is: layers after it are still to be read.
             values = frontier.run(batch, frontier.place, end)
             yield frontier_value(frontier, self._captured.output, values).detach()
@@ -598,6 +612,7 @@ class CapturedStream:
 
             values = frontier.run(batch, 0, len(self._plan.nodes), look)
             output = frontier_value(frontier, self._captured.output, values)
+            self._surveyed[batch] = output.detach()
             if output.shape[:1] != (size,):
                 raise ValueError(
                     f"model: returned {tuple(output.shape)} for {size} samples, want an output "
