@@ -63,8 +63,10 @@ def like(values: np.ndarray, reference: Array) -> Array:
     return array_namespace(reference).asarray(values, device=device(reference))
 
 
-# Norms whose squares float64 holds, with those of all entries that tell.
 _SMALLEST, _LARGEST = 1e-140, 1e140
+"""Norms between these can be squared in float64 without vanishing or overflowing; others are
+computed from scaled entries. Derived from float64's range, with room for the number of entries:
+other powers in between change nothing but which path is taken."""
 
 
 def norm(array: Array) -> float:

@@ -24,9 +24,18 @@ from numba import njit
 
 Array = Any
 
-_ROOT_STEPS = 100  # Newton needs under ten; bisection alone some sixty
-_ROUNDING = 1e-15  # of x^T nu, relative to |x| |nu|: no step can do better
-_ORTHOGONAL = 1e-12  # the same, summed over many samples
+_ROOT_STEPS = 100
+"""Steps for the root at most: Newton needs under ten, bisection alone some sixty. Twice as many
+change nothing."""
+
+_ROUNDING = 1e-15
+"""Value of x^T nu, relative to |x| |nu|, at which the root counts as found: float64's rounding of
+one such sum. Twice as large stops at most a step earlier."""
+
+_ORTHOGONAL = 1e-12
+"""The same for what counts as orthogonal in the end, with room for sums over many samples. A column
+beyond it is made of rounding and becomes zero; a much larger value would let multipliers pass that
+prove a false bound."""
 
 
 def orthogonalise(nu: Array, x: Array, active: Array) -> Array:
@@ -132,8 +141,9 @@ def _shift_to_root(nu: Array, x: Array, active: Array) -> Array:
     return point(t)
 
 
-# Sums in any order: it lets them run in vector registers. `_ORTHOGONAL` is judged on the outcome.
 _SUMS = {"reassoc", "contract"}
+"""Fast-math flags of the compiled sums: terms may be added in any order, so that they run in vector
+registers. The outcome is judged by `_ORTHOGONAL`."""
 
 
 @njit(cache=True, nogil=True, fastmath=_SUMS)

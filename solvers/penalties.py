@@ -24,7 +24,11 @@ from solvers import checks
 Array = Any
 
 _BISECTIONS = 60
+"""Halvings for the scale of an elastic net's multiplier: float64 has 53 digits. More change
+nothing."""
+
 _SMALLEST_RIDGE = 1e-300
+"""Smallest ridge after a change of unit, so that it stays positive in float64."""
 
 
 class Penalty(Protocol):

@@ -44,9 +44,17 @@ from solvers.result import Certificate
 
 Array = Any
 
-_BLOCK_ENTRIES = 4_000_000  # entries of a float64 (samples x units) block: 32 MB
-_ROWS = 8192  # samples whose inputs are cast to float64 at a time
-_SMALLEST, _LARGEST = 1e-150, 1e150  # magnitudes whose squares, summed, float64 can hold
+_BLOCK_ENTRIES = 4_000_000
+"""Entries of a float64 block of samples times units, 32 MB. Twice as many take twice the memory; no
+result depends on it."""
+
+_ROWS = 8192
+"""Samples whose inputs are cast to float64 at a time. Twice as many take more memory; sums over
+them change their last bits."""
+
+_SMALLEST, _LARGEST = 1e-150, 1e150
+"""Magnitudes between which data must lie: float64 holds their squares, summed over any number of
+samples. Derived from its range."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

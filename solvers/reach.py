@@ -17,7 +17,9 @@ from array_api_compat import array_namespace
 from solvers.arrays import like, to_numpy
 from solvers.program import Program, RegularisedProgram
 
-_FAR = 1e6  # larger: fewer programs are told to be unreachable; smaller: hard ones might be
+_FAR = 1e6
+"""How many times the usual objective counts as out of reach. Larger: fewer programs are told to be
+unreachable. Smaller: hard ones might be told so wrongly. Chosen by hand."""
 
 
 def far(program: Program) -> np.ndarray:

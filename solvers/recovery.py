@@ -31,13 +31,21 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linprog
 
-# Weights that agree this well, relative to the largest, are the same: HiGHS gives some 1e-12.
 _SAME = 1e-6
-# Of a ceiling, relative to |x| |w|: HiGHS's own feasibility tolerance is 1e-7.
+"""Weights that agree this well, relative to the largest, are the same: HiGHS gives some 1e-12. A
+smaller value takes its rounding for a failure to recover."""
+
 _TIGHT = 1e-9
+"""Distance from a ceiling, relative to |x| |w|, below which it is tight: rounding of one inner
+product. A larger one counts more rows as equations."""
+
 _FEASIBLE = 1e-7
-# A certificate's strict inequalities must hold by this much to be told from rounding.
+"""Violation, relative to the response, that HiGHS's answers may have: its own feasibility
+tolerance."""
+
 _STRICT = 1e-7
+"""By how much a certificate's strict inequalities must hold, to be told from rounding. A larger one
+calls fewer solutions unique."""
 
 
 @dataclass(frozen=True, eq=False)

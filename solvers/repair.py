@@ -19,8 +19,15 @@ import numpy as np
 from scipy.linalg.lapack import dposv
 
 _ROUNDS = 25
-_BEYOND = 1e-3  # of its box: so far out an input joins B; the certificate's scale does the rest
-_REGULAR = 1e-12  # of the mean diagonal, added to it: inputs may depend on each other
+"""Projections at most; a few are usual. More spend longer on programs whose repair fails."""
+
+_BEYOND = 1e-3
+"""How far beyond its box an input's dual must be to be repaired. The certificate's scale does the
+rest; a larger one leaves more to it, and with it a larger gap."""
+
+_REGULAR = 1e-12
+"""Fraction of the mean diagonal added to the repaired inputs' Gram matrix, since inputs may depend
+on each other. A larger one repairs less."""
 
 
 def into_boxes(

@@ -47,6 +47,7 @@ _REMEDY = {
         "check the data's range"
     ),
 }
+"""What a person can do about each status, in the words of the solvers' arguments."""
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,29 @@ from solvers.result import SolveResult, Status
 
 Array = Any
 
-_ALIKE = 5  # columns within 2^5 of the reference have its size
-_FURTHEST = 40  # no size is further than 2^40 from it: squares of the weights must fit float32
-_LARGEST_FIRST = 2.0**60  # old weights are a first point, which must not overflow float32
-_WIDEST_LEVELS = 2.0**60  # beside the fitted ones: their squares must fit float32 too
-_LEAST, _MOST = 1e-300, 1e300  # of epsilon and of the fit's weight
-_SAFE = 2.0**64  # within this factor of 1, float32 multipliers can be scaled without overflow
+_ALIKE = 5
+"""Columns within a factor of 2^5 of the reference keep its size: scaling them would change programs
+that need none. A larger one scales fewer columns."""
+
+_FURTHEST = 40
+"""No size is further than 2^40 from the reference, since squares of the weights must fit float32.
+Derived from its range."""
+
+_LARGEST_FIRST = 2.0**60
+"""Largest old weight, in a solver's units, taken as a first point; a larger one would overflow
+float32 in its square."""
+
+_WIDEST_LEVELS = 2.0**60
+"""Largest ceiling beside the fitted levels, in a solver's units: its square must fit float32.
+Larger ones are cut, since they cannot be reached."""
+
+_LEAST, _MOST = 1e-300, 1e300
+"""Bounds of epsilon and of the fit's weight in a solver's units, where quotients stay finite in
+float64."""
+
+_SAFE = 2.0**64
+"""Within this factor of 1, float32 multipliers can be scaled without overflow; beyond, float64 is
+used. Derived from float32's range."""
 
 
 @dataclass(frozen=True, eq=False)

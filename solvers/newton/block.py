@@ -29,15 +29,41 @@ from numba import njit
 
 from solvers.newton.work import Points, Shared, Turn, Units, Work, precision_for
 
-_GROWTH = 5.0  # of sigma and tau after an outer step
-_STIFFEST = 1e11  # largest tau relative to where it started
-_LOOSEST = 1e30  # the same of sigma, whose inverse counts for nothing long before
-_FINEST = 1e-11  # of the optimality conditions in u, relative to their boxes
-_INNER = 0.1  # of the smaller tolerance, which the optimality conditions in u are solved to
-_SOME = 1000  # samples that rounding is measured on
-_COARSE = 3e-5  # of gap and violation, that products in float32 are good for
-_STALLED = 8  # rounds
-_PATIENCE = 40  # Newton steps in one round
+_GROWTH = 5.0
+"""Factor of sigma and tau after an outer step. A larger one takes fewer outer steps, each with
+harder inner problems. Tuned on the layers of the bench."""
+
+_STIFFEST = 1e11
+"""Largest tau relative to its first value: beyond it z - v has no digits left in float64. A larger
+one gains nothing."""
+
+_LOOSEST = 1e30
+"""Largest sigma relative to its first value; 1 / sigma counts for nothing long before. It keeps the
+number finite."""
+
+_FINEST = 1e-11
+"""Accuracy of the optimality conditions in u, relative to their boxes, that float64 can give. A
+smaller one would be asked for in vain, a larger one ends short of tight tolerances."""
+
+_INNER = 0.1
+"""Share of the smaller tolerance to which the inner problem is solved. Twice as much takes fewer
+Newton steps a round, and more rounds. Tuned on the layers of the bench."""
+
+_SOME = 1000
+"""Samples on which rounding is measured. More cost more and tell the same: it is a root mean
+square."""
+
+_COARSE = 3e-5
+"""Gap and violation that products in float32 are good for. Asked for less, float64 takes over.
+Twice as large changes to float64 earlier. Measured."""
+
+_STALLED = 8
+"""Rounds without a better gap or violation, sigma and tau at their limits, after which a unit counts
+as stuck. Twice as many spend longer on what float64 cannot give. Chosen by hand."""
+
+_PATIENCE = 40
+"""Newton steps after which one round of a unit is cut off, since it zigzags. Twice as many spend
+longer on rounds that another sigma would shorten. Chosen by hand."""
 
 
 def solve_block(

@@ -53,21 +53,56 @@ from solvers.units import map_units
 
 Array = Any
 
-# Steps of ADMM, in float32: from scratch, where one rho serves the whole layer and where each unit
-# has its own and may be done by then; where the columns' sizes differ, so that Newton's steps are
-# many; and from a warm start.
 BALL_STEPS, UNIT_STEPS, UNEVEN_STEPS, WARM_STEPS = 80, 170, 600, 10
-_UNEVEN_EMPHASIS = 3.0  # of ADMM's primal residual there: the gap is repaired, violations are not
-_METRIC, _RELAXATION = 4.0, 1.8  # as they serve best from a distance
-_OWN_SHARE = 0.5  # a unit's own estimates are asked for this part of the tolerances
+"""Steps of ADMM, in float32, before Newton's: from scratch, where one rho serves the whole layer,
+and where each unit has its own and may be done by then; where the columns' sizes differ, so that
+Newton's steps are many; and from a warm start. Twice as many cost products and save Newton steps:
+tuned for the least total time on the layers of the bench."""
+
+_UNEVEN_EMPHASIS = 3.0
+"""Emphasis on ADMM's primal residual where columns differ in size: the gap is repaired afterwards
+(`solvers.repair`), violations are not. Twice as large leaves a larger gap to repair. Chosen by
+hand."""
+
+_METRIC, _RELAXATION = 4.0, 1.8
+"""ADMM's metric and over-relaxation for these first steps, as `solvers.admm.splitting` has them for
+whole solves; tuned for steps from afar, where they serve better than those."""
+
+_OWN_SHARE = 0.5
+"""Share of the tolerances that a unit's own estimates must meet, since the certificate of all adds
+them up. A larger one is more often not enough, a smaller one takes more steps."""
+
 _TIGHTER, _FINEST_SHARE = 0.1, 1e-5
+"""Factor by which that share shrinks where it was not enough, and the smallest share. A factor
+nearer 1 takes more rounds; below the smallest share rounding rules."""
+
 _REFINEMENTS = 5
+"""How often the share may shrink for one layer. More spend time on what float64 cannot give. Chosen
+by hand."""
+
 _ROOT_STEPS = 60
-_INSIDE = 0.25  # of the room that there is inside the ball, where to aim
+"""Slacks tried at most; the root is found in under ten. Twice as many change nothing but how long a
+hopeless search takes."""
+
+_INSIDE = 0.25
+"""Where to aim inside the ball, as a share of the room that the gap's tolerance leaves. Nearer 0
+risks a violation, nearer 1 a gap."""
+
 _LEAST_ROOM, _MOST_ROOM = 1e-14, 0.04
-BLOCK = 32  # units whose products are taken together
-_KEPT = 2**28  # bytes of the units' Gram matrices that stay from one slack to the next
-_PROXIMAL = 30.0  # first sigma and tau, relative to what ADMM balanced
+"""Bounds of that room, relative to epsilon: rounding, and 4 %, beyond which the result would be
+needlessly dense. Chosen by hand."""
+
+BLOCK = 32
+"""Units whose products are taken together. Twice as many use the processor's caches better or
+worse, by machine, and leave fewer blocks for threads. Measured."""
+
+_KEPT = 2**28
+"""Bytes of the units' Gram matrices that stay from one slack to the next. Twice as many save time
+on large layers and take that memory. A convention."""
+
+_PROXIMAL = 30.0
+"""First sigma and tau, relative to what ADMM balanced. Larger ones make the first inner problems
+harder and the outer steps fewer. Tuned on the layers of the bench."""
 
 
 def solve_newton(

@@ -49,14 +49,31 @@ import numpy as np
 from numba import njit
 from scipy.linalg.lapack import dpotrf, dpotrs, dtrtrs
 
-_CONDITION = 1e-11  # smallest 1/sigma relative to the mean of the Hessian's diagonal
+_CONDITION = 1e-11
+"""Least that is added to the Hessian's diagonal, relative to its mean, which keeps the Newton system
+solvable in float64. A larger one slows the last steps."""
+
 _ROUNDING = 1e-13
-# Steps that gain less of the objective than this and do not improve the optimality conditions
-# are rounding; after so many of them in a row an inner problem is as good as it gets.
+"""Change of the step's length, relative to the piece it lies on, below which it is found. A larger
+one ends the line search sooner; a smaller one is below float64's rounding."""
+
 _SMALLEST_GAIN, _IDLE = 1e-16, 3
+"""Steps that gain less of the objective than the first and do not improve the optimality conditions
+are rounding; after so many of them in a row, the second, an inner problem is as good as it gets.
+More wait longer."""
+
 _SHORT, _LONG, _DAMP, _FIRST_DAMPING = 0.1, 0.5, 10.0, 1e-5
+"""Levenberg-Marquardt damping of a Newton step: a step cut below the first is followed by damping
+ten times larger, one above the second by ten times less, from the first damping given, relative to
+the Hessian's diagonal. Textbook values, not tuned."""
+
 _ROOT_STEPS = 80
-_LIGHT = 1e-2  # of the whole slope: kinks that change it by less do not stop a step
+"""Steps for the root on one piece at most: Newton with bisection takes a few. Twice as many change
+nothing."""
+
+_LIGHT = 1e-2
+"""Share of the slope's change below which a kink does not stop a step. A larger one jumps over more
+kinks, whose weights then have to come back. Tuned on the layers of the bench."""
 
 
 @dataclass(eq=False)

@@ -23,11 +23,25 @@ from numba import njit
 
 from solvers.newton.unit import Gram, Inner, minimise
 
-_MARGIN = 0.1  # inputs with |c| above weight (1 - margin) join W
-_NEAR = 0.1  # ceilings closer than this part of the unit's rms distance to its ceilings join K
-CHUNK = 8192  # samples whose inputs are gathered at a time
-_FINE = 1e-9  # optimality conditions that ask for matrices in float64 from the start
-_SINGLE = 1e12  # largest magnitude, and its inverse the smallest, whose squares float32 holds
+_MARGIN = 0.1
+"""Inputs with |c| above weight (1 - margin) join the working set. Twice as large makes larger
+systems and fewer rounds. Tuned on the layers of the bench."""
+
+_NEAR = 0.1
+"""Ceilings closer than this share of the unit's root mean square distance to them join the working
+set. As `_MARGIN`."""
+
+CHUNK = 8192
+"""Samples whose inputs are gathered at a time. Twice as many take that much more memory; the sums'
+order, and their last bits, change."""
+
+_FINE = 1e-9
+"""Accuracy of the optimality conditions from which matrices are made in float64 at once. A larger
+one makes more of them in float64 than need be."""
+
+_SINGLE = 1e12
+"""Largest magnitude, and its inverse the smallest, whose squares float32 holds with room for sums
+(its range ends at 1e38). Larger ones would overflow in sums over samples."""
 
 
 @dataclass(frozen=True, eq=False)

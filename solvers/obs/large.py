@@ -30,9 +30,17 @@ from solvers.obs.swaps import SEARCH_DAMPING, improve
 Array = Any
 
 ADMM_DAMPING = 1e-3
+"""Fraction of the mean diagonal added to the Hessian. Twice as much moves the weights less and fits
+less well; less makes ADMM slower on inputs that depend on each other. Chosen by hand."""
+
 CHECK_EVERY = 3
-# rho grows by 1 + pace * times, the more the larger the share of the support that moved
+"""Iterations between looks at how far the support moved. Twice as many let rho grow more slowly.
+The paper's value."""
+
 TIMES = ((0.1, 3.0), (0.005, 2.0), (0.0, 1.0))
+"""(share of the support that moved, factor): rho grows by 1 + pace times the factor of the first
+line whose share is exceeded, so that it grows fast while much moves. The paper's rule; larger
+factors end sooner, at a worse support."""
 
 
 def admm_support(

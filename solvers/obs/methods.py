@@ -19,6 +19,7 @@ from solvers.obs.swaps import improve
 from solvers.obs.sweep import prune_sweep
 
 UNSTRUCTURED: tuple[Kind, ...] = ("layer", "unit", "n:m")
+"""Kinds of patterns whose zeros are single weights."""
 
 
 @dataclass(frozen=True)
@@ -197,3 +198,5 @@ METHODS: dict[str, Method] = {
         "exact OBS for whole inputs",
     ),
 }
+"""Methods by name: how they run, the kinds of patterns that they support, and what they are in a
+few words. A method is added by one entry."""

@@ -21,6 +21,9 @@ from solvers.obs.pattern import Pattern, kept_by, layer_count, per_layer_count
 from solvers.obs.problem import LayerProblem, Pruned, finish, in_numpy, layer_error
 
 ONE_SHOT_DAMPING = 1e-4
+"""Fraction of the mean diagonal added to the Hessian before it is inverted. Twice as much makes
+saliencies less exact and the inverse better conditioned. Chosen by hand; the L-OBS paper adds a
+constant."""
 
 
 @dataclass(frozen=True)

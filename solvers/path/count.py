@@ -35,17 +35,50 @@ from solvers.program import (
 from solvers.result import SolveResult, Status, judge
 
 _SEARCH_STEPS = 40
-_NEAREST = 1e-6  # relative change of lambda below which counts are not told apart
+"""Solves of one search at most; ten to twenty are usual. Twice as many help only paths that jump
+around the count."""
+
+_NEAREST = 1e-6
+"""Relative change of lambda below which counts are not told apart. A larger one ends searches
+sooner, farther from the count."""
+
 _STRIDE = math.log(4.0)
-_WIDEST = math.log(1e6)  # of lambda, either way from where the search begins
-_SMALL_RADIUS = 0.05  # where an exact fit's search begins, relative to the targets
-_SMALLEST_RADIUS = 1e-4  # below, a fit counts as exact
-_LEAST_WEIGHT = 1e-250  # of lambda: places stay where exponentials are finite
-_FINER = 0.3  # part of the tolerance for (11), whose objective has the fit beside the penalty
-_FINEST = 0.1  # the same again, for an answer that is not certified with the first
-_SMALLEST_SHARE, _SMALLEST = 100, 8  # zeros that may be set: one in 100 weights, or 8
-_FARTHER = 4  # times as many, once the search has come to an end beside the count
-_FEW, _FEW_SHARE = 16, 16  # units of the first search, and one in so many
+"""Longest step of log lambda while the count has not been bracketed: a factor of four. Longer ones
+overshoot into radii that are dear to solve."""
+
+_WIDEST = math.log(1e6)
+"""How far, in log lambda, a search goes from where it begins: six orders of magnitude either way.
+Beyond, the count is not on the path."""
+
+_SMALL_RADIUS = 0.05
+"""Radius, relative to the targets, where the search of a program with epsilon = 0 begins. Only the
+number of solves depends on it."""
+
+_SMALLEST_RADIUS = 1e-4
+"""Radius, relative to the targets, below which a fit counts as exact: its lambda has no finite
+place. Chosen by hand."""
+
+_LEAST_WEIGHT = 1e-250
+"""Smallest lambda, so that exponentials of places stay finite."""
+
+_FINER = 0.3
+"""Share of the tolerance that the search's solves meet, since setting small weights to zero uses up
+the rest. A larger one leaves less to use."""
+
+_FINEST = 0.1
+"""The same again, for an answer that is not certified with the first."""
+
+_SMALLEST_SHARE, _SMALLEST = 100, 8
+"""How many of the smallest weights may be set to zero to meet a count: one in so many, or so many
+at least. More end the search sooner and use up more of the tolerance."""
+
+_FARTHER = 4
+"""Times as many may be set once the search has come to an end beside the count: the certificate
+decides."""
+
+_FEW, _FEW_SHARE = 16, 16
+"""Units of a first search, which finds the place at a fraction of the cost: so many, or one in so
+many. More cost more and aim better. Chosen by hand."""
 
 
 def solve_count(

@@ -14,9 +14,17 @@ from collections.abc import Sequence
 Trial = tuple[float, int]
 """A place x, and how much the function there exceeds what is wanted."""
 
-_OVERSHOOT = 1.3  # of a secant step towards a root that is not bracketed yet
+_OVERSHOOT = 1.3
+"""Factor on a secant step towards a root that is not bracketed yet, so that it brackets. A larger
+one makes wider brackets."""
+
 _SHORTEST_STRIDE = 0.01
-_EDGE = 0.02  # a step stays this part of the bracket away from its ends
+"""Shortest such step, as a share of the longest. A smaller one creeps where the function is
+steep."""
+
+_EDGE = 0.02
+"""Share of the bracket that a step keeps away from its ends, so that the bracket always shrinks. A
+larger one turns the search into bisection."""
 
 
 def next_place(
