@@ -51,8 +51,8 @@ _LARGEST_FIRST = 2.0**60
 float32 in its square."""
 
 _WIDEST_LEVELS = 2.0**60
-"""Largest ceiling beside the fitted levels, in a solver's units: its square must fit float32.
-Larger ones are cut, since they cannot be reached."""
+"""How far the largest ceiling may lie above the fitted levels' size; beyond, the unit of responses
+follows the ceiling, whose square must fit float32. Derived from its range."""
 
 _LEAST, _MOST = 1e-300, 1e300
 """Bounds of epsilon and of the fit's weight in a solver's units, where quotients stay finite in

@@ -1,13 +1,17 @@
 """Public functions and methods name every parameter and result; examples in docstrings run."""
 
+import ast
 import doctest
 import importlib
 import inspect
 import pkgutil
 import warnings
+from pathlib import Path
 
 import pytest
 from numpydoc.docscrape import FunctionDoc
+
+import solvers
 
 ROOMS = (
     "solvers",
@@ -114,3 +118,27 @@ def test_the_front_door_tells_its_cost_and_has_an_example_that_runs(name, tmp_pa
     assert example.examples
     result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example)
     assert result.failed == 0
+
+
+def constants(path):
+    """Module-level names in capitals, each with whether a text follows that explains it."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    for node, following in zip(body, [*body[1:], None], strict=True):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = [entry.id for target in targets if target for entry in ast.walk(target)
+                 if isinstance(entry, ast.Name)]  # fmt: skip
+        if names and isinstance(node, ast.Assign | ast.AnnAssign) and names[0].strip("_").isupper():
+            told = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            yield names[0], told and len(following.value.value) > 40
+
+
+def test_every_constant_of_the_solvers_is_explained():
+    folder = Path(solvers.__file__).parent
+    found = {
+        f"{path.relative_to(folder)}: {name}": told
+        for path in folder.rglob("*.py")
+        for name, told in constants(path)
+        if len(name.strip("_")) > 1  # not a type variable
+    }
+    assert len(found) > 90
+    assert [name for name, told in found.items() if not told] == []

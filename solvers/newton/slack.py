@@ -42,7 +42,7 @@ _LARGEST_SLACK = 1e290
 """Slacks are kept between its inverse and it, so that their squares' quotients stay finite."""
 
 _LONGEST_LOG = 667.0
-"""log of `_LARGEST_SLACK`, rounded down."""
+"""Logarithm of `_LARGEST_SLACK`, rounded down: bounds what is exponentiated."""
 
 _TINY = 5e-324
 """The smallest positive float64, whose logarithm stands for that of 0."""

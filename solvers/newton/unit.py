@@ -50,8 +50,8 @@ from numba import njit
 from scipy.linalg.lapack import dpotrf, dpotrs, dtrtrs
 
 _CONDITION = 1e-11
-"""Least that is added to the Hessian's diagonal, relative to its mean, which keeps the Newton system
-solvable in float64. A larger one slows the last steps."""
+"""Least that is added to the Hessian's diagonal, relative to its mean, so that the Newton system can
+be solved in float64. A larger one slows the last steps."""
 
 _ROUNDING = 1e-13
 """Change of the step's length, relative to the piece it lies on, below which it is found. A larger
