@@ -58,8 +58,8 @@ _COARSE = 3e-5
 Twice as large changes to float64 earlier. Measured."""
 
 _STALLED = 8
-"""Rounds without a better gap or violation, sigma and tau at their limits, after which a unit counts
-as stuck. Twice as many spend longer on what float64 cannot give. Chosen by hand."""
+"""Rounds without a better gap or violation, sigma and tau at their limits, after which a unit is
+given up. Twice as many spend longer on what float64 cannot give. Chosen by hand."""
 
 _PATIENCE = 40
 """Newton steps after which one round of a unit is cut off, since it zigzags. Twice as many spend

@@ -50,7 +50,7 @@ from numba import njit
 from scipy.linalg.lapack import dpotrf, dpotrs, dtrtrs
 
 _CONDITION = 1e-11
-"""Least that is added to the Hessian's diagonal, relative to its mean, so that the Newton system can
+"""Least that is added to the diagonal of the Hessian, relative to its mean, so that the system can
 be solved in float64. A larger one slows the last steps."""
 
 _ROUNDING = 1e-13
