@@ -217,7 +217,21 @@ def run_training(
 
 
 class TrainingRun:
-    """A training run in progress."""
+    """A training run in progress.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        What is trained, and how.
+    begun : Start
+        The training before its first step.
+    directory : RunDirectory or None
+        Where checkpoints go; None in processes that write nothing.
+    how : Computation
+        Precision, and this process's part of the samples.
+    on_epoch : callable or None
+        Called after each epoch with its line of the history.
+    """
 
     def __init__(
         self,

@@ -246,6 +246,15 @@ def _same_graph(networks: Networks, batch: Tensor, own: Tensor) -> bool:
 class Walk:
     """Runs both networks in float64, node by node, side by side; sums up what the bounds need.
 
+    Parameters
+    ----------
+    networks : Networks
+        Both networks and their graph.
+    changed : mapping from str to {"relu", "linear"}
+        What follows each changed layer, by name.
+    gains : pair of mapping from fx.Node to Gain
+        Factors from each node to the output, of the dense and of the current network.
+
     Attributes
     ----------
     discrepancy, error : dict from str to float
