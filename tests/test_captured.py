@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
@@ -445,3 +446,47 @@ def test_a_run_names_its_factory_and_imports_it_only_when_told(tmp_path, monkeyp
     again = ["lobs", "run", "--data", "x.npy", "--sparsity", "0.7", "--out", "more", "--quiet"]
     assert main(again) == 2
     assert main([*again, "--trust"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["lobs", "net_trim"])
+def test_an_interrupted_run_ends_with_the_same_bytes(verb, tmp_path):
+    factory, data, _ = CASES["transformer"]
+    model, samples = seeded(factory).eval(), data()
+    options = {"sparsity": 0.5, "calibration": "sequential"} if verb == "lobs" else {}
+    call = partial(getattr(retrain, verb), model, samples, **options)
+    call(out=tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    seen = []
+
+    def stop(report, total):
+        seen.append(report.name)
+        if len(seen) == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        call(out=tmp_path / "cut", on_layer=stop)
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    call(out=tmp_path / "cut")
+    for name in ("model.safetensors", *(f"layers/00{i}.safetensors" for i in range(8))):
+        whole, cut = (load_file(tmp_path / which / name) for which in ("whole", "cut"))
+        assert whole.keys() == cut.keys()
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_another_computation_is_refused(tmp_path):
+    """The captured graph is part of a run's identity."""
+    model, x = seeded(Branching).eval(), numbers(30, 6)
+    retrain.lobs(model, x, sparsity=0.5, out=tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    retrain.lobs(model, x, sparsity=0.5, out=tmp_path / "other")
+
+    class Otherwise(Branching):
+        def forward(self, x):
+            return {"out": self.b(torch.sigmoid(self.a(x)))}
+
+    other = seeded(Otherwise).eval()
+    with pytest.raises(ValueError, match="computation"):
+        retrain.lobs(other, x, sparsity=0.5, out=tmp_path / "other")

@@ -1,11 +1,14 @@
 """The paper's network as arrays: forward pass, link normalisation, the stream over it."""
 
+import warnings
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 
+import retrain
 from retrain.stream.chain import (
     Chain,
     ChainStream,
@@ -14,6 +17,7 @@ from retrain.stream.chain import (
     link_normalise,
     response,
 )
+from retrain.stream.estimator import chain_of
 from retrain.stream.stream import changed, collect, layer, sample_rows
 
 
@@ -156,3 +160,36 @@ def test_malformed_data_and_names():
         ChainStream(chain, make_inputs()).commit("0", np.ones((2, 2)))
     with pytest.raises(ValueError, match="all zero"):
         link_normalise(Chain((np.zeros((2, 2)),)))
+
+
+@pytest.mark.parametrize("kind", [MLPClassifier, MLPRegressor])
+def test_a_perceptron_of_scikit_learn_is_a_chain(kind):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(80, 6)), rng.integers(0, 3, 80)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # five iterations do not converge
+        estimator = kind(hidden_layer_sizes=(8, 5), max_iter=5, random_state=0).fit(x, y)
+    run = retrain.net_trim(estimator, (x, y), relative_epsilon=0.1)
+    outputs = forward(chain_of(estimator), x)[-1]
+    if kind is MLPRegressor:
+        np.testing.assert_allclose(outputs[:, 0], estimator.predict(x), rtol=1e-6, atol=1e-9)
+    else:
+        np.testing.assert_array_equal(outputs.argmax(1), estimator.predict(x))
+        share = run.record["accuracy"]["calibration"]["before"]
+        assert share == pytest.approx(estimator.score(x, y))
+    assert len(run.layers) == 3 and run.measured <= run.bound
+    assert all(weight.shape == (n + 1, m) for weight, (n, m) in zip(
+        run.model.weights, ((6, 8), (8, 5), (5, outputs.shape[1])), strict=True
+    ))  # fmt: skip
+
+
+def test_what_is_no_chain_of_an_estimator():
+    assert chain_of(object()) is None
+    with pytest.raises(ValueError, match="is not fitted"):
+        chain_of(MLPClassifier())
+    fitted = MLPRegressor(activation="tanh", max_iter=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitted.fit(np.eye(4), np.arange(4))
+    with pytest.raises(ValueError, match="got the activation 'tanh', want relu or identity"):
+        chain_of(fitted)

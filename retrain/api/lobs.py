@@ -52,7 +52,7 @@ def lobs(
 
     Parameters
     ----------
-    model : torch.nn.Module, Chain or LoadedModel
+    model : torch.nn.Module, Chain, LoadedModel, MLPClassifier or MLPRegressor
         Trained network. It is not changed. Wrappers (DataParallel, DistributedDataParallel,
         torch.compile) are removed: the run's model and its names are those of the plain module.
     data : array, tensor, DataLoader, Data, or anything that yields batches

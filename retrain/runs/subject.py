@@ -27,6 +27,7 @@ from retrain.runs.accuracy import labels_for
 from retrain.runs.directory import MODEL_FILE
 from retrain.runs.record import ChainModel, Dense, ModuleModel
 from retrain.stream.chain import Chain, ChainStream
+from retrain.stream.estimator import chain_of
 from retrain.stream.stream import LayerStream
 from solvers.arrays import to_numpy
 
@@ -205,7 +206,7 @@ def subject_of(model: Any, device: str | None = None) -> Subject:
 
     Parameters
     ----------
-    model : torch.nn.Module, Chain or LoadedModel
+    model : torch.nn.Module, Chain, LoadedModel, or a fitted MLPClassifier or MLPRegressor
         Network.
     device : str, optional
         Device on which torch computes; by default the device of the module.
@@ -221,6 +222,7 @@ def subject_of(model: Any, device: str | None = None) -> Subject:
         If the model is neither a Chain nor a torch module nor a loaded model, or the device is not
         available.
     """
+    model = chain_of(model) or model
     if isinstance(model, Chain):
         if device not in (None, "cpu"):
             raise ValueError("device: a chain of arrays is computed where its arrays are")

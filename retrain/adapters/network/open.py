@@ -113,7 +113,7 @@ def open_layers(model: nn.Module, data: Any) -> tuple[FoundLayer, ...]:
             site.spec,
             site.spec.kind,
             site.parameters,
-            "ReLU" if site.spec.follows == "relu" else "",
+            "relu" if site.spec.follows == "relu" else "",
             f"called {len(site.calls)} times" if len(site.calls) > 1 else "",
         )
         for site in stream.sites.values()
@@ -121,7 +121,8 @@ def open_layers(model: nn.Module, data: Any) -> tuple[FoundLayer, ...]:
 
 
 def _left(stream: TorchStream) -> bool:
-    return any(spec.reason is not None for spec in stream.layers)
+    """Tell whether a matrix is left; norms have none."""
+    return any(spec.reason is not None and min(spec.shape) > 1 for spec in stream.layers)
 
 
 def _weights(stream: TorchStream | CapturedStream) -> int:
