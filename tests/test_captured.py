@@ -490,3 +490,15 @@ def test_another_computation_is_refused(tmp_path):
     other = seeded(Otherwise).eval()
     with pytest.raises(ValueError, match="computation"):
         retrain.lobs(other, x, sparsity=0.5, out=tmp_path / "other")
+
+
+def test_whole_numbers_as_features_keep_the_bounds():
+    """Integers are token ids only for a network that looks them up."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))).eval()
+    counts = tokens(20, 6, 9)
+    assert isinstance(open_network(model, counts), TorchStream)
+    run = retrain.lobs(model, counts, sparsity=0.5)
+    assert run.bound is not None and run.measured <= run.bound
+    assert isinstance(open_network(seeded(Tagger).eval(), tokens(8, 9, 20)), CapturedStream)
+    with pytest.raises(ValueError, match="data: the network cannot take these samples: index out"):
+        open_network(seeded(Tagger).eval(), tokens(8, 9, 20) + 100)

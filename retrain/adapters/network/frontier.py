@@ -229,6 +229,11 @@ class Frontier:
         -------
         object
             Value of the node.
+
+        Raises
+        ------
+        ValueError
+            If the operation refuses the values, such as a token id beyond the vocabulary.
         """
 
         def get(entry: fx.Node) -> Any:
@@ -249,7 +254,11 @@ class Frontier:
         target: Any = node.target
         args = fx.node.map_arg(node.args, get)
         kwargs = fx.node.map_arg(node.kwargs, get)
-        return target(*args, **kwargs)
+        try:
+            return target(*args, **kwargs)
+        except (RuntimeError, IndexError, TypeError, ValueError) as error:
+            text = str(error).strip().split("\n")[0]
+            raise ValueError(f"data: the network cannot take these samples: {text}") from error
 
     def _keep(self, batch: int, values: Values) -> None:
         """Keep a batch's values in memory, or on disk where they are too many."""

@@ -58,7 +58,7 @@ def open_network(
         return type(like)(model, samples, device=device)
     refused: ValueError | None = None
     traced: TorchStream | None = None
-    if not samples.inputs and samples.raw is None:
+    if not samples.inputs:
         try:
             traced = TorchStream(model, samples, device=device)
         except ValueError as error:
@@ -71,15 +71,13 @@ def open_network(
         _log.info("reading: the forward pass could not be captured: %s", error)
         if traced is not None:
             return traced
-        if refused is not None:
+        if refused is not None and samples.raw is None:
             raise refused from error
-        if samples.inputs:
-            raise ValueError(f"model: the forward pass could not be captured: {error}") from error
-        return TorchStream(model, samples, device=device)
+        raise ValueError(f"model: the forward pass could not be captured: {error}") from error
     except ValueError:
         if traced is not None:
             return traced
-        if refused is not None:
+        if refused is not None and samples.raw is None:
             raise refused from None
         raise
     return captured if traced is None or _weights(captured) > _weights(traced) else traced
