@@ -33,7 +33,7 @@ TRIM_MEMORY = 2.0**26
 """Bytes of one layer's solve by Net-Trim, which then samples rows: a few thousand of 24 768. More
 rows take longer in proportion and fit better."""
 
-METHODS = ("magnitude", "wanda", "sweep", "one-shot", "lobs", "net-trim")
+METHODS = ("magnitude", "wanda", "sweep", "one-shot", "lobs", "net-trim", "net-trim refitted")
 
 
 def vocabulary(path: Path) -> list[tuple[bytes, float]]:
@@ -150,14 +150,41 @@ def prune(folder: Path, method: str, sparsity: float, data: Data) -> Any:
                     weight.view(-1)[gone] = 0
                 stream.commit(spec.name, weight)
         return stream.model
-    if method == "net-trim":
-        return retrain.net_trim(
+    if method.startswith("net-trim"):
+        trimmed = retrain.net_trim(
             module, data, sparsity=sparsity, accept_inexact=True, memory=TRIM_MEMORY
         ).model
+        return trimmed if method == "net-trim" else refitted(module, trimmed, data)
     name = "swaps" if method == "lobs" else method
     return retrain.lobs(
         module, data, sparsity=sparsity, method=name, calibration="sequential"
     ).model
+
+
+def refitted(dense: Any, pruned: Any, data: Data) -> Any:
+    """Least squares on the pruned network's supports, layer by layer.
+
+    Each layer's inputs are those of the network refitted so far, its targets the dense network's
+    responses.
+    """
+    source, stream = CapturedStream(pruned, data), CapturedStream(dense, data)
+    for spec in stream.layers:
+        if spec.reason is not None:
+            continue
+        kept = source.weight(spec.name, dense=True).double() != 0
+        gram, cross = 0.0, 0.0
+        for batch in stream.batches(spec.name):
+            inputs = batch.inputs.double()
+            gram = gram + inputs.T @ inputs
+            cross = cross + inputs.T @ batch.responses.double()
+        assert isinstance(gram, torch.Tensor) and isinstance(cross, torch.Tensor)
+        gram += 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        weight = torch.zeros_like(cross)
+        for unit in range(cross.shape[1]):
+            on = kept[:, unit].nonzero()[:, 0]
+            weight[on, unit] = torch.linalg.solve(gram[on][:, on], cross[on, unit])
+        stream.commit(spec.name, weight)
+    return stream.model
 
 
 def measure(network: Any, held_out: Data) -> dict[str, Any]:
@@ -201,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             done[method, sparsity] = row
         row = done[method, sparsity]
         print(
-            f"{method:10} {sparsity:4.0%}  perplexity {row['perplexity']:9.4f}  "
+            f"{method:17} {sparsity:4.0%}  perplexity {row['perplexity']:9.4f}  "
             f"next token {row['accuracy']:6.2%}  {row['seconds']:7.1f} s",
             flush=True,
         )
