@@ -117,13 +117,6 @@ def measure(blocks: int, width: int, sequences: int, length: int) -> dict[str, f
                 module, _, kind = owner_name.rpartition(".")
                 owner = getattr(importlib.import_module(module), kind)
             function = clock.timed(name, getattr(owner, attribute))
-            if isinstance(owner, type):
-                plain = function
-
-                def bound(self: Any, *args: Any, plain: Any = plain, **kwargs: Any) -> Any:
-                    return plain(self, *args, **kwargs)
-
-                function = bound
             stack.enter_context(patch.object(owner, attribute, function))
         started = time.perf_counter()
         run = retrain.lobs(model, ids, sparsity=0.5, method="one-shot")

@@ -158,15 +158,15 @@ def lobs(
 def _shared(request: Request, plan: list[LobsOptions]) -> LobsOptions:
     """Options with a sparsity for each layer in place of the network's one."""
     options = plan[0]
-    one = len(plan) == 1 and isinstance(options.sparsity, int | float)
-    if not one or options.pattern != "layer":
+    amount = options.sparsity
+    single = len(plan) == 1 and options.pattern == "layer"
+    if not single or not isinstance(amount, int | float):
         raise ValueError(
             "sparsity_of: the network's wants one sparsity, a number, the pattern 'layer' and no "
             "stages"
         )
     stream = request.subject.stream(request.data)
     names = select(stream.layers, request.layers, request.skip)
-    amount = float(options.sparsity)  # type: ignore[arg-type]
     found = shared_sparsities(stream, names, amount, options)
     if not found:
         raise ValueError("memory: no layer fits into it; raise it (--memory)")

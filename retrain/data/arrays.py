@@ -417,8 +417,8 @@ def several(
         if values.dtype.kind in "ub" or (values.dtype.kind == "i" and one.raw is None):
             kept = flat.astype(np.int64)  # a mask of bytes or booleans
         found.append((key, kept.reshape(values.shape)))
-    first = checked(found[0][1].reshape(len(found[0][1]), -1), y, name)
-    return Data(first.x, first.y, name, inputs=tuple(found))
+    leading = checked(found[0][1].reshape(len(found[0][1]), -1), y, name)
+    return Data(leading.x, leading.y, name, inputs=tuple(found))
 
 
 def normalised(data: Data, mean: Any, std: Any) -> Data:

@@ -63,8 +63,8 @@ def existing_file(path: Path) -> Path:
     return path
 
 
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read ``x`` and ``y`` of an npz file.
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Read ``x`` and ``y`` of an npz file, or all its arrays where it holds input ids instead.
 
     Parameters
     ----------
@@ -73,48 +73,16 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
     Returns
     -------
-    x : ndarray
-        Samples.
-    y : ndarray or None
-        Labels; None where the file has none.
+    dict from str to ndarray
+        Samples ``x`` and labels ``y`` if there are any; or a network's inputs by name.
 
     Raises
     ------
     FileNotFoundError
         If the file does not exist.
     ValueError
-        If the file is damaged, encrypted or has no array ``x``.
+        If the file is damaged, encrypted or has no array ``x`` and no input ids.
     """
-    arrays = _arrays(path)
-    return arrays["x"], arrays.get("y")
-
-
-def read_named(path: Path) -> dict[str, np.ndarray] | None:
-    """Read all arrays of an npz file that holds ``input_ids``: a network's inputs by name.
-
-    Parameters
-    ----------
-    path : Path
-        File.
-
-    Returns
-    -------
-    dict from str to ndarray, or None
-        None where the file has an ``x``, or no ``input_ids``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the file does not exist.
-    ValueError
-        If the file is damaged, encrypted or has neither.
-    """
-    arrays = _arrays(path)
-    return arrays if IDS in arrays else None
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read x and y of an npz file; all its arrays where it holds input ids instead."""
     existing_file(path)
     arrays: dict[str, np.ndarray] = {}
     try:

@@ -25,7 +25,7 @@ from retrain.data.arrays import (
     to_array,
 )
 from retrain.data.factories import ToldInOneLine, import_factory
-from retrain.data.readers import existing_file, read_mnist, read_named, read_npy, read_npz
+from retrain.data.readers import existing_file, read_mnist, read_npy, read_npz
 
 FORMS = (
     "FILE.npz, FILE.npy, mnist:DIR, mnist-test:DIR, digits, digits-test or package.module:factory"
@@ -143,9 +143,10 @@ def _load(source: str, limit: int | None) -> Data:
             data = as_data(import_factory(source, "data")(), name=source)
         return first(data, limit)
     if source.lower().endswith(".npz"):
-        arrays = read_named(Path(source))
-        if arrays is not None:
+        arrays = read_npz(Path(source))
+        if "x" not in arrays:
             return first(named(arrays, source), limit)
+        return checked(arrays["x"], arrays.get("y"), source, limit)
     x, y = _read(source, limit)
     return checked(x, y, source, limit)
 
@@ -157,8 +158,6 @@ def _read(source: str, limit: int | None) -> tuple[np.ndarray, np.ndarray | None
         return _digits(test=source == "digits-test")
     if kind in ("mnist", "mnist-test") and rest:
         return read_mnist(Path(rest), "t10k" if kind == "mnist-test" else "train", limit)
-    if source.lower().endswith(".npz"):
-        return read_npz(Path(source))
     if source.lower().endswith(".npy"):
         path = existing_file(Path(source))
         with path.open("rb") as file:

@@ -218,11 +218,9 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     dict
         Nodes and plain values by name.
     """
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return dict(enumerate(node.args)) | dict(node.kwargs)  # type: ignore[return-value]
+    target: Any = node.target
     found: dict[str, Any] = {}
-    for index, argument in enumerate(schema.arguments):
+    for index, argument in enumerate(target._schema.arguments):
         if index < len(node.args):
             found[argument.name] = node.args[index]
         elif argument.name in node.kwargs:

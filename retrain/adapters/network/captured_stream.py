@@ -27,7 +27,7 @@ from retrain.adapters.network.recurrent import STEPS, unrolled
 from retrain.adapters.network.rows import BLOCK
 from retrain.adapters.network.sites import Operation, Site, find_sites, view_of
 from retrain.adapters.network.structure import weights_hash
-from retrain.adapters.network.tensors import HALF, check_finite, computing
+from retrain.adapters.network.tensors import HALF, check_finite, computing, named_tensors
 from retrain.data.arrays import Data
 from retrain.data.sources import as_data
 from retrain.stream.stream import (
@@ -111,10 +111,10 @@ class CapturedStream:
         floating = [p.dtype for p in self._dense.parameters() if p.is_floating_point()]
         self._dtype = floating[0] if floating else torch.float32
         self._batch_size = batch_size or _fitting_batch(self._data)
-        self._integers = self._data.integers is not None
+        self._integers = self._data.integers
         self._captured = self._capture()
         self._plan = Plan(self._captured)
-        self._tables = {id(m): _tensors(m) for m in (self._dense, self._current, self._model)}
+        self._tables = {id(m): named_tensors(m) for m in (self._dense, self._current, self._model)}
         self._sites = {s.spec.name: s for s in find_sites(self._captured, self._dense)}
         self._surveyed: dict[int, Tensor] = {}
         self._rows, self._leading = self._survey()
@@ -383,9 +383,9 @@ class CapturedStream:
         for call in site.calls:
             if self._plan.place[call] > place:
                 # Only a layer that is called again needs what lies between.
-                values = self._go_on(frontier, values, place, self._plan.place[call])
+                values = frontier.walk(batch, values, place, self._plan.place[call])
                 place = self._plan.place[call]
-            received = frontier_value(frontier, arguments_of(call)[site.operation.input], values)
+            received = frontier.value(arguments_of(call)[site.operation.input], values)
             answered = None
             if responses:
                 # The dense network's weights stay, so what is answered is what comes next.
@@ -398,14 +398,6 @@ class CapturedStream:
                     )
             found.append((received.to(self._dtype), answered))
         return found
-
-    def _go_on(self, frontier: Frontier, values: Values, start: int, to: int) -> Values:
-        with torch.no_grad():
-            for node in self._plan.nodes[start:to]:
-                if node not in self._plan.fixed:
-                    values[node] = frontier.evaluate(node, values)
-                    frontier.ran += 1
-        return values
 
     def _pieces(
         self,
@@ -483,7 +475,7 @@ class CapturedStream:
                 continue
             # The frontier stays where it is: layers after it are still to be read.
             values = frontier.run(batch, frontier.place, end)
-            yield frontier_value(frontier, self._captured.output, values).detach()
+            yield frontier.value(self._captured.output, values).detach()
 
     def _inputs(self, start: int, stop: int) -> Inputs:
         """Copy samples to the device; integers stay integers where the network takes them."""
@@ -538,15 +530,14 @@ class CapturedStream:
         Passage
             Deviations of the outputs and of the changed layers, without an allowance for rounding.
         """
-        end = len(self._plan.nodes)
         moved = size = 0.0
-        rows = len(self._data)
         for mine, theirs in zip(self.outputs(dense=True), self.outputs(dense=False), strict=True):
             wide = mine.double()
             moved = math.hypot(moved, float((theirs.double() - wide).norm()))
             size = math.hypot(size, float(wide.norm()))
-        assert end
-        return Passage(rows, moved, size, {}, {}, None, NO_BOUND if self._changed else None)
+        return Passage(
+            len(self._data), moved, size, {}, {}, None, NO_BOUND if self._changed else None
+        )
 
     # --- checks at the start --------------------------------------------------------------------
 
@@ -606,12 +597,12 @@ class CapturedStream:
                     return
                 answered = values[node]
                 rows[node][size] = len(how.responses(answered, arguments_of(node), 0))
-                received = frontier_value(frontier, arguments_of(node)[how.input], values)
+                received = frontier.value(arguments_of(node)[how.input], values)
                 if size == self._size(0):
                     leading[node] = tuple(received.shape[:-1])
 
             values = frontier.run(batch, 0, len(self._plan.nodes), look)
-            output = frontier_value(frontier, self._captured.output, values)
+            output = frontier.value(self._captured.output, values)
             self._surveyed[batch] = output.detach()
             if output.shape[:1] != (size,):
                 raise ValueError(
@@ -653,34 +644,6 @@ class CapturedStream:
         if not 0 <= group < spec.groups:
             raise ValueError(f"group: got {group}, layer {name!r} has {spec.groups}")
         return spec
-
-
-def frontier_value(frontier: Frontier, node: fx.Node, values: Values) -> Tensor:
-    """Return a tensor of the graph, made anew where it depends on no input.
-
-    Parameters
-    ----------
-    frontier : Frontier
-        Network.
-    node : fx.Node
-        Node whose value is wanted.
-    values : dict
-        Live values.
-
-    Returns
-    -------
-    Tensor
-        Value of the node.
-    """
-    return values[node] if node in values else frontier.evaluate(node, values)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by every name they have."""
-    return {
-        **dict(model.named_buffers(remove_duplicate=False)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-    }
 
 
 def _fitting_batch(data: Data) -> int:

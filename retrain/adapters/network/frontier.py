@@ -106,9 +106,8 @@ class Frontier:
         """
         other = Frontier(self.plan, self.tensors, self._feed, self.batches, self.memory)
         other.place = self.place
-        for batch in range(self.batches):
-            if self.place:
-                other._keep(batch, dict(self.values(batch)))
+        for batch in range(self.batches if self.place else 0):
+            other._keep(batch, dict(self.values(batch)))
         return other
 
     def values(self, batch: int) -> Values:
@@ -150,6 +149,7 @@ class Frontier:
             return
         for batch in range(self.batches):
             self._keep(batch, self.run(batch, self.place, to, look))
+            self._answers.pop(batch, None)
         self.place = to
 
     def run(self, batch: int, start: int, to: int, look: Look | None = None) -> Values:
@@ -169,13 +169,35 @@ class Frontier:
         dict
             Live values there.
         """
-        values = dict(self.values(batch))
+        return self.walk(batch, dict(self.values(batch)), start, to, look)
+
+    def walk(
+        self, batch: int, values: Values, start: int, to: int, look: Look | None = None
+    ) -> Values:
+        """Run one batch's live values from one place to another.
+
+        Parameters
+        ----------
+        batch : int
+            Number of the batch.
+        values : dict
+            Live values at `start`; changed.
+        start, to : int
+            Places.
+        look : callable, optional
+            Called after each node.
+
+        Returns
+        -------
+        dict
+            The same dictionary, with the live values at `to`.
+        """
         plan = self.plan
+        known = self._answers.get(batch)
         with torch.no_grad():
             for index in range(start, to):
                 node = plan.nodes[index]
                 if node not in plan.fixed:
-                    known = self._answers.pop(batch, None) if batch in self._answers else None
                     if known is not None and known[0] is node:
                         values[node] = known[1]
                     else:
@@ -215,6 +237,30 @@ class Frontier:
             self._answers[batch] = (node, value)
         return value
 
+    def value(self, node: fx.Node, values: Values) -> Any:
+        """Return a node's value, made anew where it depends on no input.
+
+        Parameters
+        ----------
+        node : fx.Node
+            Node of the graph that has run, or depends on no input.
+        values : dict
+            Live values.
+
+        Returns
+        -------
+        object
+            Value of the node.
+        """
+        captured = self.plan.captured
+        if node in values:
+            return values[node]
+        if node in captured.tensors:
+            return self.tensors[captured.tensors[node]]
+        if node in captured.constants:
+            return captured.constants[node]
+        return self.evaluate(node, values)
+
     def evaluate(self, node: fx.Node, values: Values) -> Any:
         """Run one node on live values.
 
@@ -235,25 +281,14 @@ class Frontier:
         ValueError
             If the operation refuses the values, such as a token id beyond the vocabulary.
         """
-
-        def get(entry: fx.Node) -> Any:
-            if entry in values:
-                return values[entry]
-            captured = self.plan.captured
-            if entry in captured.tensors:
-                return self.tensors[captured.tensors[entry]]
-            if entry in captured.constants:
-                return captured.constants[entry]
-            return self.evaluate(entry, values)
-
         if node.op == "get_attr":
             found: Any = self.plan.captured.module
             for part in str(node.target).split("."):
                 found = getattr(found, part)
             return found
         target: Any = node.target
-        args = fx.node.map_arg(node.args, get)
-        kwargs = fx.node.map_arg(node.kwargs, get)
+        args = fx.node.map_arg(node.args, lambda entry: self.value(entry, values))
+        kwargs = fx.node.map_arg(node.kwargs, lambda entry: self.value(entry, values))
         try:
             return target(*args, **kwargs)
         except (RuntimeError, IndexError, TypeError, ValueError) as error:

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from retrain.adapters.network.capture import Captured, arguments_of, operation
 from retrain.adapters.network.recurrent import STEPS
+from retrain.adapters.network.tensors import named_tensors
 from retrain.stream.stream import Follows, LayerSpec
 
 Arguments = Mapping[str, Any]
@@ -397,9 +398,8 @@ def find_sites(captured: Captured, model: nn.Module) -> tuple[Site, ...]:
         All weights of at least two axes that an operation uses, those that cannot be retrained
         with the reason.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = named_tensors(model)
     every = dict(model.named_parameters(remove_duplicate=False))
-    tensors = {**every, **tensors}
     found: dict[tuple[Any, ...], _Found] = {}
     users: dict[int, set[tuple[Any, ...]]] = {}
     for node in captured.graph.nodes:

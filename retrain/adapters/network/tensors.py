@@ -69,3 +69,22 @@ def computing(model: nn.Module) -> nn.Module:
         if tensor.dtype in HALF:
             tensor.data = tensor.data.float()
     return model
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return a network's parameters and buffers by every name they have.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Network.
+
+    Returns
+    -------
+    dict from str to Tensor
+        Tensors; a tied one stands under each of its names.
+    """
+    return {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
