@@ -77,9 +77,16 @@ class Command:
         self.process.join()
 
     def sweep(self) -> None:
-        """SIGKILL to what is left of the group: workers that wait for a parent that is no more."""
+        """SIGKILL to what is left of the group: workers that wait for a parent that is no more.
+
+        joblib's resource tracker is spared: it removes what they had in shared memory, then ends.
+        """
         for pid in self.group():
-            os.kill(pid, signal.SIGKILL)
+            try:
+                if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
 
     def interrupt(self) -> None:
         """SIGINT to the command and its workers, as Ctrl-C on a terminal."""
