@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import retrain
-from retrain.adapters.network.captured_stream import CapturedStream
+from retrain.adapters.network.stream import TorchStream
 
 
 class Block(nn.Module):
@@ -105,7 +105,7 @@ def measure(blocks: int, width: int, sequences: int, length: int) -> dict[str, f
         "row errors": "retrain.methods.lobs.outcome.row_errors",
         "solver": "retrain.methods.lobs.method.solve_layer",
         "summaries": "retrain.methods.lobs.problem._sensitivities",
-        "capture": "retrain.adapters.network.captured_stream.capture",
+        "capture": "retrain.adapters.network.stream.capture",
         "nodes": "retrain.adapters.network.frontier.Frontier.evaluate",
     }
     with contextlib.ExitStack() as stack:
@@ -130,7 +130,7 @@ def sweep(blocks: int, width: int, sequences: int, length: int) -> float:
     torch.manual_seed(0)
     model = Encoder(blocks, width).eval()
     ids = np.random.default_rng(0).integers(0, 1000, (sequences, length))
-    stream = CapturedStream(model, ids)
+    stream = TorchStream(model, ids)
     started = time.perf_counter()
     for spec in stream.layers:
         if spec.reason is None:

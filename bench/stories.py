@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import retrain
 from retrain.adapters.files.hugging_face import load_directory, sequences
-from retrain.adapters.network.captured_stream import CapturedStream
+from retrain.adapters.network.stream import TorchStream
 from retrain.data.arrays import Data
 from retrain.runs.accuracy import accuracies
 
@@ -133,7 +133,7 @@ def prune(folder: Path, method: str, sparsity: float, data: Data) -> Any:
     """Prune all matrices of the blocks; return the network and figures of the run."""
     module = load_directory(folder).module
     if method in ("magnitude", "wanda"):
-        stream = CapturedStream(module, data)
+        stream = TorchStream(module, data)
         for spec in stream.layers:
             if spec.reason is None:
                 weight = stream.weight(spec.name)
@@ -167,7 +167,7 @@ def refitted(dense: Any, pruned: Any, data: Data) -> Any:
     Each layer's inputs are those of the network refitted so far, its targets the dense network's
     responses.
     """
-    source, stream = CapturedStream(pruned, data), CapturedStream(dense, data)
+    source, stream = TorchStream(pruned, data), TorchStream(dense, data)
     for spec in stream.layers:
         if spec.reason is not None:
             continue
@@ -189,7 +189,7 @@ def refitted(dense: Any, pruned: Any, data: Data) -> Any:
 
 def measure(network: Any, held_out: Data) -> dict[str, Any]:
     """Perplexity and share of next tokens predicted, on held-out sequences."""
-    found = accuracies(CapturedStream(network, held_out), held_out)
+    found = accuracies(TorchStream(network, held_out), held_out)
     return {"perplexity": found["perplexity"]["before"], "accuracy": found["before"]}
 
 

@@ -319,7 +319,7 @@ def measure(made: Callable[[], Made]) -> dict[str, Any]:
     stream = open_network(model, data)
     open_weights = sum(spec.size for spec in stream.layers if spec.reason is None)
     row: dict[str, Any] = {
-        "read by": "tracing" if stream.network is not None else "export",
+        "read by": "hooks" if stream.captured is None else "export",
         "weights": matrix_weights(model),
         "retrainable": open_weights,
         "left": {spec.name: spec.reason for spec in stream.layers if spec.reason is not None},

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn import functional
 
-from retrain.adapters.network.find import layer_table
-from retrain.adapters.network.operations import operation
+from retrain.adapters.network.open import layer_table
 
 
 class Net(nn.Module):
@@ -136,7 +135,7 @@ def test_convolutions():
     model = nn.Sequential(
         nn.Conv2d(4, 6, (3, 5), groups=2), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), linear(6, 2)
     )
-    conv = layer_table(model)[0]
+    conv = layer_table(model, torch.zeros(2, 4, 4, 6))[0]
     assert (conv.spec.kind, conv.spec.shape, conv.spec.groups) == ("conv2d", (30, 3), 2)
     assert conv.spec.size == 180 == model[0].weight.numel()
     assert conv.spec.follows == "relu" and conv.spec.reason is None
@@ -196,48 +195,25 @@ class TwoInputs(nn.Module):
     ("model", "name", "reason"),
     [
         (nn.Sequential(linear(), nn.BatchNorm1d(4)), "1", "BatchNorm1d layers are not retrained"),
-        (nn.Sequential(nn.Embedding(5, 4), linear()), "0", "Embedding layers are not retrained"),
-        (Net(lambda n, x: n.a(x)[0], a=nn.LSTM(4, 3)), "a", "LSTM layers are not retrained"),
-        (nn.Sequential(nn.ConvTranspose2d(1, 2, 3)), "0", "ConvTranspose2d layers are not"),
-        (nn.Sequential(nn.Conv1d(1, 2, 3)), "0", "Conv1d layers are not"),
-        (nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular")), "0", "circular"),
-        (nn.Sequential(Own(4, 4)), "0", "Own layers are not retrained"),
-        (Attention(), "attend", "MultiheadAttention layers are not retrained"),
-        (
-            nn.Sequential(nn.TransformerEncoderLayer(4, 2, batch_first=True)),
-            "0.linear1",
-            r"inside TransformerEncoderLayer \(0\)",
-        ),
-        (tied(), "0", "shared with 1"),
-        (tied(), "1", "shared with 0"),
-        (twice(linear()), "a", "used 2 times"),
-        (hooked(), "0", "has forward hooks"),
-        (Root(), "(root)", "Root layers are not retrained"),
+        (nn.Sequential(nn.Embedding(5, 4), linear()), "0", "an embedding: its rows are looked up"),
+        (tied(), "0", "used with different biases"),
+        (Root(), "(root)", "Root uses its weights otherwise than as a matrix"),
         (Net(lambda n, x: n.a(x), a=linear(), b=linear()), "b", "does not reach it"),
         (
             Net(lambda n, x: functional.linear(n.a(x), n.a.weight), a=linear()),
             "a",
-            "used without calling it",
-        ),
-        (Net(lambda n, x: n.a(input=x), a=linear()), "a", "more than one positional"),
-        (
-            Net(lambda n, x: n.a(x) if x.sum() > 0 else x, a=linear()),
-            "a",
-            "the network cannot be traced: symbolically traced variables",
+            "used with different biases",
         ),
         (
             Net(lambda n, x: functional.dropout(n.a(x)), a=linear()),
             "a",
             "random in evaluation mode",
         ),
-        (TwoInputs(), "a", r"takes several inputs \(x, mask\)"),
         (
-            nn.Sequential(nn.utils.parametrizations.weight_norm(linear())),
-            "0",
+            nn.Sequential(linear(), nn.utils.parametrizations.weight_norm(linear())),
+            "1",
             "its weight is parametrised",
         ),
-        (nn.Sequential(linear(dtype=torch.complex64)), "0", "of type torch.complex64"),
-        (nn.Sequential(nn.Linear(4, 4, device="meta")), "0", "on meta"),
     ],
 )
 def test_reasons(model, name, reason):
@@ -245,6 +221,32 @@ def test_reasons(model, name, reason):
     assert spec.reason is not None
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(spec.reason)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (nn.Sequential(nn.ConvTranspose2d(1, 2, 3)), "0"),
+        (nn.Sequential(nn.Conv1d(1, 2, 3)), "0"),
+        (nn.Sequential(nn.Conv3d(1, 2, 3)), "0"),
+        (nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular")), "0"),
+        (nn.Sequential(Own(4, 4)), "0"),
+        (Attention(), "attend.out_proj"),
+        (nn.Sequential(nn.TransformerEncoderLayer(4, 2, batch_first=True)), "0.linear1"),
+        (twice(linear()), "a"),
+        (hooked(), "0"),
+        (Net(lambda n, x: n.a(input=x), a=linear()), "a"),
+        (Net(lambda n, x: n.a(x)[0], a=nn.LSTM(4, 3)), "a.weight_ih_l0"),
+        (Net(lambda n, x: n.a(x) if x.sum() > 0 else n.a(-x), a=linear()), "a"),
+    ],
+)
+def test_what_is_retrained(model, name):
+    assert specs(model)[name].reason is None
+
+
+def test_a_network_of_several_inputs_needs_data():
+    with pytest.raises(ValueError, match=r"inputs are not known .*give some samples \(--data\)"):
+        layer_table(TwoInputs())
 
 
 @pytest.mark.parametrize(
@@ -261,36 +263,17 @@ def test_a_network_that_draws_in_evaluation_mode_is_left(forward):
     assert "random in evaluation mode" in reason
 
 
-def test_a_dropout_of_which_nothing_more_is_said_trains():
-    """As torch.nn.functional has it; tracing writes its defaults out, other graphs need not."""
-    graph = fx.Graph()
-    x = graph.placeholder("x")
-    assert operation(graph.call_function(functional.dropout, (x,)), {}) == "random"
-    assert operation(graph.call_function(functional.dropout, (x, 0.0)), {}) == "identity"
-    still = graph.call_function(functional.dropout, (x,), {"training": False})
-    assert operation(still, {}) == "identity"
-    assert operation(graph.call_function(torch.dropout, (x, 0.5, False)), {}) == "identity"
-    assert operation(graph.call_function(torch.dropout, (x, 0.5, True)), {}) == "random"
-    assert operation(graph.call_function(getattr, (x, "shape")), {}) == "shape"
-    assert operation(graph.call_function(getattr, (x, "T")), {}) is None
-
-
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
-        (nn.Embedding(5, 4), (4, 5)),
         (nn.BatchNorm1d(4), (4, 1)),
-        (nn.LSTM(4, 3), (4, 12)),
-        (nn.ConvTranspose2d(1, 2, 3), (18, 1)),
-        (nn.Conv1d(3, 2, 5), (15, 2)),
-        (nn.LazyLinear(3), (0, 0)),
-        (nn.Conv2d(4, 6, (3, 5), groups=2), (30, 3)),
-        (nn.Conv2d(4, 6, (5, 3)), (60, 6)),
+        (nn.Bilinear(4, 4, 3), (16, 3)),
     ],
 )
 def test_shapes_are_those_of_the_largest_weight(module, shape):
     """Also of what is not retrained: the table shows where the network's weights are."""
-    assert specs(nn.Sequential(module))["0"].shape == shape
+    model = Net(lambda n, x: n.b(n.a(x)), a=linear(), b=linear(), c=module)
+    assert specs(model)["c"].shape == shape
 
 
 def test_a_reason_concerns_its_own_layer_only():
@@ -329,6 +312,9 @@ def test_the_module_is_left_alone():
         (3, "got a int, want a torch module"),
         (nn.Sequential(nn.ReLU()), "has no weights"),
         (linear(), "wrap it in torch.nn.Sequential"),
+        (nn.Sequential(linear(device="meta")), "'0.weight' has no values yet"),
+        (nn.Sequential(linear(), nn.LazyLinear(3)), "'1.weight' has no values yet"),
+        (nn.Sequential(linear(dtype=torch.complex64)), "'0.weight' is of complex numbers"),
     ],
 )
 def test_errors(model, text):

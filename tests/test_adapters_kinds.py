@@ -6,46 +6,36 @@ import pytest
 import torch
 from networks import rows
 from torch import nn
-from torch.nn import functional
 
 import retrain
 from retrain.adapters.network import gain
-from retrain.adapters.network.kinds import KINDS, Kind
+from retrain.adapters.network.sites import OPERATIONS, Operation
 from retrain.adapters.network.stream import TorchStream
 from retrain.bounds.outputs import output_bound
 
 
-def rows_of(module, values, group):
-    """Patches of a Conv1d without padding, dilation and groups: (n * positions, c_in * k)."""
-    windows = values.unfold(2, module.kernel_size[0], module.stride[0])
-    return windows.permute(0, 2, 1, 3).reshape(-1, module.in_channels * module.kernel_size[0])
+def rows_of(x, weight, arguments, group):
+    """Windows of a Conv1d without padding, dilation and groups: (n * positions, c_in * k)."""
+    size = weight.shape[2]
+    windows = x.unfold(2, size, arguments["stride"][0])
+    return windows.permute(0, 2, 1, 3).reshape(-1, weight.shape[1] * size)
 
 
-def frobenius(module, norm, scale):
-    """|W|_F times the root of the most windows over one entry."""
-    weight = module.weight.double()
-    if scale is not None:
-        weight = weight * scale[:, None, None]
-    cover = -(-module.kernel_size[0] // module.stride[0])
-    return float(weight.norm()) * cover**0.5
-
-
-TOY = Kind(
-    name="conv1d",
-    shape=lambda module: (module.in_channels * module.kernel_size[0], module.out_channels),
-    groups=lambda module: 1,
-    by_sample=lambda values, samples: values,
-    input_rows=rows_of,
-    response_rows=lambda module, values, group: values.transpose(1, 2).reshape(
-        -1, module.out_channels
-    ),
-    norm=frobenius,
-    magnitude=lambda module: frobenius(module, "frobenius", None),
-    channel_axis=lambda dimensions: 1,
-    detail=lambda module: f"kernel {module.kernel_size[0]}",
-    unfit=lambda module: None if module.groups == 1 else "it has groups",
-    misfit=lambda module, got: None,
-    input_axes=3,
+TOY = Operation(
+    kind="conv1d",
+    input="input",
+    weight="weight",
+    bias="bias",
+    groups=lambda arguments, weight: 1,
+    matrix=lambda weight, arguments, group: weight.flatten(1).T,
+    unmatrix=lambda matrix, weight, arguments, group: matrix.T.reshape(weight.shape),
+    part=lambda weight, arguments, group: weight,
+    rows=rows_of,
+    responses=lambda y, arguments, group: y.transpose(1, 2).reshape(-1, y.shape[1]),
+    unfit=lambda arguments, weight: None if arguments["groups"] == 1 else "it has groups",
+    channel_axis=1,
+    kernel=lambda weight, arguments, group: weight,
+    covers=lambda arguments, weight: -(-weight.shape[2] // arguments["stride"][0]),
 )
 
 
@@ -59,7 +49,8 @@ def case(monkeypatch):
     return model, x
 
 
-def test_a_kind_that_is_not_in_the_table_is_left(case):
+def test_a_kind_that_is_not_in_the_table_is_left(case, monkeypatch):
+    monkeypatch.delitem(OPERATIONS, "conv1d")
     assert [spec.reason for spec in TorchStream(*case).layers][:2] == [
         "Conv1d layers are not retrained",
         "Conv1d layers are not retrained",
@@ -68,7 +59,7 @@ def test_a_kind_that_is_not_in_the_table_is_left(case):
 
 @pytest.mark.parametrize("verb", ["net_trim", "lobs"])
 def test_one_entry_makes_a_kind_known_everywhere(case, monkeypatch, verb):
-    monkeypatch.setitem(KINDS, nn.Conv1d, TOY)
+    monkeypatch.setitem(OPERATIONS, "conv1d", TOY)
     model, x = case
     options = {"relative_epsilon": 0.2} if verb == "net_trim" else {"sparsity": 0.5}
     run = getattr(retrain, verb)(model, x, evaluate=x, **options)
@@ -84,7 +75,7 @@ def test_one_entry_makes_a_kind_known_everywhere(case, monkeypatch, verb):
 
 
 def test_its_rows_times_its_matrix_are_its_response(case, monkeypatch):
-    monkeypatch.setitem(KINDS, nn.Conv1d, TOY)
+    monkeypatch.setitem(OPERATIONS, "conv1d", TOY)
     stream = TorchStream(*case)
     for batch in stream.batches("2"):
         response = batch.inputs @ stream.weight("2")
@@ -92,8 +83,8 @@ def test_its_rows_times_its_matrix_are_its_response(case, monkeypatch):
 
 
 def test_a_norm_that_is_too_small_is_noticed(case, monkeypatch):
-    small = dataclasses.replace(TOY, norm=lambda *_: 1e-6)
-    monkeypatch.setitem(KINDS, nn.Conv1d, small)
+    small = dataclasses.replace(TOY, covers=lambda *_: 1e-12)
+    monkeypatch.setitem(OPERATIONS, "conv1d", small)
     stream = TorchStream(*case)
     stream.commit("0", 0 * stream.weight("0"))
     assert output_bound(stream).defect is not None
@@ -106,16 +97,12 @@ def test_one_row_makes_an_operation_known(monkeypatch):
             self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 2)
 
         def forward(self, x):
-            return self.last(functional.softshrink(self.first(x)))
+            return self.last(torch.arctan(self.first(x)))
 
     torch.manual_seed(0)
     x = rows(20, 4, seed=1)
-    stream = TorchStream(Net(), x)
-    assert stream.gain("first").reason == "softshrink has no known factor"
-    from retrain.adapters.network import operations
-
-    monkeypatch.setitem(operations.FUNCTIONS, functional.softshrink, "softshrink")
-    monkeypatch.setitem(gain.RULES, "softshrink", 1.0)
+    assert TorchStream(Net(), x).gain("first").reason == "arctan has no known factor"
+    monkeypatch.setitem(gain.RULES, "arctan", 1.0)
     stream = TorchStream(Net(), x)
     assert stream.gain("first").value == pytest.approx(
         torch.linalg.matrix_norm(stream.weight("last")[:5].double(), 2).item(), rel=1e-6

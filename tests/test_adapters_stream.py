@@ -12,8 +12,10 @@ from torch.nn import functional
 from retrain.adapters.files.load import load_model
 from retrain.adapters.files.plain import is_plain
 from retrain.adapters.files.save import save_model
-from retrain.adapters.network.patches import padding
-from retrain.adapters.network.stream import TorchStream, fit_samples
+from retrain.adapters.network.capture import CaptureError
+from retrain.adapters.network.hooked import HookedStream
+from retrain.adapters.network.open import open_network
+from retrain.adapters.network.stream import TorchStream
 from retrain.data.arrays import Data
 from retrain.stream.stream import LayerSpec, collect
 
@@ -134,7 +136,8 @@ def test_images_go_flat_into_a_dense_network_only():
     assert torch.equal(collect(stream, "0").inputs[:, :-1], torch.tensor(x).flatten(1))
     model = nn.Sequential(nn.Linear(3, 2), nn.Flatten(), nn.Linear(4, 2))
     tokens = TorchStream(model, x)
-    assert fit_samples(relu_net(), x).shape == (5, 6) and fit_samples(model, x).shape == x.shape
+    assert TorchStream(relu_net(), x).shaped(x).shape == (5, 6)
+    assert TorchStream(model, x).shaped(x).shape == x.shape
     assert tokens.count("0") == 10 and tokens.count("2") == 5  # rows of width 3 stay as they are
 
 
@@ -165,7 +168,7 @@ def test_tokens_merged_with_samples():
     assert torch.equal(collect(stream, "a", rows=rows).inputs[:, :-1], expected)
 
 
-def test_a_network_that_mixes_samples_is_not_retrained_row_by_row():
+def test_a_network_that_mixes_samples_has_no_bound():
     class Centred(nn.Module):
         def __init__(self):
             super().__init__()
@@ -175,18 +178,10 @@ def test_a_network_that_mixes_samples_is_not_retrained_row_by_row():
             z = self.a(x)
             return self.b(z - z.mean(0))
 
-    class Swapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.a(x.transpose(0, 1)).transpose(0, 1)
-
-    first, second = TorchStream(Centred(), samples(6, 4)).layers
-    assert first.reason is None and second.reason == "its input is not one sample after the other"
-    (spec,) = TorchStream(Swapped(), samples(6, 3, 4)).layers
-    assert spec.reason == "its input is not one sample after the other"
+    stream = TorchStream(Centred(), samples(6, 4))
+    assert all(spec.reason is None for spec in stream.layers)
+    assert "other samples of its batch" in stream.mixes
+    assert stream.gain("a").value is None and stream.gain("a").reason
 
 
 def test_in_place_modules_spoil_nothing():
@@ -215,12 +210,21 @@ CONVOLUTIONS = [
 ]
 
 
+def padding(conv):
+    """Pixels before the first row and column; "same" adds the odd one at the end."""
+    if conv.padding == "valid":
+        return 0, 0
+    if conv.padding == "same":
+        return [d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return conv.padding
+
+
 def as_dense(conv, height, width):
     """The convolution as one matrix on the flattened image, entry by entry from the definition.
 
     Z[o, r, c] = sum K[o, i, a, b] X[i, r·s + a·d − top, c·s + b·d − left].
     """
-    left, _, top, _ = padding(conv)
+    top, left = padding(conv)
     image = torch.zeros(1, conv.in_channels, height, width)
     _, c_out, rows, columns = conv(image).shape
     matrix = np.zeros((c_out, rows, columns, conv.in_channels, height, width))
@@ -293,7 +297,7 @@ def test_commit_to_a_grouped_convolution(memory_format):
 
 
 def test_convolution_rows_come_in_bounded_pieces(monkeypatch):
-    monkeypatch.setattr("retrain.adapters.network.rows.BLOCK", 2 * 16 * 10)
+    monkeypatch.setattr("retrain.adapters.network.stream.BLOCK", 2 * 16 * 10)
     stream = TorchStream(nn.Sequential(nn.Conv2d(1, 2, 3)), samples(7, 1, 6, 6), batch_size=5)
     pieces = list(stream.batches("0"))
     assert [len(piece.rows) for piece in pieces] == [32, 32, 16, 32]  # 16 rows a sample
@@ -393,15 +397,6 @@ def poisoned(value, buffer=False):
     return model
 
 
-class Tuple(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.a(x), x
-
-
 @pytest.mark.parametrize(
     ("model", "x", "text"),
     [
@@ -411,7 +406,6 @@ class Tuple(nn.Module):
         (nn.Sequential(nn.Conv2d(3, 2, 2)), samples(3, 20), "wants images of 3 channels"),
         (nn.Sequential(nn.Conv2d(1, 2, 9)), samples(3, 1, 5, 5), r"samples of shape \(1, 5, 5\): "),
         (nn.Sequential(nn.Flatten(2), nn.Linear(4, 1)), samples(3, 4), r"shape \(4,\): Dimension"),
-        (Tuple(), samples(3, 4), "model: returned tuple for 3 samples|for 2 samples"),
         (nn.Sequential(nn.Linear(4, 2), nn.Flatten(0)), samples(3, 4), "first axis is the sample"),
         (poisoned(float("nan")), samples(3, 4), "model: '0.weight' has NaN or infinite entries"),
         (poisoned(float("inf")), samples(3, 4), "model: '0.weight' has NaN or infinite entries"),
@@ -433,7 +427,7 @@ def test_batch_size_must_be_positive():
         TorchStream(relu_net(), samples(2, 6), batch_size=0)
 
 
-def test_an_untraceable_network_is_listed_and_runs():
+def test_a_network_that_cannot_be_captured_is_read_through_hooks():
     class Branch(nn.Module):
         def __init__(self):
             super().__init__()
@@ -442,12 +436,12 @@ def test_an_untraceable_network_is_listed_and_runs():
         def forward(self, x):
             return self.a(x) if x.sum() > 0 else self.a(-x)
 
-    stream = TorchStream(Branch(), samples(5, 4))
-    assert "cannot be traced" in stream.layers[0].reason
+    with pytest.raises(CaptureError, match="data-dependent"):
+        TorchStream(Branch(), samples(5, 4))
+    stream = open_network(Branch(), samples(5, 4))
+    assert isinstance(stream, HookedStream) and stream.layers[0].reason is None
     assert torch.cat(list(stream.outputs(dense=True))).shape == (5, 2)
-    assert stream.gain("a").value is None
-    with pytest.raises(ValueError, match="cannot be traced"):
-        stream.weight("a")
+    assert stream.gain("a").value is None and "data-dependent" in stream.gain("a").reason
 
 
 def test_one_sample_alone():
@@ -489,7 +483,7 @@ class Plain(nn.Module):
 
 def plainly(model, x):
     stream = TorchStream(model, x)
-    return is_plain(stream.network, stream.dense_model)
+    return is_plain(stream.captured, stream.layers, stream.dense_model)
 
 
 @pytest.mark.parametrize(
@@ -513,7 +507,7 @@ def plainly(model, x):
 def test_plain_networks_are_those_that_their_tensors_give_back(tmp_path, forward, plain):
     x = samples(5, 6)
     stream = TorchStream(Plain(forward), x)
-    assert is_plain(stream.network, stream.dense_model) is plain
+    assert is_plain(stream.captured, stream.layers, stream.dense_model) is plain
     save_model(stream.model, tmp_path / "m.safetensors")
     again = load_model(tmp_path / "m.safetensors").module(torch.tensor(x))
     same = torch.allclose(again, next(stream.outputs(dense=True)), atol=1e-6)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import retrain
 from retrain.adapters.files.load import load_model
-from retrain.adapters.network.find import layer_table
+from retrain.adapters.network.open import layer_table
 from retrain.adapters.network.wrappers import unwrapped, without_wrappers
 
 X = rows(40, 6)

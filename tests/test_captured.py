@@ -11,8 +11,6 @@ from torch import nn
 from torch.nn import functional
 
 import retrain
-from retrain.adapters.network import captured_stream
-from retrain.adapters.network.captured_stream import CapturedStream
 from retrain.adapters.network.open import open_network
 from retrain.adapters.network.recurrent import STEPS, unrolled
 from retrain.adapters.network.sites import windows
@@ -175,7 +173,7 @@ def open_layers(stream):
 
 def test_rows_times_the_matrix_are_the_responses(case):
     model, data, names = case
-    stream = CapturedStream(model, data, batch_size=4)
+    stream = TorchStream(model, data, batch_size=4)
     assert {spec.name for spec in open_layers(stream)} == names
     for spec in open_layers(stream):
         total = 0
@@ -194,7 +192,7 @@ def test_rows_times_the_matrix_are_the_responses(case):
 def test_outputs_are_the_network_s_own(case):
     """To rounding: torch has faster paths of its own for some modules in evaluation mode."""
     model, data, _ = case
-    stream = CapturedStream(model, data, batch_size=4)
+    stream = TorchStream(model, data, batch_size=4)
     with torch.no_grad():
         for start, got in zip(range(0, len(data), 4), stream.outputs(dense=True), strict=True):
             part = [
@@ -212,7 +210,7 @@ def test_outputs_are_the_network_s_own(case):
 def test_a_committed_weight_is_written_and_seen_behind_it(case):
     """Against the module itself with the same weight: every layer, the last bit of every output."""
     model, data, _ = case
-    stream = CapturedStream(model, data, batch_size=4)
+    stream = TorchStream(model, data, batch_size=4)
     for spec in open_layers(stream):
         for group in range(spec.groups):
             old = stream.weight(spec.name, group)
@@ -220,7 +218,7 @@ def test_a_committed_weight_is_written_and_seen_behind_it(case):
             stream.commit(spec.name, new, group)
             torch.testing.assert_close(stream.weight(spec.name, group), new, rtol=0, atol=0)
             torch.testing.assert_close(stream.weight(spec.name, group, dense=True), old)
-    fresh = CapturedStream(stream.model, data, batch_size=4)
+    fresh = TorchStream(stream.model, data, batch_size=4)
     for one, other in zip(stream.outputs(dense=False), fresh.outputs(dense=True), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
     for spec in open_layers(stream):  # inputs of the current network, read again from the start
@@ -238,7 +236,11 @@ def test_runs(case, verb, tmp_path):
         options["relative_epsilon"] = None
     run = getattr(retrain, verb)(model, data, out=tmp_path / "run", evaluate=data, **options)
     assert {report.name for report in run.layers} == names
-    assert run.bound is None and "torch.export" in run.bounds["calibration"].reason
+    bound = run.bounds["calibration"]
+    if bound.bound is None:
+        assert "factor" in bound.reason or "product of two activations" in bound.reason
+    else:
+        assert bound.bound >= run.measured
     assert run.bounds["held_out"].measured == pytest.approx(run.measured, rel=1e-6)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     again = retrain.load(tmp_path / "run", model)
@@ -256,22 +258,6 @@ def test_sparsity_zero_writes_the_same_bytes(case):
         assert torch.equal(run.model.state_dict()[name], value)
 
 
-def test_a_layer_in_a_chain_is_the_traced_stream_s():
-    """Both streams state the same program where both read a network."""
-    model = nn.Sequential(nn.Conv2d(2, 4, 3, 2, 1, groups=2), nn.ReLU(), nn.Flatten())
-    model = seeded(lambda: nn.Sequential(*model, nn.Linear(64, 3))).eval()
-    data = as_data(numbers(12, 2, 8, 8))
-    traced, captured = (kind(model, data, batch_size=5) for kind in (TorchStream, CapturedStream))
-    assert traced.layers == captured.layers
-    for spec in traced.layers:
-        for group in range(spec.groups):
-            for one, other in zip(
-                traced.batches(spec.name, group), captured.batches(spec.name, group), strict=True
-            ):
-                torch.testing.assert_close(one.inputs, other.inputs, rtol=0, atol=0)
-                torch.testing.assert_close(one.responses, other.responses, rtol=0, atol=0)
-
-
 def chain(blocks, width=16):
     layers = [m for _ in range(blocks) for m in (nn.Linear(width, width), nn.GELU())]
     return seeded(lambda: nn.Sequential(*layers)).eval()
@@ -281,7 +267,7 @@ def chain(blocks, width=16):
 def test_a_sweep_costs_two_passes_whatever_the_depth(blocks):
     """Nodes run, over all batches: a survey, and then one pass of each network."""
     model, data = chain(blocks), numbers(40, 16)
-    stream = CapturedStream(model, data, batch_size=8)
+    stream = TorchStream(model, data, batch_size=8)
     nodes = 2 * blocks  # linear and gelu
     for spec in stream.layers:
         for _ in range(2):  # methods read a layer twice
@@ -295,7 +281,7 @@ def test_a_sweep_costs_two_passes_whatever_the_depth(blocks):
 def test_values_beyond_memory_go_to_disk_and_change_nothing(monkeypatch):
     model, data = chain(3), numbers(40, 16)
     kept = retrain.lobs(Branched(model), data, sparsity=0.5)
-    monkeypatch.setattr(captured_stream, "LIVE", 600.0)
+    monkeypatch.setattr("retrain.adapters.network.stream.LIVE", 600.0)
     spilled = retrain.lobs(Branched(model), data, sparsity=0.5)
     for name, value in kept.model.state_dict().items():
         assert torch.equal(value, spilled.model.state_dict()[name])
@@ -325,7 +311,7 @@ def test_padding_is_no_row():
 
     mask = np.random.default_rng(1).random((11, 6)) < 0.6
     data = as_data({"input_ids": tokens(11, 6, 9), "attention_mask": mask.astype(np.int64)})
-    stream = CapturedStream(seeded(Masked).eval(), data, batch_size=4)
+    stream = TorchStream(seeded(Masked).eval(), data, batch_size=4)
     assert stream.count("fc") == mask.sum()
     got = torch.cat([batch.inputs for batch in stream.batches("fc")])
     table = stream.dense_model.embed.weight[torch.tensor(data.inputs[0][1])][torch.tensor(mask)]
@@ -349,7 +335,7 @@ def test_windows_are_unfold_s(dimensions):
 
 def test_reasons_of_what_is_left():
     def reasons(factory, data):
-        return {s.name: s.reason for s in CapturedStream(seeded(factory).eval(), data).layers}
+        return {s.name: s.reason for s in TorchStream(seeded(factory).eval(), data).layers}
 
     tied = reasons(Tied, tokens(6, 5, 12))
     assert "embedding" in tied["embed"] and "(tied)" in tied["head"]
@@ -371,7 +357,7 @@ def test_reasons_of_what_is_left():
 def test_a_traced_network_keeps_its_bounds():
     model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
     assert isinstance(open_network(model, numbers(10, 6)), TorchStream)
-    assert isinstance(open_network(seeded(Branching), numbers(10, 6)), CapturedStream)
+    assert isinstance(open_network(seeded(Branching), numbers(10, 6)), TorchStream)
 
 
 def test_what_cannot_be_captured_says_why():
@@ -423,7 +409,7 @@ def test_recurrent_matrices_are_retrained_and_the_layer_is_saved(tmp_path):
     with torch.no_grad():
         ours, theirs = run.model(torch.tensor(data)), model(torch.tensor(data))
     assert run.measured == pytest.approx(float((ours - theirs).norm()), rel=1e-4)
-    steps = CapturedStream(model, data)
+    steps = TorchStream(model, data)
     assert steps.count("recur.weight_hh_l0") == 14 * 9
 
 
@@ -470,7 +456,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(verb, tmp_path):
         call(out=tmp_path / "cut", on_layer=stop)
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     call(out=tmp_path / "cut")
-    for name in ("model.safetensors", *(f"layers/00{i}.safetensors" for i in range(8))):
+    files = sorted((tmp_path / "whole" / "layers").glob("*.safetensors"))
+    assert len(files) == 8
+    for name in ("model.safetensors", *(f"layers/{file.name}" for file in files)):
         whole, cut = (load_file(tmp_path / which / name) for which in ("whole", "cut"))
         assert whole.keys() == cut.keys()
         assert all(torch.equal(whole[key], cut[key]) for key in whole)
@@ -499,6 +487,6 @@ def test_whole_numbers_as_features_keep_the_bounds():
     assert isinstance(open_network(model, counts), TorchStream)
     run = retrain.lobs(model, counts, sparsity=0.5)
     assert run.bound is not None and run.measured <= run.bound
-    assert isinstance(open_network(seeded(Tagger).eval(), tokens(8, 9, 20)), CapturedStream)
-    with pytest.raises(ValueError, match="data: the network cannot take these samples: index out"):
+    assert isinstance(open_network(seeded(Tagger).eval(), tokens(8, 9, 20)), TorchStream)
+    with pytest.raises(ValueError, match=r"cannot take samples of shape .*: index out"):
         open_network(seeded(Tagger).eval(), tokens(8, 9, 20) + 100)

@@ -73,10 +73,10 @@ MUTATED = (
     "solvers/free_row.py",
     "solvers/obs/*.py",
     "retrain/bounds*",
-    "retrain/adapters/network/find.py",
     "retrain/adapters/network/gain.py",
-    "retrain/adapters/network/operations.py",
-    "retrain/adapters/network/patches.py",
+    "retrain/adapters/network/norms.py",
+    "retrain/adapters/network/passage.py",
+    "retrain/adapters/network/sites.py",
     "retrain/runs/directory.py",
 )
 

@@ -34,15 +34,14 @@ def add_command(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     """List a model's layers."""
-    from retrain.adapters.network.find import layer_table
-    from retrain.adapters.network.open import open_layers
+    from retrain.adapters.network.open import layer_table
 
     loaded = load(options)
     if options.data is None:
         layers = layer_table(loaded.module)
     else:
         options.limit, options.normalise, options.evaluate = _SAMPLES, None, None
-        layers = open_layers(loaded.module, read_data(options)[0])
+        layers = layer_table(loaded.module, read_data(options)[0])
     if options.json:
         entries = [{**asdict(found.spec), "meets": found.meets} for found in layers]
         print(json.dumps({"note": loaded.note, "layers": entries}, indent=1))

@@ -48,7 +48,7 @@ def output() -> Console:
 def layer_list(layers: Iterable[Any]) -> Table:
     """Table of what can be retrained, for `retrain layers`.
 
-    `layers` are `retrain.adapters.network.find.FoundLayer`.
+    `layers` are `retrain.adapters.network.open.FoundLayer`.
     """
     table = Table(box=SIMPLE_HEAD)
     for title in ("layer", "kind", "inputs x units", "numbers", "meets next", "retrain?"):

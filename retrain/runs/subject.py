@@ -406,10 +406,8 @@ def _pair(model: Any, stream: Any, source: Data) -> tuple[Any, Any]:
     """Samples and class numbers as the network is trained on them; the labels name classes."""
     import torch
 
-    from retrain.adapters.network.stream import fit_samples
-
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    inputs = torch.as_tensor(fit_samples(model, source.x)).to(dtype)
+    inputs = torch.as_tensor(stream.shaped(source.x)).to(dtype)
     return inputs, torch.as_tensor(labels_for(stream, source.y).classes)
 
 
@@ -448,10 +446,10 @@ class _ModuleSubject:
     def check_fine_tune(self, stream: Any, data: Data) -> None:
         if not any(tensor.requires_grad for tensor in self.module.parameters()):
             raise ValueError("fine_tune: no parameter of the model requires a gradient")
-        if stream.network is None:
+        if not stream.takes_numbers:
             raise ValueError(
-                "fine_tune: trains networks with one input of numbers that torch.fx can trace; "
-                "fine-tune the saved network with your own loop, its zeros held"
+                "fine_tune: trains networks with one input of numbers; fine-tune the saved network "
+                "with your own loop, its zeros held"
             )
         if data.y is None:
             raise ValueError(f"fine_tune: wants labels, and {data.name!r} has none")
@@ -525,7 +523,8 @@ class _ModuleSubject:
             "path": self.path,
             "note": self.note,
             "names": dict(self.names),
-            "plain": stream.network is not None and is_plain(stream.network, stream.dense_model),
+            "plain": stream.captured is not None
+            and is_plain(stream.captured, stream.layers, stream.dense_model),
             "description": described(self.module)[0],
             "hugging_face": self._is_hugging_face(),
             "factory": self.factory,

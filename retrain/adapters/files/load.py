@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from retrain.adapters.files.dense import read_chain
 from retrain.adapters.files.exported import load_exported
-from retrain.adapters.network.find import evaluation_copy
 from retrain.adapters.network.modes import apart
 from retrain.adapters.network.tensors import FLOATS, check_finite
 from retrain.adapters.network.wrappers import (
     check_plain_names,
+    evaluation_copy,
     shorter_names,
     unwrapped,
     without_wrappers,

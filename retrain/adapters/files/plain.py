@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import fx, nn
 
 from retrain.adapters.files.dense import read_chain
-from retrain.adapters.network.find import Network
-from retrain.adapters.network.operations import operation, setting
+from retrain.adapters.network.capture import Captured, arguments_of, name_of
+from retrain.stream.stream import LayerSpec
 
 
-def is_plain(network: Network, model: nn.Module) -> bool:
+def is_plain(captured: Captured, layers: tuple[LayerSpec, ...], model: nn.Module) -> bool:
     """Tell whether `load_model` can rebuild the network from its saved tensors alone, without code.
 
     That is so for a chain of dense layers with ReLUs between them and nothing after the last, whose
@@ -19,17 +17,19 @@ def is_plain(network: Network, model: nn.Module) -> bool:
 
     Parameters
     ----------
-    network : Network
-        Traced network.
+    captured : Captured
+        Captured network.
+    layers : tuple of LayerSpec
+        Its layers.
     model : nn.Module
-        Module that was traced, in evaluation mode.
+        Module that was captured, in evaluation mode.
 
     Returns
     -------
     bool
         Whether the tensors are enough.
     """
-    if network.graph is None or any(found.spec.reason for found in network.layers):
+    if len(captured.inputs) != 1 or any(spec.reason for spec in layers):
         return False
     state = model.state_dict()
     try:
@@ -37,37 +37,43 @@ def is_plain(network: Network, model: nn.Module) -> bool:
     except ValueError:  # other tensors, or an ambiguous order
         return False
     names = [layer.name for layer in chain.dense_layers]
-    return names == [found.spec.name for found in network.layers] and _is_chain(
-        network.graph, dict(model.named_modules())
-    )
+    return names == [spec.name for spec in layers] and _is_chain(captured)
 
 
-def _is_chain(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> bool:
+_ASKS = ("sym_size", "_assert_tensor_metadata")
+_IDENTITY = (
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "clone",
+    "contiguous",
+    "alias",
+    "detach",
+)
+
+
+def _is_chain(captured: Captured) -> bool:
     """Walk from the input to the output: dense layers, a ReLU between each two, no other step."""
-    node = next(node for node in graph.nodes if node.op == "placeholder")
+    (node,) = captured.inputs
     layers, open_layer = 0, False  # open: nothing has followed the last layer yet
-    while True:
-        users = [user for user in node.users if operation(user, modules) != "shape"]
+    while node is not captured.output:
+        users = [user for user in node.users if name_of(user) not in _ASKS]
         if len(users) != 1:
             return False
         node = users[0]
-        kind = operation(node, modules)
-        if node.op == "output":
-            return node.args[0] is not None and open_layer
-        if isinstance(modules.get(str(node.target)), nn.Linear) and not open_layer:
+        kind = name_of(node)
+        if kind == "linear" and not open_layer:
             layers, open_layer = layers + 1, True
         elif kind == "relu" and open_layer:
             open_layer = False
-        elif kind != "identity" and not (layers == 0 and _flattens(node, modules)):
+        elif kind not in _IDENTITY and not (layers == 0 and _flattens(node)):
             return False
+    return open_layer
 
 
-def _flattens(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+def _flattens(node: fx.Node) -> bool:
     """Tell whether a node makes one row of every sample."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name in ("view", "reshape"):
-        return len(node.args) == 3
-    if name == "flatten" or isinstance(modules.get(str(node.target)), nn.Flatten):
-        start = setting(node, modules, 1, "start_dim", 0)
-        return bool(start == 1 and setting(node, modules, 2, "end_dim", -1) == -1)
-    return False
+    kind, arguments = name_of(node), arguments_of(node)
+    if kind in ("view", "reshape"):
+        return len(arguments.get("size") or arguments.get("shape") or ()) == 2
+    return kind == "flatten" and arguments["start_dim"] == 1 and arguments["end_dim"] == -1

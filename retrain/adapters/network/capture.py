@@ -108,10 +108,10 @@ class _Main(nn.Module):
         self.names = tuple(names)
 
     def forward(self, *values: Tensor) -> Tensor:
-        return call(self.model, tuple(zip(self.names, values, strict=True)))
+        return forward(self.model, tuple(zip(self.names, values, strict=True)))
 
 
-def call(model: nn.Module, inputs: Inputs) -> Tensor:
+def forward(model: nn.Module, inputs: Inputs) -> Tensor:
     """Run a network and return its main output.
 
     Parameters
@@ -245,3 +245,82 @@ def operation(node: fx.Node) -> str:
     """
     packet = getattr(node.target, "overloadpacket", None)
     return "" if packet is None else str(packet).rpartition(".")[2]
+
+
+def name_of(node: fx.Node) -> str:
+    """Return the name of what a node computes; ``"getitem"`` for a part of several values.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node of a captured graph.
+
+    Returns
+    -------
+    str
+        Name; empty for placeholders and the output.
+    """
+    if node.op != "call_function":
+        return ""
+    name = operation(node).removesuffix("_") or str(getattr(node.target, "__name__", node.target))
+    return _SAME.get(name, name)
+
+
+_SAME = {
+    "_native_batch_norm_legit_no_training": "batch_norm",
+    "_adaptive_avg_pool2d": "adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d": "adaptive_avg_pool3d",
+    "_softmax": "softmax",
+    "_log_softmax": "log_softmax",
+    "max_pool2d_with_indices": "max_pool2d",
+    "max_pool3d_with_indices": "max_pool3d",
+    "_prelu_kernel": "prelu",
+    "log_sigmoid_forward": "log_sigmoid",
+}
+"""Names that export's decompositions give to operations that have a plain one."""
+
+
+def label(node: fx.Node) -> str:
+    """Name a node for messages: the class and name of the module that computes it, if one does.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node of a captured graph.
+
+    Returns
+    -------
+    str
+        ``"BatchNorm2d (bn1)"``, ``"softmax"``, ...
+    """
+    owner = owner_of(node)
+    if owner is None:
+        return name_of(node) or node.name
+    name, kind = owner
+    return f"{kind.rpartition('.')[2]} ({name})" if kind.startswith("torch.nn.") else name_of(node)
+
+
+def owner_of(node: fx.Node) -> tuple[str, str] | None:
+    """Return the innermost module in whose forward pass a node was computed.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node of a captured graph.
+
+    Returns
+    -------
+    name, kind : str
+        Its qualified name and its class; None where export did not keep them, or for the network
+        itself.
+    """
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return None
+    name, kind = stack[-1]
+    name = str(name)
+    if name.startswith("_"):  # export's own
+        return None
+    name = name.removeprefix(PREFIX.rstrip(".")).removeprefix(".")
+    kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    return (name, kind) if name else None

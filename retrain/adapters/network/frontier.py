@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from retrain.adapters.network.capture import Captured
 
 _log = logging.getLogger(__name__)
 
-Values = dict[fx.Node, Any]
+Values = MutableMapping[fx.Node, Any]
 """Live values by the node that made them."""
 
 Look = Callable[[fx.Node, Values], None]
@@ -35,10 +35,15 @@ class Plan:
     ----------
     captured : Captured
         Network.
+    types : mapping from torch.dtype to torch.dtype, optional
+        Types that operations ask for by name, and those that they get instead.
     """
 
-    def __init__(self, captured: Captured) -> None:
+    def __init__(
+        self, captured: Captured, *, types: Mapping[torch.dtype, torch.dtype] | None = None
+    ) -> None:
         self.captured = captured
+        self._types = types or {}
         self.nodes = [n for n in captured.graph.nodes if n.op not in ("placeholder", "output")]
         self.place = {node: index for index, node in enumerate(self.nodes)}
         given = set(captured.inputs)
@@ -59,6 +64,29 @@ class Plan:
                 for parent in node.all_input_nodes:
                     self.last[parent] = max(self.last[parent], self.last[node])
         self.last[captured.output] = len(self.nodes)
+
+    def filled(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> tuple[Any, Any]:
+        """Return a node's arguments with values in the places of nodes.
+
+        Parameters
+        ----------
+        node : fx.Node
+            Node.
+        value : callable
+            From a node to its value.
+
+        Returns
+        -------
+        args, kwargs
+            Arguments.
+        """
+
+        def fill(entry: Any) -> Any:
+            if isinstance(entry, fx.Node):
+                return value(entry)
+            return self._types.get(entry, entry) if isinstance(entry, torch.dtype) else entry
+
+        return fx.node.map_aggregate(node.args, fill), fx.node.map_aggregate(node.kwargs, fill)
 
 
 class Frontier:
@@ -287,8 +315,7 @@ class Frontier:
                 found = getattr(found, part)
             return found
         target: Any = node.target
-        args = fx.node.map_arg(node.args, lambda entry: self.value(entry, values))
-        kwargs = fx.node.map_arg(node.kwargs, lambda entry: self.value(entry, values))
+        args, kwargs = self.plan.filled(node, lambda entry: self.value(entry, values))
         try:
             return target(*args, **kwargs)
         except (RuntimeError, IndexError, TypeError, ValueError) as error:

@@ -1,57 +1,67 @@
-"""Lipschitz factors over a network's graph, from a change of one layer's output to the output.
+"""Lipschitz factors over a captured graph, from a change of one layer's output to the output.
 
-All factors are for the Frobenius norm over a batch, in evaluation mode. A node whose inputs change
-by δ_1, δ_2, ... changes by at most sum_i f_i ||δ_i||, f_i its factor for input i. So a change at a
-node reaches the output multiplied by at most
+All factors are for the Frobenius norm over a whole batch. A node whose inputs change by δ_1, δ_2,
+... changes by at most sum_i f_i ||δ_i||, f_i its factor for input i. So a change at a node reaches
+the output multiplied by at most
 
     G(output) = 1,    G(node) = sum over users u of f_u(node) · G(u),
 
 which in a chain is the product of the later layers' norms, and in a graph the sum over all paths.
 A node that the output does not depend on has G = 0.
+
+Nothing in it needs samples to be independent of each other: a rule whose factor would depend on the
+number of samples gives none.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx
 
-from retrain.adapters.network.kinds import known_kind
-from retrain.adapters.network.operations import operation, setting
-from retrain.adapters.network.patches import cover
+from retrain.adapters.network.capture import arguments_of, label, name_of
+from retrain.adapters.network.frontier import Plan
+from retrain.adapters.network.norms import cover
+from retrain.adapters.network.sites import OPERATIONS
 from retrain.stream.stream import Gain, compound
 
-Norms = Callable[[str, torch.Tensor | None], float]
-"""(layer name, factor per output channel or None) -> bound on the layer's norm as a map."""
+Norms = Callable[[fx.Node, "Tensor | None"], float]
+"""(call of a layer, factor per output channel or None) -> bound on its norm as a map."""
 
-# Functions that fx records for in-place arithmetic (`retrain.adapters.network.find`).
-_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+Size = int | str
+"""Length of an axis; a name where it is free, as that of the samples."""
 
 
-def gains(
-    graph: fx.Graph,
-    modules: Mapping[str, nn.Module],
-    norms: Norms,
-    shapes: Mapping[fx.Node, Any],
-) -> dict[fx.Node, Gain]:
+@dataclass(frozen=True, eq=False)
+class Network:
+    """One network, dense or current, as the rules see it.
+
+    Attributes
+    ----------
+    plan : Plan
+        The captured graph.
+    value : callable
+        From a node that depends on no input (a parameter, a view of one) to its value.
+    norms : Norms
+        Norms of the layers with this network's weights.
+    """
+
+    plan: Plan
+    value: Callable[[fx.Node], Any]
+    norms: Norms
+
+
+def gains(network: Network) -> dict[fx.Node, Gain]:
     """Bound the factor from every node's value to the network's output.
 
     Parameters
     ----------
-    graph : fx.Graph
-        Traced network.
-    modules : mapping from str to nn.Module
-        Modules of the network by name, with the weights to bound.
-    norms : callable
-        ``norms(name, scale)``: bound on the norm of a layer as a map, each output channel
-        multiplied by its entry of `scale`, where there is one.
-    shapes : mapping from fx.Node
-        For a batch of two samples, the shape of every tensor, and other values as they are.
+    network : Network
+        Network with the weights to bound.
 
     Returns
     -------
@@ -61,8 +71,8 @@ def gains(
         its activated output.
     """
     factors: dict[fx.Node, float | str] = {}
-    for node in reversed(graph.nodes):
-        factors[node] = _to_output(node, factors, modules, norms, shapes)
+    for node in reversed(network.plan.captured.graph.nodes):
+        factors[node] = _to_output(node, factors, network)
     return {node: _as_gain(found) for node, found in factors.items()}
 
 
@@ -74,15 +84,13 @@ def _as_gain(found: float | str) -> Gain:
     return Gain(found)
 
 
-def output_source(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[fx.Node | None, str]:
+def output_source(plan: Plan) -> tuple[fx.Node | None, str]:
     """Find the one node whose value, through its activation and reshaping only, is the output.
 
     Parameters
     ----------
-    graph : fx.Graph
-        Traced network.
-    modules : mapping from str to nn.Module
-        Modules of the network by name.
+    plan : Plan
+        The captured graph.
 
     Returns
     -------
@@ -91,53 +99,44 @@ def output_source(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[fx
     reason : str
         Operation that prevents it; empty with a node.
     """
-    node = next(node for node in graph.nodes if node.op == "output")
-    if not isinstance(node.args[0], fx.Node):
-        return None, "the network's output is not one tensor"
-    node = node.args[0]
-    while operation(node, modules) in _KEEP:
-        values = [parent for parent in node.all_input_nodes if not _is_size(parent, modules)]
+    node = plan.captured.output
+    while name_of(node) in _KEEP:
+        values = [parent for parent in node.all_input_nodes if _is_value(parent)]
         if len(values) != 1:
-            return None, f"the output passes through {describe(node, modules)}"
+            return None, f"the output passes through {label(node)}"
         node = values[0]
-    if operation(node, modules) == "layer":
+    if name_of(node) in OPERATIONS:
         return node, ""
-    return None, f"the output passes through {describe(node, modules)}"
+    return None, f"the output passes through {label(node)}"
 
 
-def _is_size(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Tell whether a node is a size, or a part of one, rather than a value of the network."""
-    if operation(node, modules) == "select":
-        return _is_size(node.all_input_nodes[0], modules)
-    return operation(node, modules) == "shape"
+def _is_value(node: fx.Node) -> bool:
+    """Tell whether a node's value is a tensor, or several, rather than a size."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor | tuple | list)
 
 
 def _to_output(
-    node: fx.Node,
-    factors: Mapping[fx.Node, float | str],
-    modules: Mapping[str, nn.Module],
-    norms: Norms,
-    shapes: Mapping[fx.Node, Any],
+    node: fx.Node, factors: Mapping[fx.Node, float | str], network: Network
 ) -> float | str:
     """Compute G(node) from the G of its users; a text says why none is known."""
-    if node.op == "output":
-        single = isinstance(node.args[0], fx.Node)
-        return 1.0 if single else "the network's output is not one tensor"
-    total = 0.0
+    total = 1.0 if node is network.plan.captured.output else 0.0
     for user in node.users:
-        step = 1.0 if user.op == "output" else factor(user, node, modules, norms, shapes)
+        if user.op == "output":
+            continue
         rest = factors[user]
+        if rest == 0:
+            continue
+        step = factor(user, node, network)
         if isinstance(step, str):
             return step
-        if overwrites(user, modules) and (step > 1 or len(user.all_input_nodes) > 1):
-            return f"{describe(user, modules)} overwrites a value that is used elsewhere"
-        scaling = _only_scaled(user, modules, shapes)
-        if scaling is not None:
+        scaling = _only_scaled(user)
+        if scaling is not None and node is arguments_of(user)[OPERATIONS[name_of(user)].input]:
             # A layer and the batch norm behind it are one map; its norm is at most the product.
-            apart = factor(scaling, user, modules, norms, shapes)
+            apart = factor(scaling, user, network)
             if isinstance(apart, str):
                 return apart
-            joint = norms(str(user.target), batch_norm_scale(modules[str(scaling.target)]))
+            joint = network.norms(user, batch_norm_scale(scaling, network.value))
             step, rest = min(compound(step, apart), joint), factors[scaling]
         if step == 0:
             continue
@@ -147,16 +146,15 @@ def _to_output(
     return total
 
 
-def _only_scaled(
-    node: fx.Node, modules: Mapping[str, nn.Module], shapes: Mapping[fx.Node, Any]
-) -> fx.Node | None:
+def _only_scaled(node: fx.Node) -> fx.Node | None:
     """Find the batch norm that is the only user of a layer's response, if there is one."""
-    if operation(node, modules) != "layer" or len(node.users) != 1:
+    how = OPERATIONS.get(name_of(node))
+    if how is None or len(node.users) != 1:
         return None
     user = next(iter(node.users))
     # Batch norm scales axis 1, which has to be that of the layer's output channels.
-    axis = known_kind(modules[str(node.target)]).channel_axis(len(shapes[node]))
-    return user if operation(user, modules) == "batch_norm" and axis == 1 else None
+    axis = how.channel_axis % node.meta["val"].ndim
+    return user if name_of(user) == "batch_norm" and axis == 1 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,81 +165,66 @@ class Call:
     ----------
     node, source : fx.Node
         Node, and its input.
-    modules : mapping from str to nn.Module
-        Modules of the network by name.
-    norms : Norms
-        Norms of the layers, as `gains` takes them.
-    shapes : mapping from fx.Node
-        Shapes of the values, as `gains` takes them.
+    network : Network
+        Network.
     """
 
     node: fx.Node
     source: fx.Node
-    modules: Mapping[str, nn.Module]
-    norms: Norms
-    shapes: Mapping[fx.Node, Any]
+    network: Network
 
-    def setting(self, position: int, name: str, default: Any) -> Any:
-        """Return a setting of the operation; where it is computed from a shape, its value.
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the operation by name, defaults included."""
+        return arguments_of(self.node)
+
+    @property
+    def label(self) -> str:
+        """Name of the node for messages."""
+        return label(self.node)
+
+    def known(self, name: str) -> Tensor | None:
+        """Return an argument that depends on no input, in float64; None where it does.
 
         Parameters
         ----------
-        position : int
-            Position among the call's arguments, from 0.
         name : str
-            Name of the argument, or of the module's attribute.
-        default : object
-            Value where it is not given.
+            Name of the argument.
 
         Returns
         -------
-        object
-            Value.
+        Tensor or None
+            Its value.
         """
-        found = setting(self.node, self.modules, position, name, default)
-        return fx.map_arg(found, self.shapes.__getitem__)
+        node = self.arguments.get(name)
+        if not isinstance(node, fx.Node) or node not in self.network.plan.fixed:
+            return None
+        value = self.network.value(node)
+        return value.detach().double() if isinstance(value, Tensor) else None
 
-    def sizes(self, dims: int, position: int, name: str, default: Any) -> tuple[int, ...]:
+    def sizes(self, dims: int, name: str) -> tuple[int, ...]:
         """Return a setting that has one number per dimension, or one for all.
 
         Parameters
         ----------
         dims : int
             Number of dimensions.
-        position : int
-            Position among the call's arguments, from 0.
         name : str
-            Name of the argument, or of the module's attribute.
-        default : object
-            Value where it is not given.
+            Name of the argument.
 
         Returns
         -------
         tuple of int
-            One number per dimension.
+            One number per dimension; empty where none was given.
         """
-        value = self.setting(position, name, default)
+        value = self.arguments.get(name)
+        if value is None:
+            return ()
         entries = tuple(value) if isinstance(value, tuple | list) else (value,)
         return entries * dims if len(entries) == 1 else entries
 
-    @property
-    def module(self) -> nn.Module:
-        """The module that the node calls."""
-        return self.modules[str(self.node.target)]
 
-    @property
-    def label(self) -> str:
-        """Name of the node for messages."""
-        return describe(self.node, self.modules)
-
-
-def factor(
-    node: fx.Node,
-    source: fx.Node,
-    modules: Mapping[str, nn.Module],
-    norms: Norms,
-    shapes: Mapping[fx.Node, Any],
-) -> float | str:
+def factor(node: fx.Node, source: fx.Node, network: Network) -> float | str:
     """Compute the Lipschitz factor of one node for one of its inputs.
 
     Parameters
@@ -250,144 +233,208 @@ def factor(
         Node.
     source : fx.Node
         Input of the node.
-    modules : mapping from str to nn.Module
-        Modules of the network by name.
-    norms : callable
-        Norms of the layers, as `gains` takes them.
-    shapes : mapping from fx.Node
-        Shapes of the values, as `gains` takes them.
+    network : Network
+        Network.
 
     Returns
     -------
     float or str
         Factor, or the reason why none is known.
     """
-    call = Call(node, source, modules, norms, shapes)
-    rule = RULES.get(operation(node, modules) or "")
+    if not _is_value(node):
+        return 0.0  # a size does not depend on the values
+    call = Call(node, source, network)
+    name = name_of(node)
+    rule = _layer if name in OPERATIONS else RULES.get(name)
     if rule is None:
         return f"{call.label} has no known factor"
-    return rule(call) if callable(rule) else rule
+    found = rule(call) if callable(rule) else rule
+    return float(found) if isinstance(found, int) else found
 
 
-def overwrites(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Tell whether a node works in place on a value with other users, or on a view.
-
-    Those users see what it wrote, a path that the graph does not show. That matters if the node
-    stretches changes, or adds those of another value.
+def shape_of(node: fx.Node) -> tuple[Size, ...]:
+    """Return the lengths of a node's axes as the graph has them.
 
     Parameters
     ----------
     node : fx.Node
         Node.
-    modules : mapping from str to nn.Module
-        Modules of the network by name.
 
     Returns
     -------
-    bool
-        Whether it may overwrite a value that is used elsewhere.
+    tuple of int or str
+        Lengths; empty where the value is not a tensor.
     """
-    if node.target not in _IN_PLACE and setting(node, modules, 99, "inplace", False) is not True:
-        return False
-    target = node.all_input_nodes[0]
-    return len(target.users) > 1 or operation(target, modules) in ("move", "identity")
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return ()
+    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
 
 
-def describe(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
-    """Name a node for messages: its class or function, and a module's name.
+def repeated(given: tuple[Size, ...], made: tuple[Size, ...]) -> float | None:
+    """Compute how often each entry occurs when a tensor is broadcast.
 
     Parameters
     ----------
-    node : fx.Node
-        Node.
-    modules : mapping from str to nn.Module
-        Modules of the network by name.
+    given, made : tuple of int or str
+        Shape before and after.
 
     Returns
     -------
-    str
-        ``"BatchNorm2d (bn1)"``, ``"softmax"``, ...
+    float or None
+        Number of times; None where it depends on the number of samples.
     """
-    if node.op == "call_module":
-        return f"{type(modules[str(node.target)]).__name__} ({node.target})"
-    return str(getattr(node.target, "__name__", node.target))
+    times = 1.0
+    for before, after in zip((1,) * (len(made) - len(given)) + given, made, strict=True):
+        if before == after:
+            continue
+        if before != 1 or not isinstance(after, int):
+            return None
+        times *= after
+    return times
+
+
+_SAMPLES = "that repeats its operand over the samples"
 
 
 def _layer(call: Call) -> float | str:
-    """Return the layer's norm as a map; none is known for some kinds of padding."""
-    unfit = known_kind(call.module).unfit(call.module)
-    if unfit is not None:
-        return f"{call.node.target} {unfit.removeprefix('it ')}"
-    return call.norms(str(call.node.target), None)
+    """Return the layer's norm as a map."""
+    how = OPERATIONS[name_of(call.node)]
+    arguments = call.arguments
+    weight = arguments[how.weight]
+    if call.source is not arguments[how.input] or call.source is weight:
+        return f"{call.label} with weights that are computed"
+    if call.network.plan.fixed.isdisjoint([weight]):
+        return "a product of two activations"
+    value = call.network.value(weight)
+    unfit = how.unfit(arguments, value)
+    return call.network.norms(call.node, None) if unfit is None else f"{call.label}: {unfit}"
 
 
 def _prelu(call: Call) -> float | str:
     """max(1, |a|) over all channels: the slope is 1 above 0 and the channel's a below."""
-    if call.node.op != "call_module":
+    slopes = call.known("weight")
+    if slopes is None or call.source is call.arguments["weight"]:
         return f"{call.label} takes its slopes from outside a module"
-    slopes = cast("torch.Tensor", call.module.weight)
-    return max(1.0, float(slopes.detach().to(torch.float64).abs().max()))
+    return max(1.0, float(slopes.abs().max()))
 
 
-def _log_softmax(call: Call) -> float | str:
-    """sqrt(classes): the Jacobian I - 1 p^T is a projection of norm at most |1| |p|."""
-    axis = call.setting(1, "dim", None)
-    return "log_softmax without a dim" if axis is None else math.sqrt(call.shapes[call.node][axis])
+def _axis(call: Call, name: str = "dim") -> list[Size] | str:
+    """Lengths of the axes that an operation works along; a text where samples are among them."""
+    axes = call.arguments.get(name)
+    shape = shape_of(call.source)
+    if axes is None or axes == []:
+        return "over the samples"
+    axes = [axes] if isinstance(axes, int) else list(axes)
+    if any(axis % len(shape) == 0 for axis in axes):
+        return "over the samples"
+    return [shape[axis] for axis in axes]
+
+
+def _entries(call: Call) -> float | str:
+    """Number of entries along an operation's axes."""
+    found = _axis(call)
+    if isinstance(found, str):
+        return f"{name_of(call.node)} {found}"
+    if not all(isinstance(size, int) for size in found):
+        return f"{name_of(call.node)} over an axis of any length"
+    return float(math.prod(size for size in found if isinstance(size, int)))
+
+
+def _mean(call: Call) -> float | str:
+    """Return 1 / sqrt(K) for a mean over K entries per sample."""
+    entries = _entries(call)
+    return entries if isinstance(entries, str) else 1 / math.sqrt(entries)
+
+
+def _sum(call: Call) -> float | str:
+    """Return sqrt(K) for a sum over K entries per sample, which is also log_softmax's over K.
+
+    The Jacobian of log_softmax, I - 1 p^T, is a projection of norm at most |1| |p|.
+    """
+    entries = _entries(call)
+    return entries if isinstance(entries, str) else math.sqrt(entries)
 
 
 def _adaptive_avg_pool(call: Call) -> float | str:
     """1 / sqrt(K) for means over windows of K entries that do not overlap."""
-    shapes = call.shapes[call.source], call.shapes[call.node]
-    ratio = [i / o for i, o in zip(*shapes, strict=True)]
-    if any(r != int(r) for r in ratio):
-        return f"{call.label} has windows of unequal size"
+    ratio = []
+    for before, after in zip(shape_of(call.source), shape_of(call.node), strict=True):
+        if before == after:
+            continue
+        if not (isinstance(before, int) and isinstance(after, int)) or before % after:
+            return f"{call.label} has windows of unequal size"
+        ratio.append(before // after)
     return 1 / math.sqrt(math.prod(ratio))
 
 
-def _select(call: Call) -> float | str:
-    entries = call.node.args[1]
-    index = entries if isinstance(entries, tuple) else (entries,)
-    plain = all(entry is None or isinstance(entry, int | slice) for entry in index)
-    return 1.0 if plain else "a selection that may repeat entries"
-
-
-def _pad(call: Call) -> float | str:
-    mode = call.setting(2, "mode", "constant")
-    return 1.0 if mode == "constant" else f"it pads with {mode!r}"
+def _pad(call: Call) -> float:
+    """1 with constants; else the root of how often an entry can occur, counted along each axis."""
+    if call.arguments.get("mode", "constant") == "constant":
+        return 1.0
+    sides = [max(int(side), 0) for side in call.arguments["pad"]]
+    return math.sqrt(math.prod(1 + a + b for a, b in zip(sides[::2], sides[1::2], strict=True)))
 
 
 def _cat(call: Call) -> float:
     """Count the parts of the concatenation that are the source: each has factor 1."""
-    parts = setting(call.node, call.modules, 0, "tensors", ())
-    return float(list(cast("list[fx.Node]", parts)).count(call.source))
+    return float(list(call.arguments["tensors"]).count(call.source))
 
 
 def _batch_norm(call: Call) -> float | str:
     """Largest |γ| / sqrt(running variance + ε)."""
-    layer, name = call.module, str(call.node.target)
-    if not isinstance(layer.running_var, torch.Tensor) or not isinstance(layer.eps, float):
-        return f"{name} normalises by the batch's own statistics"
-    return float(batch_norm_scale(layer).abs().max())
+    arguments = call.arguments
+    if arguments.get("training") or arguments["running_var"] is None:
+        return f"{call.label} normalises by the batch's own statistics"
+    if call.source is not arguments["input"]:
+        return f"{call.label} with statistics that are computed"
+    return float(batch_norm_scale(call.node, call.network.value).abs().max())
 
 
-def batch_norm_scale(layer: nn.Module) -> torch.Tensor:
+def batch_norm_scale(node: fx.Node, value: Callable[[fx.Node], Any]) -> Tensor:
     """Compute γ / sqrt(running variance + ε) per channel.
 
     Parameters
     ----------
-    layer : nn.Module
-        Batch norm with running statistics.
+    node : fx.Node
+        Call of a batch norm with running statistics.
+    value : callable
+        From a node that depends on no input to its value.
 
     Returns
     -------
     Tensor of float64, shape (channels,)
         Factors, with their signs.
     """
-    variance = cast("torch.Tensor", layer.running_var).to(torch.float64)
-    scale = 1 / torch.sqrt(variance + cast("float", layer.eps))
-    if isinstance(layer.weight, torch.Tensor):
-        scale = scale * layer.weight.detach().to(torch.float64)
+    arguments = arguments_of(node)
+    variance = value(arguments["running_var"]).detach().to(torch.float64)
+    scale = 1 / torch.sqrt(variance + arguments["eps"])
+    if arguments["weight"] is not None:
+        scale = scale * value(arguments["weight"]).detach().to(torch.float64)
     return scale
+
+
+def batch_norm_shift(node: fx.Node, value: Callable[[fx.Node], Any]) -> Tensor:
+    """Compute what a batch norm adds to each channel after scaling it: β - μ γ / σ.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Call of a batch norm with running statistics.
+    value : callable
+        From a node that depends on no input to its value.
+
+    Returns
+    -------
+    Tensor of float64, shape (channels,)
+        Shifts.
+    """
+    arguments = arguments_of(node)
+    mean = value(arguments["running_mean"]).detach().to(torch.float64)
+    shift = -mean * batch_norm_scale(node, value)
+    if arguments["bias"] is not None:
+        shift = shift + value(arguments["bias"]).detach().to(torch.float64)
+    return shift
 
 
 def _max_pool(call: Call, dims: int) -> float:
@@ -397,7 +444,7 @@ def _max_pool(call: Call, dims: int) -> float:
     most c times the input's.
     """
     kernel, strides = _windows(call, dims)
-    return math.sqrt(math.prod(map(cover, kernel, strides, call.sizes(dims, 4, "dilation", 1))))
+    return math.sqrt(math.prod(map(cover, kernel, strides, call.sizes(dims, "dilation"))))
 
 
 def _avg_pool(call: Call, dims: int) -> float:
@@ -409,104 +456,195 @@ def _avg_pool(call: Call, dims: int) -> float:
     """
     kernel, strides = _windows(call, dims)
     covers = math.prod(map(cover, kernel, strides, (1,) * dims))
-    divisor = call.setting(6, "divisor_override", None) if dims == 2 else None
+    divisor = call.arguments.get("divisor_override")
     entries = math.prod(kernel)
     if divisor:
         return math.sqrt(entries * covers) / abs(divisor)
-    cut = call.setting(4, "ceil_mode", False) or (
-        any(call.sizes(dims, 3, "padding", 0)) and not call.setting(5, "count_include_pad", True)
+    cut = call.arguments.get("ceil_mode", False) or (
+        any(call.sizes(dims, "padding")) and not call.arguments.get("count_include_pad", True)
     )
     return math.sqrt(covers) if cut else math.sqrt(covers / entries)
 
 
 def _windows(call: Call, dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Kernel and stride of a pooling; without a stride it is the kernel."""
-    kernel = call.sizes(dims, 1, "kernel_size", None)
-    given = call.setting(2, "stride", None) not in (None, [], ())
-    return kernel, call.sizes(dims, 2, "stride", None) if given else kernel
+    kernel = call.sizes(dims, "kernel_size")
+    return kernel, call.sizes(dims, "stride") or kernel
 
 
-def _mean(call: Call) -> float | str:
-    """Return 1 / sqrt(K) for a mean over K entries per sample."""
-    axes, shape = call.setting(1, "dim", None), call.shapes[call.source]
-    axes = [axes] if isinstance(axes, int) else axes
-    if axes is None or any(axis % len(shape) == 0 for axis in axes):
-        return "mean over the samples"
-    return 1 / math.sqrt(math.prod(shape[axis] for axis in axes))
+def _upsample(call: Call) -> float | str:
+    """Root of how often an entry is repeated."""
+    times = 1.0
+    for before, after in zip(shape_of(call.source), shape_of(call.node), strict=True):
+        if before != after:
+            if not (isinstance(before, int) and isinstance(after, int)):
+                return f"{call.label} to a size that is free"
+            times *= math.ceil(after / before)
+    return math.sqrt(times)
+
+
+def _expand(call: Call) -> float | str:
+    times = repeated(shape_of(call.source), shape_of(call.node))
+    return f"{call.label} {_SAMPLES}" if times is None else math.sqrt(times)
 
 
 def _add(call: Call) -> float | str:
-    """1 for each operand that the source is; sqrt(K) where each entry is repeated K times."""
-    node, source = call.node, call.source
-    if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
+    """|factor| for each operand that the source is; sqrt(K) where entries are repeated K times."""
+    arguments = call.arguments
+    alpha = arguments.get("alpha", 1)
+    if not isinstance(alpha, int | float):
         return "a sum with a factor"
-    given, summed = call.shapes[source], call.shapes[node]
-    if not (isinstance(given, torch.Size) and isinstance(summed, torch.Size)):
-        return "a sum of plain numbers"
-    if len(given) != len(summed) or given[:1] != summed[:1]:
-        return "a sum that repeats its operand over the samples"
-    return list(node.args).count(source) * math.sqrt(math.prod(summed) / math.prod(given))
+    times = repeated(shape_of(call.source), shape_of(call.node))
+    if times is None:
+        return f"a sum {_SAMPLES}"
+    scaled = "self" if name_of(call.node) == "rsub" else "other"
+    counts = {name: arguments[name] is call.source for name in ("self", "other")}
+    total = sum(abs(alpha) if name == scaled else 1.0 for name, is_it in counts.items() if is_it)
+    return total * math.sqrt(times)
 
 
 def _scale(call: Call) -> float | str:
-    """Factor of a product with, or a quotient by, a plain number."""
-    node, source = call.node, call.source
-    if len(node.args) != 2 or node.kwargs:
-        return "a product that is not by a number"
-    first, second = node.args
-    divides = "div" in str(getattr(node.target, "__name__", node.target))
-    if first is source and isinstance(second, int | float) and (second or not divides):
-        return 1 / abs(second) if divides else float(abs(second))
-    if second is source and isinstance(first, int | float) and not divides:
-        return float(abs(first))
-    return "a product of two activations" if not divides else "a quotient by an activation"
+    """Factor of a product with, or a quotient by, a number or a tensor that no input changes."""
+    arguments, divides = call.arguments, name_of(call.node) == "div"
+    first, second = arguments["self"], arguments["other"]
+    if divides and arguments.get("rounding_mode") is not None:
+        return "a quotient that is rounded"
+    if _is_softsign(call.node):
+        return 1.0 if call.source is first else 0.0  # x / (1 + |x|) as one map of x
+    if call.source is second and divides:
+        return "a quotient by an activation"
+    if first is second:
+        return "a product of two activations"
+    other, name = (second, "other") if call.source is first else (first, "self")
+    if isinstance(other, int | float):
+        size = abs(float(other))
+    else:
+        values = call.known(name)
+        if values is None or not values.numel():
+            return "a quotient by an activation" if divides else "a product of two activations"
+        size = float(values.abs().min() if divides else values.abs().max())
+    if divides and size == 0:
+        return "a quotient by zero"
+    times = repeated(shape_of(call.source), shape_of(call.node))
+    if times is None:
+        return f"a product {_SAMPLES}"
+    return (1 / size if divides else size) * math.sqrt(times)
 
+
+def _is_softsign(node: fx.Node) -> bool:
+    """Tell whether a node is x / (|x| + 1), as torch writes softsign."""
+    arguments = arguments_of(node)
+    below = arguments["other"]
+    if not isinstance(below, fx.Node) or name_of(below) != "add" or len(below.users) != 1:
+        return False
+    inner = arguments_of(below)
+    size = inner["self"]
+    return (
+        isinstance(size, fx.Node)
+        and name_of(size) == "abs"
+        and arguments_of(size)["self"] is arguments["self"]
+        and len(size.users) == 1
+        and inner["other"] == 1
+        and inner["alpha"] == 1
+    )
+
+
+def _elu(call: Call) -> float:
+    """Larger of the slopes at both sides of 0: s, and s a c for s a (exp(c x) - 1)."""
+    scale, alpha, inner = (
+        call.arguments.get(name, 1) for name in ("scale", "alpha", "input_scale")
+    )
+    return float(max(abs(scale), abs(scale * alpha * inner)))
+
+
+def _dropout(call: Call) -> float | str:
+    """1 where nothing is dropped."""
+    still = call.arguments.get("train") is False or call.arguments.get("p") == 0
+    return 1.0 if still else f"{call.label} is random"
+
+
+def _cast(call: Call) -> float | str:
+    """1 between floating-point types: rounding is counted apart."""
+    value = call.node.meta["val"]
+    return 1.0 if value.is_floating_point() else f"{call.label} makes whole numbers"
+
+
+MOVES = (
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "numpy_T", "squeeze",
+    "unsqueeze", "movedim", "contiguous", "clone", "alias", "detach", "_unsafe_view", "select",
+    "slice", "narrow", "chunk", "split", "split_with_sizes", "unbind", "getitem", "flip", "roll",
+    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "lift_fresh_copy", "view_as",
+)  # fmt: skip
+"""Operations that move entries, or leave some out; each entry occurs once at most."""
+
+DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 
 RULES: dict[str, float | Callable[[Call], float | str]] = {
-    "layer": _layer,
+    **dict.fromkeys(MOVES, 1.0),
+    **dict.fromkeys(DROPOUTS, _dropout),
     "relu": 1.0,
-    "identity": 1.0,
-    "negate": 1.0,
-    "move": 1.0,
-    "shape": 0.0,  # a size does not depend on the values
+    "neg": 1.0,
+    "abs": 1.0,
     "tanh": 1.0,
     "sigmoid": 0.25,
+    "hardsigmoid": 1 / 6,
     "gelu": 1.13,  # largest slope 1.1290, and below 1.13 in the tanh form
     "silu": 1.1,  # 1.0998
+    "mish": 1.09,  # 1.0885
+    "hardswish": 1.5,
     "softplus": 1.0,
-    "softsign": 1.0,
     "relu6": 1.0,
     "hardtanh": 1.0,
-    "logsigmoid": 1.0,
+    "clamp": 1.0,
+    "clamp_min": 1.0,
+    "clamp_max": 1.0,
+    "hardshrink": lambda call: f"{call.label} jumps",
+    "softshrink": 1.0,
+    "log_sigmoid": 1.0,
     "softmax": 1.0,  # its Jacobian diag(p) − p pᵀ has norm at most 1/2
-    "log_softmax": _log_softmax,
+    "log_softmax": _sum,
     "prelu": _prelu,
-    "leaky_relu": lambda call: max(1.0, abs(call.setting(1, "negative_slope", 0.01))),
-    "elu": lambda call: max(1.0, abs(call.setting(1, "alpha", 1.0))),
+    "leaky_relu": lambda call: max(1.0, abs(call.arguments["negative_slope"])),
+    "elu": _elu,
+    "selu": 1.7581,  # scale times alpha, 1.75810
+    "celu": 1.0,
     "batch_norm": _batch_norm,
     "max_pool1d": lambda call: _max_pool(call, 1),
     "max_pool2d": lambda call: _max_pool(call, 2),
+    "max_pool3d": lambda call: _max_pool(call, 3),
     "avg_pool1d": lambda call: _avg_pool(call, 1),
     "avg_pool2d": lambda call: _avg_pool(call, 2),
-    "adaptive_avg_pool": _adaptive_avg_pool,
+    "avg_pool3d": lambda call: _avg_pool(call, 3),
+    "adaptive_avg_pool1d": _adaptive_avg_pool,
+    "adaptive_avg_pool2d": _adaptive_avg_pool,
+    "adaptive_avg_pool3d": _adaptive_avg_pool,
+    "upsample_nearest1d": _upsample,
+    "upsample_nearest2d": _upsample,
+    "upsample_nearest3d": _upsample,
     "mean": _mean,
-    "select": _select,
+    "sum": _sum,
     "pad": _pad,
+    "constant_pad_nd": 1.0,
+    "expand": _expand,
     "add": _add,
+    "sub": _add,
+    "rsub": _add,
     "cat": _cat,
-    "scale": _scale,
-    "random": lambda call: f"{call.label} is random",
+    "stack": _cat,
+    "mul": _scale,
+    "div": _scale,
+    "to": _cast,
+    "_to_copy": _cast,
 }
-"""Lipschitz factor of each operation of `retrain.adapters.network.operations`: a number, or a rule
-that gives one (or, as text, why none is known). An operation without an entry has no known factor.
-The factors are derived: each is at least the operation's largest slope (for GELU and SiLU the
-numerical maximum, rounded up). A smaller factor would make bounds wrong, a larger one loose.
+"""Lipschitz factor of each ATen operation beside the layers': a number, or a rule that gives one
+(or, as text, why none is known). An operation without an entry has no known factor. The factors are
+derived: each is at least the operation's largest slope (for GELU, SiLU and Mish the numerical
+maximum, rounded up). A smaller factor would make bounds wrong, a larger one loose.
 """
 
 # Operations that may come between the last layer and the output if a bound on the layer's response
 # is to hold for the output: reshaping, and activations with slopes of at most 1.
 _KEEP = (
-    "identity",
-    "move",
+    *DROPOUTS,
     *(kind for kind, rule in RULES.items() if isinstance(rule, float) and 0 < rule <= 1),
 )

@@ -23,38 +23,60 @@ distance of its own response from the exact one on these inputs is measured in t
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from retrain.adapters.network.gain import batch_norm_scale, describe, factor, overwrites
-from retrain.adapters.network.kinds import known_kind
-from retrain.adapters.network.operations import operation, setting
+from retrain.adapters.network.capture import arguments_of, label, name_of
+from retrain.adapters.network.frontier import Frontier, Plan, Values
+from retrain.adapters.network.gain import (
+    DROPOUTS,
+    MOVES,
+    Network,
+    batch_norm_shift,
+    factor,
+    shape_of,
+)
+from retrain.adapters.network.sites import OPERATIONS, operator_norm
 from retrain.stream.stream import Follows, Gain, Passage
 from solvers.arrays import norm
 
 _log = logging.getLogger(__name__)
 
 # Operations without rounding: they only move values, select some, or change their sign (derived).
-_EXACT = (
+_EXACT = {
+    *MOVES,
+    *DROPOUTS,
     "relu",
-    "identity",
-    "negate",
-    "move",
-    "shape",
+    "neg",
+    "abs",
     "max_pool1d",
     "max_pool2d",
-    "select",
+    "max_pool3d",
     "pad",
+    "constant_pad_nd",
+    "expand",
     "cat",
-)
+    "stack",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "hardtanh",
+    "relu6",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "to",
+    "_to_copy",
+    "embedding",
+}
+_SUMS = ("add", "sub", "rsub")
 _ROUNDOFF = 2.0**-53  # unit roundoff of float64 (derived from its 53 bits)
 _UNDERFLOW = 2.0**-1074  # smallest positive float64: the error of a product that underflows
 
@@ -63,94 +85,96 @@ _TERMS = 8
 fewer. A smaller number could make a bound wrong, a larger one loosens it slightly. Chosen by hand
 with a margin."""
 
-_SAME = 1e-3
-"""Relative difference of the outputs beyond which the traced graph does not represent the network.
-The two may differ by the order of sums only, which in float32 stays far below. A smaller value
-gives up bounds for rounding; a larger one trusts a wrong graph. Chosen by hand."""
+WIDE = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64)
+"""Types that operations ask for, and what they get in float64."""
 
-
-@dataclass(frozen=True, eq=False)
-class Networks:
-    """The dense network and the retrained one, in evaluation mode, with their graph.
-
-    Attributes
-    ----------
-    dense : nn.Module
-        Dense network, as its layers are solved: half types in float32.
-    current : nn.Module
-        Retrained network, likewise.
-    own : tuple of callable, or None
-        The same two in the types that they are saved in, each a function of a batch; None where
-        those are the types that they are solved in.
-    graph : fx.Graph
-        Traced forward pass of both.
-    shapes : mapping from fx.Node
-        Shapes of the values, as `retrain.adapters.network.gain.gains` takes them.
-    """
-
-    dense: nn.Module
-    current: nn.Module
-    own: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None
-    graph: fx.Graph
-    shapes: Mapping[fx.Node, Any]
-
+Tables = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+"""Parameters and buffers by name, of the dense and of the current network."""
 
 Gains = tuple[Mapping[fx.Node, Gain], Mapping[fx.Node, Gain]]
 """Factors to the output with the given weights, and with the current ones."""
 
+Outputs = tuple[Callable[[int], Tensor], Callable[[int], Tensor]]
+"""From the number of a batch to the outputs of the dense and of the current network."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The dense network and the retrained one, with their graph and their samples.
+
+    Attributes
+    ----------
+    plan : Plan
+        Captured graph of both.
+    tensors : Tables
+        Their parameters and buffers, as layers are solved: half types in float32.
+    own : Outputs or None
+        The same two in the types that they are saved in; None where those are the types that they
+        are solved in.
+    feed : callable
+        From the number of a batch to the inputs' tensors.
+    batches : int
+        Number of batches.
+    """
+
+    plan: Plan
+    tensors: Tables
+    own: Outputs | None
+    feed: Callable[[int], list[Tensor]]
+    batches: int
+
 
 def measure_outputs(
-    networks: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
-    samples: Iterable[Tensor],
-    reason: str | None,
+    outputs: Outputs, batches: Iterable[int], reason: str | None, samples: int
 ) -> Passage:
-    """Measure the outputs alone, for networks that are equal or have no graph.
+    """Measure the outputs alone, for networks that are equal or have no factors.
 
     Parameters
     ----------
-    networks : tuple of callable
-        Forward passes of the dense and of the current network, in evaluation mode.
-    samples : iterable of Tensor
-        Batches of inputs.
+    outputs : Outputs
+        Both networks.
+    batches : iterable of int
+        Numbers of the batches.
     reason : str or None
-        Why rounding has no bound; None for equal networks.
+        Why there is no bound; None for equal networks.
+    samples : int
+        Number of samples, for the report.
 
     Returns
     -------
     Passage
         Deviation of the outputs, without discrepancies.
     """
-    moved, size, rows = 0.0, 0.0, 0
-    for batch in samples:
-        with torch.no_grad():
-            before, after = (network(batch.clone()) for network in networks)
+    moved, size = 0.0, 0.0
+    for batch in batches:
+        before, after = (output(batch) for output in outputs)
         moved = math.hypot(moved, norm(after.double() - before.double()))
         size = math.hypot(size, norm(before))
-        rows += len(batch)
-    return Passage(rows, moved, size, {}, {}, 0.0 if reason is None else None, reason)
+    return Passage(samples, moved, size, {}, {}, 0.0 if reason is None else None, reason)
 
 
 def measure(
-    networks: Networks,
-    changed: Mapping[str, Follows],
+    pair: Pair,
+    changed: Mapping[fx.Node, tuple[str, Follows]],
     gains: Gains,
-    last: str | None,
-    samples: Iterable[Tensor],
+    last: fx.Node | None,
+    samples: int,
 ) -> Passage:
     """Send samples through both networks, in their own dtypes and in float64.
 
     Parameters
     ----------
-    networks : Networks
+    pair : Pair
         The two networks.
-    changed : mapping from str to {"relu", "linear"}
-        Activation after each layer whose weights differ, by layer name.
+    changed : mapping from fx.Node to (str, {"relu", "linear"})
+        Name of the layer, and the activation after it, for each call of a layer whose weights
+        differ.
     gains : Gains
         Factors to the output.
-    last : str or None
-        Name of the layer whose response is the output, if there is one.
-    samples : iterable of Tensor
-        Batches of inputs.
+    last : fx.Node or None
+        Call of the layer whose response is the output, if there is one.
+    samples : int
+        Number of samples.
 
     Returns
     -------
@@ -160,87 +184,71 @@ def measure(
     Notes
     -----
     Cost: two forward passes in the own dtype and up to two in float64 per batch. Memory: copies of
-    both networks in float64, and the live values of one batch.
+    both networks' tensors in float64, and the live values of one batch.
 
     References
     ----------
     Higham, Accuracy and Stability of Numerical Algorithms, section 3.1 (sums of products).
     """
-    walk = Walk(networks, changed, gains)
-    reason = walk.unfollowed
-    moved, size, rows, own = 0.0, 0.0, 0, [0.0, 0.0, 0.0]
-    for batch in samples:
-        _log.info("bounds: both networks on %d samples, after %d", len(batch), rows)
-        with torch.no_grad(), _received(networks.current, last) as seen:
-            ends = [net(batch.clone()) for net in (networks.dense, networks.current)]
-        saved = ends
-        if networks.own is not None:
-            with torch.no_grad():
-                saved = [net(batch.clone()) for net in networks.own]
+    walk = Walk(pair, changed, gains)
+    moved, size, own = 0.0, 0.0, [0.0, 0.0, 0.0]
+    for batch in range(pair.batches):
+        _log.info("bounds: both networks on batch %d of %d", batch + 1, pair.batches)
+        seen: list[tuple[Tensor, Tensor]] = []
+        ends = [
+            _own_output(pair, tensors, batch, last if which else None, seen)
+            for which, tensors in enumerate(pair.tensors)
+        ]
+        saved = ends if pair.own is None else [output(batch) for output in pair.own]
         moved = math.hypot(moved, norm(saved[1].double() - saved[0].double()))
         size = math.hypot(size, norm(saved[0]))
-        if rows == 0 and not _same_graph(networks, batch, ends[0]):
-            reason = reason or "the traced graph gives other outputs than the network"
-        rows += len(batch)
         try:
-            with torch.no_grad():
-                wide = walk(batch)
-        except (RuntimeError, TypeError) as error:
-            text = str(error).partition("\n")[0]
-            return _rest(networks, samples, (rows, moved, size), f"not in float64: {text}")
+            wide = walk(batch)
+        except ValueError as error:
+            text = str(error.__cause__ or error).partition("\n")[0]
+            outputs = pair.own or cast("Outputs", tuple(_outputs_of(pair, t) for t in pair.tensors))
+            rest = range(batch + 1, pair.batches)
+            left = measure_outputs(outputs, rest, f"not in float64: {text}", samples)
+            return replace(
+                left,
+                measured=math.hypot(moved, left.measured),
+                size=math.hypot(size, left.size),
+            )
         # What half types lose beyond float32 comes on top, by the triangle inequality.
         halves = [norm(a.double() - b.double()) for a, b in zip(saved, ends, strict=True)]
         apart = [norm(end.double() - exact) for end, exact in zip(ends, wide, strict=True)]
         apart = [a + b for a, b in zip(apart, halves, strict=True)]
-        lost = [walk.response_loss(str(last), *pair) for pair in seen]
-        own = [math.hypot(*pair) for pair in zip(own, [*apart, *(lost or [0.0])], strict=True)]
+        lost = [walk.response_loss(cast("fx.Node", last), *values) for values in seen]
+        own = [math.hypot(*both) for both in zip(own, [*apart, *(lost or [0.0])], strict=True)]
+    reason = walk.unfollowed
     total = sum(own) + walk.total()
     if reason is None and (walk.overflow or not math.isfinite(total)):
         reason = f"{walk.overflow or 'an output'} overflows"
     rounding = total if reason is None else None
-    return Passage(rows, moved, size, walk.discrepancy, walk.error, rounding, reason)
+    return Passage(samples, moved, size, walk.discrepancy, walk.error, rounding, reason)
 
 
-def _rest(
-    networks: Networks, samples: Iterable[Tensor], done: tuple[int, float, float], reason: str
-) -> Passage:
-    """Measure the outputs of the batches that are left, where float64 has failed."""
-    rest = measure_outputs(networks.own or (networks.dense, networks.current), samples, reason)
-    rows, moved, size = done
-    return Passage(
-        rows + rest.rows,
-        math.hypot(moved, rest.measured),
-        math.hypot(size, rest.size),
-        {},
-        {},
-        None,
-        reason,
-    )
+def _outputs_of(pair: Pair, tensors: Mapping[str, Tensor]) -> Callable[[int], Tensor]:
+    return lambda batch: _own_output(pair, tensors, batch, None, [])
 
 
-@contextmanager
-def _received(network: nn.Module, name: str | None) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect the inputs and responses of a layer."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    if name is None:
-        yield seen
-        return
+def _own_output(
+    pair: Pair,
+    tensors: Mapping[str, Tensor],
+    batch: int,
+    last: fx.Node | None,
+    seen: list[tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Run a batch in the own dtype; collect what one layer received and answered."""
+    frontier = Frontier(pair.plan, tensors, pair.feed, pair.batches, math.inf)
 
-    def keep(_: nn.Module, received: tuple[Tensor, ...], answered: Tensor) -> None:
-        seen.append((received[0].double(), answered.double()))
+    def look(node: fx.Node, values: Values) -> None:
+        if node is last:
+            received = frontier.value(arguments_of(node)[OPERATIONS[name_of(node)].input], values)
+            seen.append((received.double(), values[node].double()))
 
-    handle = network.get_submodule(name).register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def _same_graph(networks: Networks, batch: Tensor, own: Tensor) -> bool:
-    """Whether the graph, in the dense network's own type, computes what its forward pass did."""
-    with torch.no_grad():
-        found = fx.Interpreter(networks.dense, graph=networks.graph).run(batch.clone())
-    return not math.isfinite(norm(own)) or norm(found.double() - own.double()) <= _SAME * norm(own)
+    values = frontier.run(batch, 0, len(pair.plan.nodes), look)
+    return cast("Tensor", frontier.value(pair.plan.captured.output, values))
 
 
 class Walk:
@@ -248,10 +256,10 @@ class Walk:
 
     Parameters
     ----------
-    networks : Networks
+    pair : Pair
         Both networks and their graph.
-    changed : mapping from str to {"relu", "linear"}
-        What follows each changed layer, by name.
+    changed : mapping from fx.Node to (str, {"relu", "linear"})
+        Name of the layer, and what follows it, for each call of a changed layer.
     gains : pair of mapping from fx.Node to Gain
         Factors from each node to the output, of the dense and of the current network.
 
@@ -265,104 +273,106 @@ class Walk:
         Name of the node whose rounding has no bound at the output, with the reason.
     """
 
-    def __init__(self, networks: Networks, changed: Mapping[str, Follows], gains: Gains) -> None:
-        own = next(p.dtype for p in networks.dense.parameters() if p.is_floating_point())
-        self._largest = torch.finfo(own).max
-        self._graph = networks.graph
-        self._shapes = networks.shapes
+    def __init__(
+        self, pair: Pair, changed: Mapping[fx.Node, tuple[str, Follows]], gains: Gains
+    ) -> None:
+        floating = [t.dtype for t in pair.tensors[0].values() if t.is_floating_point()]
+        self._largest = torch.finfo(floating[0]).max
+        self._plan = pair.plan
         self._changed = changed
         self._gains = gains
-        self._networks = tuple(
-            copy.deepcopy(network).double() for network in (networks.dense, networks.current)
-        )
-        self._modules = tuple(dict(network.named_modules()) for network in self._networks)
-        modules = self._modules[0]
-        self._below = self._downstream()
-        self._last_use = {
-            argument: node for node in self._graph.nodes for argument in node.all_input_nodes
+        constants = {node: _wide(value) for node, value in pair.plan.captured.constants.items()}
+        wide = Plan(replace(pair.plan.captured, constants=constants), types=WIDE)
+        dense = {name: _wide(tensor) for name, tensor in pair.tensors[0].items()}
+        current = {
+            name: dense[name] if _equal(tensor, pair.tensors[0][name]) else _wide(tensor)
+            for name, tensor in pair.tensors[1].items()
         }
-        rounding = [node for node in self._graph.nodes if _may_round(node, modules)]
-        self.unfollowed = _unfollowed(rounding, modules, gains)
+        self._frontiers = tuple(
+            Frontier(wide, table, lambda batch: [_wide(v) for v in pair.feed(batch)], 0, 0)
+            for table in (dense, current)
+        )
+        self._networks = tuple(
+            Network(wide, lambda node, f=frontier: f.value(node, {}), lambda *_: math.inf)  # type: ignore[misc]
+            for frontier in self._frontiers
+        )
+        self._magnitudes: dict[tuple[fx.Node, int], float] = {}
+        self._below = self._downstream()
+        rounding = [node for node in pair.plan.captured.graph.nodes if _may_round(node)]
+        self.unfollowed = self._unfollowed(rounding)
         watched = [node for node in rounding if any(gain[node].value != 0 for gain in gains)]
         self._losses = tuple(dict.fromkeys(() if self.unfollowed else watched, 0.0) for _ in gains)
-        self.discrepancy: dict[str, float] = dict.fromkeys(changed, 0.0)
-        self.error: dict[str, float] = dict.fromkeys(changed, 0.0)
+        names = dict.fromkeys(name for name, _ in changed.values())
+        self.discrepancy: dict[str, float] = dict.fromkeys(names, 0.0)
+        self.error: dict[str, float] = dict.fromkeys(names, 0.0)
         self.overflow = ""
 
     def _downstream(self) -> set[fx.Node]:
-        """Return the nodes whose values differ between the networks; the others are computed once.
-
-        All nodes, where a node overwrites a value with other users: the networks must not share it
-        then.
-        """
-        if any(overwrites(node, self._modules[0]) for node in self._graph.nodes):
-            return set(self._graph.nodes)
+        """Return the nodes whose values differ between the networks; the others run once."""
         below: set[fx.Node] = set()
-        for node in self._graph.nodes:
-            called = node.op == "call_module" and str(node.target) in self._changed
-            if called or any(parent in below for parent in node.all_input_nodes):
+        for node in self._plan.nodes:
+            if node in self._changed or any(parent in below for parent in node.all_input_nodes):
                 below.add(node)
         return below
 
-    def __call__(self, batch: Tensor) -> list[Tensor]:
-        """Run one batch; return the outputs of both networks."""
-        values: dict[fx.Node, list[Any]] = {}
-        inputs = iter([batch])
-        for node in self._graph.nodes:
-            if node.op == "output":
-                return [self._value(node.args[0], values, which) for which in (0, 1)]
-            if node.op == "placeholder":
-                default = node.args[0] if node.args else None
-                given = next(inputs, default)
-                values[node] = [_wide(given), _wide(given) if node in self._below else None]
+    def _unfollowed(self, nodes: Iterable[fx.Node]) -> str | None:
+        """Say which node's rounding cannot be followed to the output, if there is one."""
+        for node in nodes:
+            for gain in self._gains:
+                if gain[node].value is None:
+                    return (
+                        f"rounding in {label(node)} cannot be followed to the output: "
+                        f"{gain[node].reason}"
+                    )
+            if self._gains[0][node].value == 0 == self._gains[1][node].value:
                 continue
-            first = self._run(node, values, 0)
-            second = self._run(node, values, 1) if node in self._below else None
-            values[node] = [first, second]
             for parent in node.all_input_nodes:
-                if self._last_use[parent] is node:
-                    del values[parent]
-        raise ValueError("graph: has no output")
+                if name_of(node) not in OPERATIONS and parent not in self._plan.fixed:
+                    found = factor(node, parent, self._networks[0])
+                    if isinstance(found, str):
+                        return f"rounding in {label(node)} has no bound: {found}"
+        return None
 
-    def _value(self, node: Any, values: Mapping[fx.Node, list[Any]], which: int) -> Any:
-        return values[node][which if node in self._below else 0]
+    def __call__(self, batch: int) -> list[Tensor]:
+        """Run one batch; return the outputs of both networks."""
+        plan = self._plan
+        dense: Values = dict(self._frontiers[0].values(batch))
+        current: Values = {}
+        both = (dense, ChainMap(current, dense))
+        with torch.no_grad():
+            for index, node in enumerate(plan.nodes):
+                if node not in plan.fixed:
+                    dense[node] = self._run(node, both, 0)
+                    if node in self._below:
+                        current[node] = self._run(node, both, 1)
+                    if node in self._changed:
+                        # The current weights on the dense inputs.
+                        self._compare(node, self._frontiers[1].evaluate(node, dense), dense[node])
+                for parent in (*node.all_input_nodes, node):
+                    if plan.last[parent] <= index:
+                        dense.pop(parent, None)
+                        current.pop(parent, None)
+        output = plan.captured.output
+        return [f.value(output, v) for f, v in zip(self._frontiers, both, strict=True)]
 
-    def _run(self, node: fx.Node, values: Mapping[fx.Node, list[Any]], which: int) -> Any:
+    def _run(self, node: fx.Node, both: Sequence[Any], which: int) -> Any:
         """Run a node of one of the networks; watch it."""
-        modules = self._modules[which]
-
-        def value_of(parent: fx.Node) -> Any:
-            value = self._value(parent, values, which)
-            # An in-place node gets a copy, since both networks share values.
-            return value.clone() if in_place and isinstance(value, Tensor) else value
-
-        in_place = len(self._below) < len(self._graph.nodes) and _works_in_place(node, modules)
-        args = fx.map_arg(node.args, value_of)
-        kwargs = fx.map_arg(node.kwargs, value_of)
-        watched = node in self._losses[which]
-        received: dict[fx.Node, tuple[float, int]] = {}
-        if watched:
-            for parent in node.all_input_nodes:
-                value = self._value(parent, values, which)
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    received[parent] = norm(value), value.numel()
-        name = str(node.target)
-        if which == 0 and node.op == "call_module" and name in self._changed:
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            new = self._modules[1][name](inputs)
-        else:
-            new = None
-        found = _call(node, args, kwargs, self._networks[0], modules)
-        if new is not None:
-            self._compare(name, new, found)
-        if watched:
-            sizes = {parent: size for parent, (size, _) in received.items()}
-            if operation(node, modules) == "add":  # a smaller operand is repeated
-                for parent, (size, count) in received.items():
-                    sizes[parent] = size * math.sqrt(max(found.numel() / max(count, 1), 1.0))
-            lost = self._allowance(node, sizes, found, which)
-            if not (math.isfinite(lost) and self._fits(found)):
-                self.overflow = self.overflow or describe(node, modules)
+        frontier, values = self._frontiers[which], both[which]
+        found = frontier.evaluate(node, values)
+        if node in self._losses[which]:
+            value = _first(found)
+            sums = name_of(node) in _SUMS
+            sizes = {
+                # A smaller operand of a sum is repeated.
+                parent: norm(received)
+                * (math.sqrt(max(value.numel() / max(received.numel(), 1), 1.0)) if sums else 1.0)
+                for parent in node.all_input_nodes
+                if isinstance(received := frontier.value(parent, values), Tensor)
+                and received.is_floating_point()
+            }
+            lost = self._allowance(node, sizes, value, which)
+            if not (math.isfinite(lost) and self._fits(value)):
+                self.overflow = self.overflow or label(node)
             self._losses[which][node] = math.hypot(self._losses[which][node], lost)
         return found
 
@@ -370,10 +380,11 @@ class Walk:
         """Whether the networks' own type can hold a value."""
         return norm(value) <= self._largest or float(value.abs().max()) <= self._largest
 
-    def _compare(self, name: str, new: Tensor, old: Tensor) -> None:
+    def _compare(self, node: fx.Node, new: Tensor, old: Tensor) -> None:
         """Add to a changed layer's discrepancy, activated where a ReLU follows."""
+        name, follows = self._changed[node]
         self.error[name] = math.hypot(self.error[name], norm(new - old))
-        if self._changed[name] == "relu":
+        if follows == "relu":
             new, old = new.clamp(min=0), old.clamp(min=0)
         self.discrepancy[name] = math.hypot(self.discrepancy[name], norm(new - old))
 
@@ -394,13 +405,13 @@ class Walk:
             total += lost * sum(factors) + again * factors[1]
         return total
 
-    def response_loss(self, name: str, received: Tensor, answered: Tensor) -> float:
+    def response_loss(self, node: fx.Node, received: Tensor, answered: Tensor) -> float:
         """How far a response in the own type is from the exact one on the same inputs, at most.
 
         Parameters
         ----------
-        name : str
-            Name of the layer.
+        node : fx.Node
+            Call of the layer.
         received : Tensor
             Its inputs.
         answered : Tensor
@@ -411,11 +422,10 @@ class Walk:
         float
             In the response's unit.
         """
-        node = next(n for n in self._graph.nodes if n.op == "call_module" and n.target == name)
+        source = arguments_of(node)[OPERATIONS[name_of(node)].input]
         with torch.no_grad():
-            exact = self._modules[1][name](received)
-        parents = dict.fromkeys(node.all_input_nodes, norm(received))
-        return norm(exact - answered) + self._allowance(node, parents, exact, 1)
+            exact = self._frontiers[1].evaluate(node, {source: received})
+        return norm(exact - answered) + self._allowance(node, {source: norm(received)}, exact, 1)
 
     def _allowance(
         self, node: fx.Node, sizes: Mapping[fx.Node, float], value: Tensor, which: int
@@ -427,106 +437,90 @@ class Walk:
         roundoff; over all entries, sum |x_i| |w_i| has a Frobenius norm of at most |X|_F |W|_F.
         The other operations work entry by entry, or sum K entries with fixed factors.
         """
-        modules = self._modules[which]
-        kind = operation(node, modules)
+        kind, arguments = name_of(node), arguments_of(node)
+        value_of = self._networks[which].value
         terms, constants = _TERMS, 0.0
-        if kind == "layer":
-            module = modules[str(node.target)]
-            size = known_kind(module).magnitude(module) * sum(sizes.values())
-            terms += cast("Tensor", module.weight)[0].numel()
-            if isinstance(module.bias, Tensor):
-                rows = value.numel() / value.shape[known_kind(module).channel_axis(value.ndim)]
-                constants = math.sqrt(rows) * norm(module.bias.detach())
-        elif kind == "add":
-            size = sum(list(node.args).count(parent) * sizes[parent] for parent in sizes)
+        if kind in OPERATIONS:
+            how = OPERATIONS[kind]
+            weight = value_of(arguments[how.weight])
+            size = self._magnitude(node, which) * sizes[arguments[how.input]]
+            terms += how.matrix(weight, arguments, 0).shape[0]
+            bias = arguments.get(how.bias) if how.bias else None
+            if bias is not None:
+                rows = value.numel() / value.shape[how.channel_axis]
+                constants = math.sqrt(rows) * norm(value_of(bias))
+        elif kind in _SUMS:
+            alpha = max(abs(float(arguments.get("alpha", 1))), 1.0)
+            operands = [arguments[name] for name in ("self", "other")]
+            size = alpha * sum(sizes[one] for one in operands if one in sizes)
         else:
-            size = sum(self._factor(node, parent, which) * sizes[parent] for parent in sizes)
-            fan_in = (_fan_in(kind, self._shapes[parent]) for parent in sizes)
-            terms += max(fan_in, default=0)
+            moving = [parent for parent in sizes if parent not in self._plan.fixed]
+            size = sum(self._factor(node, parent, which) * sizes[parent] for parent in moving)
+            terms += max((_fan_in(kind, parent) for parent in moving), default=0)
             if kind == "batch_norm":
                 rows = value.numel() / value.shape[1]
-                constants = math.sqrt(rows) * _shift(modules[str(node.target)])
+                constants = math.sqrt(rows) * self._shift(node, which)
         rounded = 2 * _ROUNDOFF * (size + constants + norm(value))
         lost = terms * (rounded + _UNDERFLOW * math.sqrt(value.numel()))
         if kind == "softplus":
             # Beyond the threshold torch returns x itself, log(1 + exp(-beta x))/beta too little.
-            threshold = setting(node, modules, 2, "threshold", 20)
-            beta = setting(node, modules, 1, "beta", 1)
+            threshold, beta = arguments["threshold"], arguments["beta"]
             lost += math.sqrt(value.numel()) * math.exp(-threshold) / beta
         return lost
 
+    def _magnitude(self, node: fx.Node, which: int) -> float:
+        """Bound F with |sum_i |x_i| |w_i||_F <= F |X|_F over all entries of a layer's response."""
+        key = node, which if node in self._changed else 0
+        if key not in self._magnitudes:
+            arguments, how = arguments_of(node), OPERATIONS[name_of(node)]
+            weight = self._networks[which].value(arguments[how.weight])
+            self._magnitudes[key] = operator_norm(how, weight, arguments, "frobenius")
+        return self._magnitudes[key]
+
+    def _shift(self, node: fx.Node, which: int) -> float:
+        """Bound the size of a batch norm's shift over its channels: 2 |mu gamma / sigma| + |beta|.
+
+        The mean is subtracted before the product, so both its parts can be rounded.
+        """
+        value_of = self._networks[which].value
+        bias = arguments_of(node)["bias"]
+        added = norm(value_of(bias)) if bias is not None else 0.0
+        return 2 * (norm(batch_norm_shift(node, value_of)) + added) + added
+
     def _factor(self, node: fx.Node, source: fx.Node, which: int) -> float:
         """Factor of an operation other than a layer; infinity where none is known."""
-        found = factor(node, source, self._modules[which], lambda *_: math.inf, self._shapes)
+        found = factor(node, source, self._networks[which])
         return math.inf if isinstance(found, str) else found
 
 
-def _unfollowed(
-    nodes: Iterable[fx.Node], modules: Mapping[str, nn.Module], gains: Gains
-) -> str | None:
-    """Say which node's rounding cannot be followed to the output, if there is one."""
-    for node in nodes:
-        for gain in gains:
-            if gain[node].value is None:
-                return (
-                    f"rounding in {describe(node, modules)} cannot be followed to the output: "
-                    f"{gain[node].reason}"
-                )
-    return None
-
-
-def _may_round(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    if node.op not in ("call_module", "call_function", "call_method"):
+def _may_round(node: fx.Node) -> bool:
+    """Tell whether a node computes floating-point numbers from others."""
+    if node.op != "call_function" or not node.all_input_nodes or name_of(node) in _EXACT:
         return False
-    return operation(node, modules) not in _EXACT
+    value = _first(node.meta.get("val"))
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _works_in_place(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node may write into its argument: by its name, or by torch's `inplace`."""
-    name = getattr(node.target, "__name__", str(node.target)).rpartition(".")[2]
-    named = node.op != "call_module" and (name.endswith("_") or name in _AUGMENTED)
-    return named or setting(node, modules, 99, "inplace", False) is True
+def _first(value: Any) -> Any:
+    """Return a value, or the first of several."""
+    return value[0] if isinstance(value, tuple | list) and value else value
 
 
-_AUGMENTED = ("iadd", "isub", "imul", "itruediv")  # names of Python's in-place operators
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and torch.equal(one, other))
 
 
-def _call(
-    node: fx.Node,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dense: nn.Module,
-    modules: Mapping[str, nn.Module],
-) -> Any:
-    """Compute a node; constants, which tracing may have made, are the dense network's."""
-    if node.op == "call_module":
-        return modules[str(node.target)](*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if node.op == "call_function":
-        return cast("Callable[..., Any]", node.target)(*args, **kwargs)
-    owner, _, name = str(node.target).rpartition(".")
-    return _wide(getattr(dense.get_submodule(owner), name))
-
-
-def _wide(value: Any) -> Any:
+def _wide(value: Tensor) -> Tensor:
     """Copy a floating-point tensor into float64; return any other value as it is."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().to(torch.float64, copy=True)
     return value
 
 
-def _fan_in(kind: str | None, source: Sequence[int]) -> int:
+def _fan_in(kind: str, source: fx.Node) -> int:
     """Bound the number of entries of a sample that are summed into one entry."""
+    sizes = [size for size in shape_of(source) if isinstance(size, int)]
     if kind in ("softmax", "log_softmax"):
-        return max(source)
-    if kind in ("avg_pool1d", "avg_pool2d", "adaptive_avg_pool", "mean"):
-        return math.prod(source[1:])
-    return 0
-
-
-def _shift(layer: nn.Module) -> float:
-    """Bound the size of a batch norm's shift: 2 |mu gamma / sigma| + |beta| over its channels."""
-    mean = cast("Tensor", layer.running_mean)
-    shift = norm(layer.bias.detach()) if isinstance(layer.bias, Tensor) else 0.0
-    return 2 * norm(mean * batch_norm_scale(layer)) + shift
+        return max(sizes, default=0)
+    summed = ("avg_pool", "adaptive_avg_pool", "mean", "sum")
+    return math.prod(sizes) if kind.startswith(summed) else 0

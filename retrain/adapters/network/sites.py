@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import isfinite, prod, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from retrain.adapters.network.capture import Captured, arguments_of, operation
+from retrain.adapters.network.capture import Captured, arguments_of, name_of, operation
+from retrain.adapters.network.norms import cover, frequency_norm, frobenius_norm, spectral_norm
 from retrain.adapters.network.recurrent import STEPS
 from retrain.adapters.network.tensors import named_tensors
-from retrain.stream.stream import Follows, LayerSpec
+from retrain.stream.stream import Follows, LayerSpec, Norm
 
 Arguments = Mapping[str, Any]
 """An operation's arguments by name; tensors are nodes."""
@@ -51,6 +52,14 @@ class Operation:
         (output, arguments, group) -> rows of the response, shape (rows, n_out).
     unfit : callable
         (arguments, weight) -> why this call cannot be retrained, or None.
+    channel_axis : int
+        Axis of the response that holds its output channels.
+    kernel : callable or None
+        For a convolution, (weight, arguments, group) -> its kernel (channels, channels, *sizes).
+    unit_axis : int
+        Axis of the kernel that holds the output channels.
+    covers : callable
+        (arguments, weight) -> how many windows cover an entry of the input at most.
     """
 
     kind: str
@@ -64,6 +73,10 @@ class Operation:
     rows: Callable[[Tensor, Tensor, Arguments, int], Tensor]
     responses: Callable[[Tensor, Arguments, int], Tensor]
     unfit: Callable[[Arguments, Tensor], str | None] = lambda arguments, weight: None
+    channel_axis: int = -1
+    kernel: Callable[[Tensor, Arguments, int], Tensor] | None = None
+    unit_axis: int = 0
+    covers: Callable[[Arguments, Tensor], int] = lambda arguments, weight: 1
 
 
 def _dense(
@@ -173,7 +186,17 @@ def _convolution(kind: str) -> Operation:
         unmatrix=lambda m, w, arguments, group: m.T.reshape(part(w, arguments, group).shape),
         rows=rows,
         responses=lambda y, arguments, group: _channels_last(y, arguments, group),
+        channel_axis=1,
+        kernel=part,
+        covers=_covers,
     )
+
+
+def _covers(arguments: Arguments, weight: Tensor) -> int:
+    """Count the windows of a convolution that cover the same entry."""
+    dims = weight.ndim - 2
+    steps, spaces = (_tuple(arguments[name], dims) for name in ("stride", "dilation"))
+    return prod(map(cover, weight.shape[2:], steps, spaces))
 
 
 def _channels_last(y: Tensor, arguments: Arguments, group: int) -> Tensor:
@@ -229,7 +252,62 @@ def _transposed(kind: str) -> Operation:
         ),
         rows=rows,
         responses=lambda y, arguments, group: _channels_last(y, arguments, group),
+        channel_axis=1,
+        kernel=part,  # of the convolution that it is the adjoint of
+        unit_axis=1,
+        covers=_covers,
     )
+
+
+def operator_norm(
+    how: Operation, weight: Tensor, arguments: Arguments, norm: Norm, scale: Tensor | None = None
+) -> float:
+    """Bound the norm of a layer as a map, bias aside.
+
+    A dense layer's is its matrix's. For a convolution let δ be the change of the input and δ_p that
+    of the patch at position p. In one group, with its weight matrix W,
+
+        sum_p ||Wᵀ δ_p||² <= ||W||² sum_p ||δ_p||² <= ||W||² · c · ||δ||²,
+
+    since every entry is in at most c patches. Groups read and write disjoint channels, so the
+    largest of them counts. Where it is smaller, `frequency_norm` is taken instead. A transposed
+    convolution has the norm of the convolution that it is the adjoint of.
+
+    Parameters
+    ----------
+    how : Operation
+        Kind of layer.
+    weight : Tensor
+        Its weight.
+    arguments : mapping
+        Arguments of the call.
+    norm : {"spectral", "frobenius"}
+        Norm of the weights; ``"frobenius"``, as in L-OBS's theorems, never takes `frequency_norm`.
+    scale : Tensor, shape (n_out,), optional
+        Factor of each output channel.
+
+    Returns
+    -------
+    float
+        Upper bound on the norm.
+    """
+    measure = spectral_norm if norm == "spectral" else frobenius_norm
+    found = []
+    for group in range(how.groups(arguments, weight)):
+        if how.kernel is None:
+            matrix = how.matrix(weight, arguments, group).detach().double()
+            found.append(measure(matrix if scale is None else matrix * scale))
+            continue
+        kernel = how.kernel(weight, arguments, group).detach().double()
+        if scale is not None:
+            units = kernel.shape[how.unit_axis]
+            shape = [1] * kernel.ndim
+            shape[how.unit_axis] = units
+            kernel = kernel * scale[group * units : (group + 1) * units].reshape(shape)
+        flat = measure(kernel.flatten(1)) * sqrt(how.covers(arguments, weight))
+        whole = norm == "frobenius" or not isfinite(flat)
+        found.append(flat if whole else min(flat, frequency_norm(kernel)))
+    return max(found, default=0.0)
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -294,8 +372,14 @@ _PASSED = {
     "max_pool3d",
     "alias",
     "detach",
+    "feature_dropout",
+    "alpha_dropout",
+    "unflatten",
 }
 """Operations that commute with a ReLU, so that the layer meets the ReLU behind them."""
+
+_ASKS = {"sym_size", "_assert_tensor_metadata"}
+"""Operations that ask for a shape or a type."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -423,7 +507,67 @@ def find_sites(captured: Captured, model: nn.Module) -> tuple[Site, ...]:
         same = [name for name, each in every.items() if each.data_ptr() == key[0]]
         one = replace(one, parameter=_own_name(one, same, model))
         sites.append(_site(one, captured, tensors, tied=bool(shared)))
-    return tuple(_named_apart(sites))
+    order = {node: index for index, node in enumerate(captured.graph.nodes)}
+    placed = [(order[site.calls[0]], site) for site in _named_apart(sites)]
+    held = {every[site.parameter].data_ptr() for site in sites}
+    placed += _others(captured, model, held, order)
+    return tuple(site for _, site in sorted(placed, key=lambda pair: pair[0]))
+
+
+def _others(
+    captured: Captured, model: nn.Module, held: set[int], order: Mapping[fx.Node, int]
+) -> list[tuple[int, Site]]:
+    """List the modules whose weights no operation of `OPERATIONS` or `WEIGHTED` uses."""
+    first: dict[str, int] = {}
+    for node, name in captured.tensors.items():
+        for user in node.users:
+            first[name] = min(first.get(name, len(order)), order[user])
+    found: list[tuple[int, Site]] = []
+    parametrised: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in parametrised):
+            continue
+        inside = hasattr(module, "parametrizations")
+        if inside:
+            parametrised.append(f"{name}.parametrizations")
+        own = dict(module.named_parameters(recurse=inside))
+        if not own or any(tensor.data_ptr() in held for tensor in own.values()):
+            continue
+        full = [f"{name}.{key}" if name else key for key in own]
+        place = min((first.get(key, len(order)) for key in full), default=len(order))
+        reason = _reason(name, module, reached=place < len(order))
+        largest = max(own, key=lambda key: own[key].numel())
+        tensor = own[largest]
+        units = tensor.shape[0] if tensor.ndim > 1 else 1
+        spec = LayerSpec(
+            name or "(root)",
+            type(module).__name__,
+            (tensor.numel() // max(units, 1), units),
+            getattr(module, "bias", None) is not None,
+            "linear",
+            1,
+            reason,
+        )
+        count = sum(tensor.numel() for tensor in own.values())
+        found.append((place, Site(spec, (), None, full[0], count)))
+    return found
+
+
+def _reason(name: str, module: nn.Module, *, reached: bool) -> str:
+    """Say why a module's weights are left."""
+    label = type(module).__name__
+    if hasattr(module, "parametrizations"):
+        entries: Any = module.parametrizations
+        return (
+            "its weight is parametrised; remove the parametrisation first: "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+            f"(model.get_submodule({name!r}), {next(iter(entries))!r})"
+        )
+    if not reached:
+        return "the forward pass does not reach it"
+    if type(module).__module__.startswith("torch.nn."):
+        return f"{label} layers are not retrained"
+    return f"{label} uses its weights otherwise than as a matrix that multiplies rows"
 
 
 def _own_name(one: _Found, names: list[str], model: nn.Module) -> str:
@@ -482,6 +626,9 @@ def _site(one: _Found, captured: Captured, tensors: Mapping[str, Tensor], *, tie
         reason = "its weight is computed from the parameter"
     if reason is None and bias is not None and source_of(bias, captured) is None:
         reason = "its bias is computed"
+    biases = {arguments_of(node).get(how.bias) for node in one.calls} if how.bias else {None}
+    if reason is None and len(biases) > 1:
+        reason = "its weight is used with different biases"
     if reason is None and tied:
         reason = "its weight is used by another layer too (tied)"
     if reason is None and not weight.is_floating_point():
@@ -493,16 +640,34 @@ def _site(one: _Found, captured: Captured, tensors: Mapping[str, Tensor], *, tie
     return Site(spec, tuple(one.calls), None if reason else how, parameter, weight.numel())
 
 
+def response_user(node: fx.Node) -> tuple[fx.Node | None, bool]:
+    """Find what takes all of a response, behind nothing but what commutes with a ReLU.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Call of a layer.
+
+    Returns
+    -------
+    user : fx.Node or None
+        Operation; None where there is no single one.
+    several : bool
+        Whether there are several.
+    """
+    while True:
+        users = [user for user in node.users if name_of(user) not in _ASKS]
+        if len(users) != 1:
+            return None, len(users) > 1
+        node = users[0]
+        if name_of(node) not in _PASSED:
+            return node, False
+
+
 def _meets_relu(node: fx.Node) -> bool:
-    """Tell whether a ReLU takes all of a response, after nothing but what commutes with it."""
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        name = operation(node)
-        if name in ("relu", "relu_"):
-            return True
-        if name not in _PASSED:
-            return False
-    return False
+    """Tell whether a ReLU takes all of a response."""
+    user, _ = response_user(node)
+    return user is not None and name_of(user) == "relu"
 
 
 def _named_apart(sites: Sequence[Site]) -> list[Site]:

@@ -1,16 +1,16 @@
-"""A torch module and a data set as a `LayerStream`.
+"""A torch module and a data set as a `LayerStream`, captured by `torch.export`.
 
-Two copies of the module run in evaluation mode, the dense network and the one that is being
-retrained; hooks read a layer's input from both, and the forward pass stops there. The caller's
-module is never changed.
+Two frontiers (`retrain.adapters.network.frontier`), of the dense and of the current network, move
+through the captured graph from layer to layer. As long as no layer before them has changed they are
+one. Layers in the order of execution cost one forward pass of each network; going back to an
+earlier layer begins anew.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,16 +18,31 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from retrain.adapters.network.find import Network, evaluation_copy, find_layers
-from retrain.adapters.network.gain import gains, output_source
-from retrain.adapters.network.kinds import Kind, bias_of, kind_of, known_kind, matrix, write
-from retrain.adapters.network.passage import Networks, measure, measure_outputs
-from retrain.adapters.network.probe import Probe, variants
-from retrain.adapters.network.rows import by_sample, input_rows, pieces, response_rows
+from retrain.adapters.network.capture import (
+    Captured,
+    CaptureError,
+    Inputs,
+    arguments_of,
+    capture,
+    forward,
+    label,
+    name_of,
+)
+from retrain.adapters.network.copies import ModuleStream, check_rows
+from retrain.adapters.network.frontier import Frontier, Plan, Values
+from retrain.adapters.network.gain import Network, gains, output_source
+from retrain.adapters.network.passage import Outputs, Pair, measure, measure_outputs
+from retrain.adapters.network.recurrent import STEPS, unrolled
+from retrain.adapters.network.sites import (
+    OPERATIONS,
+    Operation,
+    Site,
+    find_sites,
+    operator_norm,
+    view_of,
+)
 from retrain.adapters.network.structure import structure, weights_hash
-from retrain.adapters.network.tensors import HALF, check_finite, computing
-from retrain.data.arrays import Data
-from retrain.data.sources import as_data
+from retrain.adapters.network.tensors import named_tensors
 from retrain.stream.stream import (
     Array,
     Gain,
@@ -36,47 +51,62 @@ from retrain.stream.stream import (
     Norm,
     Passage,
     changed,
-    identity_hash,
     layer,
 )
-from solvers import checks
+from solvers.arrays import norm as frobenius
 
 _log = logging.getLogger(__name__)
 
+BLOCK = 1 << 24
+"""Approximate largest number of entries in the input rows of one piece of a batch: 64 MiB in
+float32. Larger pieces take more memory and save nothing; smaller ones cost one unfolding call each.
+Chosen by hand."""
 
-class _Reached(BaseException):
-    """Ends a forward pass. Not an Exception, so that a network's own handler cannot catch it."""
+LIVE = 2.0**30
+"""Bytes of live values of each network that stay in memory; the rest is kept on disk. A larger
+number spares the disk."""
+
+_SAME = 1e-3
+"""Relative difference of the outputs beyond which the captured graph does not represent the
+network. The two may differ by the order of sums only, which in float32 stays far below. A smaller
+value refuses right graphs; a larger one trusts wrong ones. Chosen by hand."""
 
 
-class TorchStream:
+class TorchStream(ModuleStream):
     """The layers of a torch module on a data set; implements `retrain.stream.stream.LayerStream`.
 
-    Feed-forward networks of Linear and Conv2d layers, nested and branching in any way. Layers that
-    cannot be retrained are in `layers` with the reason. Arrays are detached tensors on the stream's
-    device, in the layers' own dtype, half types in float32.
+    The forward pass is captured by `torch.export`: any number and type of inputs and any nested
+    outputs, of which the first (or ``logits``) counts. Layers are operations whose weight is a
+    parameter (`retrain.adapters.network.sites`); those that cannot be retrained are in `layers`
+    with the reason. Arrays are detached tensors on the stream's device, in the layers' own dtype,
+    half types in float32.
 
     Parameters
     ----------
     model : nn.Module
-        Network; two copies of it are held (four with half types), and it is not changed.
+        Network; copies of it are held, and it is not changed.
     data : Data or anything that `retrain.data.sources.as_data` takes
         Samples. Images are flattened for a network that begins with a dense layer of that width.
     batch_size : int, optional
         Number of samples per forward pass. It is part of the identity, since it changes the last
-        bits. Larger batches take more memory and fewer calls.
+        bits; by default it is chosen by the size of a sample. Larger batches take more memory.
     device : str or torch.device, optional
         Device on which to compute; by default that of the module's first parameter.
+    like : TorchStream, optional
+        The same network on other data: its captured graph is used again where the samples have the
+        same form.
 
     Raises
     ------
     ValueError
         If the module or the data are malformed, or do not fit each other.
+    CaptureError
+        If the forward pass cannot be captured on this data.
 
     Notes
     -----
-    Memory: the copies of the network, the data (on the CPU), and the activations of one batch.
-    Building a stream runs the network on a few samples several times
-    (`retrain.adapters.network.probe`).
+    Memory: three copies of the network (five with half types), the data, and the live values of all
+    batches at one place of the graph, beyond `LIVE` bytes on disk.
     """
 
     def __init__(
@@ -84,86 +114,60 @@ class TorchStream:
         model: nn.Module,
         data: Any,
         *,
-        batch_size: int = 256,
+        batch_size: int | None = None,
         device: str | torch.device | None = None,
+        like: TorchStream | None = None,
     ) -> None:
-        checks.count(1, batch_size=batch_size)
-        self._data: Data = as_data(data)
-        given = evaluation_copy(model)
-        parameters = list(given.parameters())
-        if not parameters:
-            raise ValueError(f"model: {type(model).__name__} has no weights")
-        self._device = torch.device(device) if device is not None else parameters[0].device
-        check_finite(given)
-        given.requires_grad_(False).to(self._device)
-        self._batch_size = batch_size
-        self._model = given
-        self._dense = computing(copy.deepcopy(given))
-        # For networks without half types the current network computes with its own weights.
-        half = any(tensor.dtype in HALF for tensor in given.state_dict().values())
-        self._current = computing(copy.deepcopy(given)) if half else given
-        self._given = copy.deepcopy(given) if half else None
-        self._network: Network = find_layers(self._dense)
-        # Recorded before the network runs, since running it may add attributes to it.
-        computation = structure(given, self._network.graph, self._dense)
-        self._shape = sample_shape(self._network, self._dense, self._data.x.shape[1:])
-        floating = [p.dtype for p in self._dense.parameters() if p.is_floating_point()]
-        self._dtype = floating[0] if floating else torch.float32
-        self._layers, self._positions, self._mixes = self._probe()
-        self._changed: set[str] = set()
-        self._norms: dict[tuple[str, Norm, bool, bool], float] = {}
-        self._shapes: dict[fx.Node, Any] | None = None
-        self._identity = self._parts(computation)
+        super().__init__(model, data, batch_size=batch_size, device=device)
+        self._captured = self._capture(like)
+        self._plan = Plan(self._captured)
+        computation = structure(self._model, self._captured)
+        self._tables = {id(m): named_tensors(m) for m in (self._dense, self._current, self._model)}
+        self._sites = {s.spec.name: s for s in find_sites(self._captured, self._dense)}
+        self._random = _random(self._captured)
+        stray = self._stray() if self._random is None else None
+        if stray is not None:
+            raise CaptureError(stray)
+        self._mixes = self._mixed() if self._random is None else None
+        self._surveyed: dict[int, Tensor] = {}
+        self._rows, self._leading = self._survey()
+        self._layers = tuple(self._judged(site) for site in self._sites.values())
+        self._frontiers: dict[bool, Frontier | None] = {True: self._begin(dense=True), False: None}
+        self._norms: dict[tuple[str, fx.Node, Norm, bool, bool], float] = {}
+        self._identity = {
+            "arrays": "torch",
+            "weights": weights_hash(self._model),
+            "computation": {**computation, "layers": [repr(spec) for spec in self._layers]},
+            "data": self._data.fingerprint,
+            "batch size": self._batch_size,
+        }
 
     # --- description --------------------------------------------------------------------------
 
     @property
-    def model(self) -> nn.Module:
-        """The network as it is now, in evaluation mode and in its own dtypes."""
-        return self._model
+    def captured(self) -> Captured:
+        """The captured forward pass."""
+        return self._captured
 
     @property
-    def data(self) -> Data:
-        """The samples that the stream runs on."""
-        return self._data
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the arrays."""
-        return self._device
-
-    @property
-    def network(self) -> Network:
-        """The traced network and its layers."""
-        return self._network
-
-    @property
-    def dense_model(self) -> nn.Module:
-        """The dense network in evaluation mode, half types in float32; not to be changed."""
-        return self._dense
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of `identity`."""
-        return identity_hash(self._identity)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The dense weights, the computation, the layers and the data, as JSON values."""
-        return self._identity
-
-    @property
-    def layers(self) -> tuple[LayerSpec, ...]:
-        """All layers with weights in execution order, those that cannot be retrained included."""
-        return self._layers
+    def sites(self) -> Mapping[str, Site]:
+        """The layers' places in the graph, by name."""
+        return self._sites
 
     @property
     def mixes(self) -> str | None:
         """Why an output depends on other samples of its batch (no bounds then), or None."""
         return self._mixes
 
+    @property
+    def nodes_run(self) -> int:
+        """Nodes of the graph that both frontiers have run, over all batches: what reading cost."""
+        return sum(f.ran for f in self._frontiers.values() if f is not None) + self._spent
+
+    _spent = 0
+
     def count(self, name: str) -> int:
-        """Return the number of rows of a layer: samples times positions.
+        """Return the number of rows of a layer.
 
         Parameters
         ----------
@@ -173,9 +177,10 @@ class TorchStream:
         Returns
         -------
         int
-            Number of rows.
+            Samples times positions, those that an attention mask excludes left out.
         """
-        return len(self._data) * self._positions[self._retrainable(name).name]
+        self._retrainable(name)
+        return sum(self._rows_of_batch(name, batch) for batch in range(self._batches))
 
     # --- weights --------------------------------------------------------------------------------
 
@@ -197,10 +202,11 @@ class TorchStream:
             Weight matrix, the bias last.
         """
         spec = self._retrainable(name, group)
-        module = (self._dense if dense else self._current).get_submodule(name)
-        values = matrix(module, group)
-        if spec.bias:
-            values = torch.cat([values, bias_of(module, group)[None]])
+        weight, bias, how, arguments = self._parts(name, self._dense if dense else self._current)
+        values = how.matrix(weight, arguments, group)
+        if bias is not None:
+            units = spec.shape[1]
+            values = torch.cat([values, bias[group * units : (group + 1) * units][None]])
         return values.detach().clone()
 
     def commit(self, name: str, weight: Array, group: int = 0) -> None:
@@ -222,22 +228,66 @@ class TorchStream:
             after the cast.
         """
         spec = self._retrainable(name, group)
-        wanted = (spec.shape[0] + spec.bias, spec.shape[1])
-        new = weight if isinstance(weight, Tensor) else torch.tensor(np.asarray(weight))
-        if tuple(new.shape) != wanted:
-            raise ValueError(
-                f"weight: got shape {tuple(new.shape)}, want {wanted} for layer {name!r}"
-            )
-        module = self._model.get_submodule(name)
-        new = new.detach().to(self._device, cast("Tensor", module.weight).dtype)
-        if not torch.isfinite(new).all():
-            raise ValueError(f"weight: layer {name!r} got NaN or infinity in {new.dtype}")
-        for network in {self._model, self._current}:
-            write(network.get_submodule(name), group, new)
+        own = self._parts(name, self._model)[0].dtype
+        new = self._own_weight(spec, weight, own)
+        self._part_current(name)
+        n_in, units = spec.shape
+        with torch.no_grad():
+            for network in {self._model, self._current}:
+                target, bias, how, arguments = self._parts(name, network)
+                values = how.unmatrix(new[:n_in], target, arguments, group)
+                how.part(target, arguments, group).copy_(values)
+                if bias is not None:
+                    bias[group * units : (group + 1) * units].copy_(new[n_in])
         self._changed.add(name)
-        self._norms = {key: value for key, value in self._norms.items() if key[0] != name or key[2]}
+        self._norms = {key: value for key, value in self._norms.items() if key[0] != name or key[3]}
+
+    def _parts(
+        self, name: str, network: nn.Module
+    ) -> tuple[Tensor, Tensor | None, Operation, dict[str, Any]]:
+        """Return a layer's weight and bias in one of the networks, and how they are used."""
+        site = self._sites[name]
+        assert site.operation is not None
+        table = self._tables[id(network)]
+        arguments = arguments_of(site.calls[0])
+        weight = view_of(arguments[site.operation.weight], self._captured, table)
+        bias = arguments.get(site.operation.bias) if site.operation.bias else None
+        made = None if bias is None else view_of(bias, self._captured, table)
+        return weight, made, site.operation, arguments
+
+    def _part_current(self, name: str) -> None:
+        """Let the current network leave the dense one before the layer that changes."""
+        first = self._plan.place[self._sites[name].calls[0]]
+        current = self._frontiers[False]
+        dense = self._frontiers[True]
+        assert dense is not None
+        if current is None:
+            if dense.place <= first:
+                parted = dense.copy()
+                parted.tensors = self._tables[id(self._current)]
+                self._frontiers[False] = parted
+            else:
+                self._frontiers[False] = self._begin(dense=False)
+        elif current.place > first:
+            self._spent += current.ran
+            self._frontiers[False] = self._begin(dense=False)
 
     # --- activations ----------------------------------------------------------------------------
+
+    def _begin(self, *, dense: bool) -> Frontier:
+        table = self._tables[id(self._dense if dense else self._current)]
+        return Frontier(self._plan, table, self._feed, self._batches, LIVE)
+
+    def _at(self, place: int, *, dense: bool) -> Frontier:
+        """Move a frontier to a place; begin anew where it is beyond."""
+        frontier = self._frontiers[dense]
+        if frontier is None:
+            return self._at(place, dense=True)
+        if frontier.place > place:
+            self._spent += frontier.ran
+            frontier = self._frontiers[dense] = self._begin(dense=dense)
+        frontier.advance(place)
+        return frontier
 
     def batches(
         self, name: str, group: int = 0, *, rows: np.ndarray | None = None
@@ -263,51 +313,110 @@ class TorchStream:
         ValueError
             If the layer cannot be retrained, or `rows` are not increasing row numbers of the layer.
         """
-        spec = self._retrainable(name, group)
+        self._retrainable(name, group)
         if rows is not None:
-            rows = np.asarray(rows)
-            count = self.count(name)
-            if rows.ndim != 1 or rows.dtype.kind not in "iu" or (np.diff(rows) <= 0).any():
-                raise ValueError("rows: want different row numbers in increasing order")
-            if rows.size and (rows[0] < 0 or rows[-1] >= count):
-                raise ValueError(f"rows: got {rows[0]} to {rows[-1]}, layer {name!r} has {count}")
-        return self._batches(spec, group, rows)
+            rows = check_rows(rows, self.count(name), name)
+        return self._read(name, group, rows)
 
-    def _batches(
-        self, spec: LayerSpec, group: int, rows: np.ndarray | None
-    ) -> Iterator[LayerBatch]:
-        positions = self._positions[spec.name]
-        dense_layer = self._dense.get_submodule(spec.name)
-        before = [s.name for s in self._layers[: self._layers.index(spec)]]
-        changed = any(name in self._changed for name in before)
-        for start in range(0, len(self._data), self._batch_size):
-            stop = min(start + self._batch_size, len(self._data))
-            chosen = np.arange(start * positions, stop * positions)
+    def _read(self, name: str, group: int, rows: np.ndarray | None) -> Iterator[LayerBatch]:
+        calls = self._sites[name].calls
+        place = self._plan.place[calls[0]]
+        dense, current = self._at(place, dense=True), self._at(place, dense=False)
+        start = 0
+        for batch in range(self._batches):
+            count = self._rows_of_batch(name, batch)
+            chosen = np.arange(count)
             if rows is not None:
-                chosen = rows[slice(*np.searchsorted(rows, (start * positions, stop * positions)))]
-                if not chosen.size:
+                chosen = rows[slice(*np.searchsorted(rows, (start, start + count)))] - start
+            if chosen.size:
+                mine = self._received(dense, name, batch, place, responses=True)
+                theirs = mine
+                if current is not dense:
+                    theirs = self._received(current, name, batch, place, responses=False)
+                yield from self._pieces(name, group, batch, mine, theirs, chosen, start)
+            start += count
+
+    def _received(
+        self, frontier: Frontier, name: str, batch: int, place: int, *, responses: bool
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Return what each call of a layer receives for a batch, and what it answers."""
+        site = self._sites[name]
+        assert site.operation is not None
+        values: Values = dict(frontier.values(batch))
+        found: list[tuple[Tensor, Tensor | None]] = []
+        for call in site.calls:
+            if self._plan.place[call] > place:
+                # Only a layer that is called again needs what lies between.
+                values = frontier.walk(batch, values, place, self._plan.place[call])
+                place = self._plan.place[call]
+            received = frontier.value(arguments_of(call)[site.operation.input], values)
+            answered = None
+            if responses:
+                # The dense network's weights stay, so what is answered is what comes next.
+                ahead = self._plan.place[call] == frontier.place
+                with torch.no_grad():
+                    answered = (
+                        frontier.answer(batch, call, values)
+                        if ahead
+                        else frontier.evaluate(call, values)
+                    )
+            found.append((received.to(self._dtype), answered))
+        return found
+
+    def _pieces(
+        self,
+        name: str,
+        group: int,
+        batch: int,
+        mine: list[tuple[Tensor, Tensor | None]],
+        theirs: list[tuple[Tensor, Tensor | None]],
+        chosen: np.ndarray,
+        start: int,
+    ) -> Iterator[LayerBatch]:
+        """Lay a batch's inputs and responses out as rows, some samples at a time."""
+        spec = self._sites[name].spec
+        weight, _, how, _ = self._parts(name, self._dense)
+        offset = 0
+        for call, (x, y), (other, _) in zip(self._sites[name].calls, mine, theirs, strict=True):
+            arguments = arguments_of(call)
+            assert y is not None
+            kept = self._kept_rows(call, batch)
+            whole = self._rows[call][self._size(batch)]
+            samples = len(x) if whole % max(len(x), 1) == 0 and len(y) == len(x) else 1
+            each = whole // samples
+            step = max(1, BLOCK // max(1, each * (spec.shape[0] + 1))) if samples > 1 else 1
+            positions = np.arange(whole) if kept is None else kept
+            wanted = chosen[(chosen >= offset) & (chosen < offset + len(positions))]
+            numbers = positions[wanted - offset]  # of the rows within this call
+            for first in range(0, samples, step):
+                low, high = first * each, min(first + step, samples) * each
+                here = slice(*np.searchsorted(numbers, (low, high)))
+                pick = torch.from_numpy(numbers[here] - low).to(self._device)
+                if not len(pick):
                     continue
-            # The whole batch runs even for a few rows: other shapes could round differently.
-            dense, responses = self._read(self._dense, spec.name, start, stop)
-            inputs = self._read(self._current, spec.name, start, stop)[0] if changed else dense
-            for piece in pieces(chosen, positions, spec):
-                samples, local = np.unique(piece // positions - start, return_inverse=True)
-                pick = torch.from_numpy(local * positions + piece % positions).to(self._device)
-                which = torch.from_numpy(samples).to(self._device)
+                part = slice(first, first + step) if samples > 1 else slice(None)
 
-                def rows_of(values: Tensor, which: Tensor = which, pick: Tensor = pick) -> Tensor:
-                    return input_rows(dense_layer, values[which], group)[pick]
+                def rows_of(
+                    values: Tensor, part: slice = part, pick: Tensor = pick, args: Any = arguments
+                ) -> Tensor:
+                    found = how.rows(values[part], weight, args, group)
+                    found = found if len(pick) == len(found) else found[pick]
+                    if spec.bias:
+                        found = torch.cat([found, found.new_ones(len(found), 1)], dim=1)
+                    return found
 
-                dense_rows = rows_of(dense)
+                dense_rows = rows_of(x)
+                answers = how.responses(y[part], arguments, group).to(self._dtype)
                 yield LayerBatch(
-                    rows_of(inputs) if changed else dense_rows,
+                    dense_rows if other is x else rows_of(other),
                     dense_rows,
-                    response_rows(dense_layer, responses[which], group)[pick],
-                    piece.astype(np.int64),
+                    answers if len(pick) == len(answers) else answers[pick],
+                    (wanted[here] + start).astype(np.int64),
                 )
+            offset += len(positions)
 
     def outputs(self, *, dense: bool) -> Iterator[Tensor]:
-        """Yield the network's outputs batch by batch.
+        """Yield the network's main outputs batch by batch.
 
         Parameters
         ----------
@@ -319,40 +428,21 @@ class TorchStream:
         Tensor, shape (samples, ...)
             Outputs of one batch.
         """
-        network = self._dense if dense else self._current
-        for start in range(0, len(self._data), self._batch_size):
-            with torch.no_grad():
-                answered = network(self._inputs(start, start + self._batch_size))
-            yield answered.detach()
+        if not dense and self._frontiers[False] is None:
+            dense = True
+        frontier = self._frontiers[dense]
+        assert frontier is not None
+        end = len(self._plan.nodes)
+        for batch in range(self._batches):
+            if dense and frontier.place == 0 and batch in self._surveyed:
+                yield self._surveyed[batch]
+                continue
+            # The frontier stays where it is: layers after it are still to be read.
+            values = frontier.run(batch, frontier.place, end)
+            yield frontier.value(self._captured.output, values).detach()
 
-    def _inputs(self, start: int, stop: int) -> Tensor:
-        """Copy samples to the device, so that a network that works in place cannot change them."""
-        part = self._data.x[start:stop]
-        values = torch.tensor(part, dtype=self._dtype, device=self._device)
-        return values.reshape(len(part), *self._shape)
-
-    def _read(self, network: nn.Module, name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Run a batch up to a layer; return the layer's input and its response."""
-        seen: list[tuple[Tensor, Tensor]] = []
-
-        def stop_here(_: nn.Module, received: tuple[Tensor, ...], answered: Tensor) -> None:
-            seen.append((received[0].detach(), answered.detach()))
-            raise _Reached
-
-        handle = network.get_submodule(name).register_forward_hook(stop_here)
-        try:
-            with torch.no_grad():
-                network(self._inputs(start, stop))
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
-        received, answered = seen[0]
-        module = network.get_submodule(name)
-        count = min(stop, len(self._data)) - start
-        # Under the network's own autocast a layer's response can be of a half type.
-        received, answered = received.to(self._dtype), answered.to(self._dtype)
-        return by_sample(module, received, count), by_sample(module, answered, count)
+    def _feed(self, batch: int) -> list[Tensor]:
+        return [value for _, value in self.batch(batch)]
 
     # --- bounds ---------------------------------------------------------------------------------
 
@@ -376,36 +466,44 @@ class TorchStream:
             Factor, or the reason why none is known.
         """
         layer(self, name)
-        graph, node = self._network.graph, self._network.nodes.get(name)
-        if graph is None or node is None:
-            return Gain(None, f"layer {name!r} has no single place in a traced network")
-        found = self._gains(graph, norm, dense=False)[node]
-        # The factor assumes that samples do not depend on each other.
+        found = self._gain_of(name, gains(self._network(norm, dense=False)))
         mixed = found.value is not None and self._mixes is not None
         return Gain(None, self._mixes) if mixed else found
 
-    def _gains(self, graph: fx.Graph, norm: Norm, *, dense: bool) -> dict[fx.Node, Gain]:
-        """Compute G of every node (`retrain.adapters.network.gain`), dense or current network."""
-        if self._shapes is None:
-            first = self._inputs(0, 1)  # twice, since a batch of one would hide broadcasting
-            self._shapes = _node_shapes(self._dense, graph, torch.cat([first, first]))
-        network = self._dense if dense else self._current
-        modules = dict(network.named_modules())
+    def _gain_of(self, name: str, found: Mapping[fx.Node, Gain]) -> Gain:
+        """Factor from a layer.
 
-        def norms(name: str, scale: Tensor | None) -> float:
-            return self._layer_norm(name, norm, scale, dense=dense)
+        Of one that is called several times, sqrt(sum_c G(c)²): by Cauchy and Schwarz, the sum over
+        its calls c of e_c G(c) is at most that times sqrt(sum_c e_c²).
+        """
+        each = [found[node] for node in self._sites[name].calls]
+        if not each:
+            return Gain(None, "it is not a layer that the forward pass runs")
+        values = [gain.value for gain in each if gain.value is not None]
+        if len(values) < len(each):
+            return next(gain for gain in each if gain.value is None)
+        return each[0] if len(each) == 1 else Gain(math.hypot(*values))
 
-        return gains(graph, modules, norms, self._shapes)
+    def _network(self, norm: Norm, *, dense: bool) -> Network:
+        """The dense or the current network as the rules for factors see it."""
+        table = self._tables[id(self._dense if dense else self._current)]
+        frontier = Frontier(self._plan, table, self._feed, 0, 0)
+        places = {call: name for name, site in self._sites.items() for call in site.calls}
 
-    def _layer_norm(self, name: str, norm: Norm, scale: Tensor | None, *, dense: bool) -> float:
-        """Compute the norm of a layer as a map, without the bias; cached until the next commit."""
-        dense = dense or name not in self._changed
-        # A batch norm is not retrained, so a layer has at most one scale.
-        key = (name, norm, dense, scale is not None)
-        if key not in self._norms:
-            module = (self._dense if dense else self._current).get_submodule(name)
-            self._norms[key] = known_kind(module).norm(module, norm, scale)
-        return self._norms[key]
+        def value(node: fx.Node) -> Any:
+            return frontier.value(node, {})
+
+        def norms(node: fx.Node, scale: Tensor | None) -> float:
+            """Cached until the next commit; a batch norm is not retrained, so scales stay."""
+            name = places.get(node, node.name)
+            key = (name, node, norm, dense or name not in self._changed, scale is not None)
+            if key not in self._norms:
+                how, arguments = OPERATIONS[name_of(node)], arguments_of(node)
+                weight = value(arguments[how.weight])
+                self._norms[key] = operator_norm(how, weight, arguments, norm, scale)
+            return self._norms[key]
+
+        return Network(self._plan, value, norms)
 
     def output_layer(self) -> tuple[str | None, str]:
         """Name the layer whose activated response is the network's output.
@@ -417,18 +515,15 @@ class TorchStream:
         reason : str
             Why there is none; empty with a name.
         """
-        graph = self._network.graph
         if self._mixes is not None:
             return None, self._mixes
-        if graph is None:
-            return None, "the network could not be traced"
-        node, reason = output_source(graph, dict(self._dense.named_modules()))
+        node, reason = output_source(self._plan)
         if node is None:
             return None, reason
-        found = self._gains(graph, "frobenius", dense=True)[node]
-        if found.value is None:  # something overwrites the response in place
-            return None, str(found.reason)
-        return str(node.target), ""
+        name = next((n for n, site in self._sites.items() if node in site.calls), None)
+        if name is None or len(self._sites[name].calls) != 1:
+            return None, f"the output is of a layer that is used several times, {name}"
+        return name, ""
 
     def passage(self) -> Passage:
         """Send the data through both networks once, and measure what the bounds need.
@@ -437,239 +532,206 @@ class TorchStream:
         -------
         Passage
             Deviations, discrepancies and the allowance for rounding.
-        """
-        changed_layers = {
-            spec.name: spec.follows
-            for spec in self._layers
-            if spec.name in self._changed and changed(self, spec)
-        }
-        starts = range(0, len(self._data), self._batch_size)
-        samples = (self._inputs(start, start + self._batch_size) for start in starts)
-        graph = self._network.graph
-        if graph is None or self._mixes is not None or not changed_layers:
-            reason = (self._mixes or "the network could not be traced") if changed_layers else None
-            pair = self._own() or (self._dense, self._current)
-            return measure_outputs(pair, samples, reason)
-        given, gains = (self._gains(graph, "spectral", dense=dense) for dense in (True, False))
-        assert self._shapes is not None
-        networks = Networks(self._dense, self._current, self._own(), graph, self._shapes)
-        return measure(networks, changed_layers, (given, gains), self.output_layer()[0], samples)
 
-    def _own(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None:
+        Notes
+        -----
+        Where a changed layer has no factor, the outputs alone are measured.
+        """
+        names = [
+            spec.name for spec in self._layers if spec.name in self._changed and changed(self, spec)
+        ]
+        found = [gains(self._network("spectral", dense=dense)) for dense in (True, False)]
+        reasons = {name: self._gain_of(name, found[1]).reason for name in names}
+        reason = next((f"{name}: {text}" for name, text in reasons.items() if text), None)
+        samples = len(self._data)
+        if names and reason is None:
+            reason = self._mixes or self._stray()
+        if not names or reason is not None:
+            return measure_outputs(self._outputs(), range(self._batches), reason, samples)
+        places = {
+            node: (name, self._sites[name].spec.follows)
+            for name in names
+            for node in self._sites[name].calls
+        }
+        tables = self._tables[id(self._dense)], self._tables[id(self._current)]
+        pair = Pair(self._plan, tables, self._own(), self._feed, self._batches)
+        last = self.output_layer()[0]
+        node = None if last is None else self._sites[last].calls[0]
+        return measure(pair, places, (found[0], found[1]), node, samples)
+
+    def _outputs(self) -> Outputs:
+        """Both networks' outputs by batch, in the types that they are saved in."""
+        streamed = tuple(iter(self.outputs(dense=dense)) for dense in (True, False))
+        own = self._own()
+        if own is not None:
+            return own
+        return cast("Outputs", tuple(lambda _, each=each: next(each) for each in streamed))
+
+    def _own(self) -> Outputs | None:
         """The dense and the current network in half types, where those are theirs and run here."""
         if self._given is None:
             return None
         dtype = next(p.dtype for p in self._given.parameters() if p.is_floating_point())
-        dense, current = self._given, self._model
+
+        def runs(network: nn.Module) -> Callable[[int], Tensor]:
+            def run(batch: int) -> Tensor:
+                inputs = self.batch(batch)
+                cast_ = tuple((n, v.to(dtype) if v.is_floating_point() else v) for n, v in inputs)
+                with torch.no_grad():
+                    return forward(network, cast_)
+
+            return run
+
+        networks = runs(self._given), runs(self._model)
         try:
-            with torch.no_grad():
-                dense(self._inputs(0, 1).to(dtype))
+            networks[0](0)
         except (RuntimeError, TypeError) as error:
             text = str(error).partition("\n")[0]
             _log.warning("bounds: measured in float32; %s does not run here: %s", dtype, text)
             return None
-        return lambda batch: dense(batch.to(dtype)), lambda batch: current(batch.to(dtype))
+        return networks
 
     # --- checks at the start --------------------------------------------------------------------
 
-    def _probe(self) -> tuple[tuple[LayerSpec, ...], dict[str, int], str | None]:
-        """Run a few samples in several batches, to find layers whose rows depend on other samples.
+    def _capture(self, like: TorchStream | None) -> Captured:
+        """Capture the network on the first samples, or take the graph of the same network."""
+        if like is not None and self._signature() == like._signature():
+            if like._captured.batch is not None:
+                self._batch_size = 1
+            return like._captured
+        count = min(len(self._data), self._batch_size)
+        network = unrolled(self._dense) if self._longest() <= STEPS else self._dense
+        example = self.inputs(0, count) if count > 1 else self._few()
+        captured = capture(network, example)
+        if captured.batch is not None and self._batch_size != 1:
+            _log.info("reading: the network fixes its batch; one sample is sent at a time")
+            self._batch_size = 1
+            captured = capture(network, self.inputs(0, 1))
+        return captured
 
-        A layer whose input for a sample changes with the other samples of the batch, or is not laid
-        out one sample after the other, cannot be retrained row by row.
+    def _signature(self) -> list[tuple[Any, ...]]:
+        """Names, types and shapes of a sample's inputs."""
+        found: list[tuple[Any, ...]] = [(n, v.dtype, v.shape[1:]) for n, v in self.inputs(0, 1)]
+        return [*found, (self._device, self._dtype)]
 
-        Returns
-        -------
-        layers : tuple of LayerSpec
-            All layers, those that cannot be retrained with the reason.
-        positions : dict from str to int
-            Number of rows per sample, by layer.
-        mixes : str or None
-            Why the network's outputs depend on other samples of the batch; None where they do not.
-        """
-        specs = [found.spec for found in self._network.layers]
-        open_specs = [spec for spec in specs if spec.reason is None]
-        probe = self._ask(self._dense, open_specs, self._dtype)
-        wide: list[Probe] = []
+    def _longest(self) -> int:
+        """Largest size of an input's second axis: the steps of a sequence, if it is one."""
+        arrays = self._data.arguments(integers=True)
+        return max((v.shape[1] for _, v in arrays if v.ndim > 1), default=1)
 
-        def separate(name: str, *, axes: int | None = None) -> bool:
-            """Probe, and again in float64, where rounding cannot be taken for mixing."""
-            if probe.separate(name, axes=axes):
-                return True
-            if not wide and self._dtype != torch.float64:
-                with suppress(ValueError):  # a network that computes in one type only
-                    network = copy.deepcopy(self._dense).double()
-                    wide.append(self._ask(network, open_specs, torch.float64))
-            return any(again.reached(name) and again.separate(name, axes=axes) for again in wide)
-
-        positions: dict[str, int] = {}
-        for i, spec in enumerate(specs):
-            if spec.reason is not None:
-                continue
-            if not probe.reached(spec.name):
-                specs[i] = replace(spec, reason="the forward pass does not reach it on this data")
-            elif not separate(spec.name, axes=self._kind(spec).input_axes):
-                specs[i] = replace(spec, reason="its input is not one sample after the other")
-            else:
-                module = self._dense.get_submodule(spec.name)
-                positions[spec.name] = len(input_rows(module, probe.one(spec.name), 0))
-        if probe.refused is not None and len(self._data) % self._batch_size == 1:
-            raise ValueError(
-                f"data: the last batch of {self._data.name!r} has one sample, and the network "
-                f"cannot take one alone ({probe.refused}); use one sample more or less"
-            )
-        mixes = None if separate("") else "an output depends on the other samples of its batch"
-        return tuple(specs), positions, mixes
-
-    def _kind(self, spec: LayerSpec) -> Kind:
-        return known_kind(self._dense.get_submodule(spec.name))
-
-    def _ask(self, network: nn.Module, specs: list[LayerSpec], dtype: torch.dtype) -> Probe:
-        """Probe a network with a few samples of the data."""
-        company = self._inputs(0, min(len(self._data), self._batch_size)).to(dtype)
-        places = sorted({0, len(self._data) // 2, len(self._data) - 1})
-        some = torch.cat([self._inputs(i, i + 1) for i in places]).to(dtype)
-        return Probe(
-            variants(some, company),
-            company,
-            lambda values, count: self._run(network, specs, values, count),
-        )
-
-    def _run(
-        self, network: nn.Module, specs: list[LayerSpec], values: Tensor, count: int
-    ) -> dict[str, Tensor]:
-        """Run samples; return what each layer received for the first `count`, and the output.
-
-        Keys are the layers' names, and "" for the output; tensors are cloned.
-        """
-        received: dict[str, Tensor] = {}
-        entered: list[tuple[str, nn.Module, torch.Size]] = []
-        samples = len(values)
-
-        def part(value: Tensor) -> Tensor:
-            rows = len(value) // samples * count if value.ndim and len(value) % samples == 0 else 0
-            return (value[:rows] if rows else value).detach().clone()
-
-        with ExitStack() as hooks:
-            for spec in specs:
-                module = network.get_submodule(spec.name)
-
-                def keep(
-                    module: nn.Module, args: tuple[Tensor, ...], name: str = spec.name
-                ) -> None:
-                    entered.append((name, module, args[0].shape))
-                    received[name] = part(args[0])
-
-                hooks.callback(module.register_forward_pre_hook(keep).remove)
-            try:
-                with torch.no_grad():
-                    output = network(values.clone())
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise ValueError(self._misfit(entered, error)) from error
-        if not isinstance(output, Tensor) or output.shape[:1] != values.shape[:1]:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"model: returned {got} for {samples} samples, want one tensor whose first "
-                "axis is the sample"
-            )
-        received[""] = part(output)
-        return received
-
-    def _misfit(self, entered: list[tuple[str, nn.Module, torch.Size]], error: Exception) -> str:
-        """Say why the network cannot take the data: which layer failed, or torch's first line."""
-        shape = tuple(self._data.x.shape[1:])
-        if entered:
-            name, module, got = entered[-1]
-            kind = kind_of(module)
-            misfit = None if kind is None else kind.misfit(module, got)
-            if misfit is not None:
-                return f"data: layer {name!r} wants {misfit}; samples have shape {shape}"
-        text = str(error).strip().split("\n")[0]
-        return f"data: the network cannot take samples of shape {shape}: {text}"
-
-    def _parts(self, computation: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "arrays": "torch",
-            "weights": weights_hash(self._model),
-            "computation": {**computation, "layers": [repr(spec) for spec in self._layers]},
-            "data": self._data.fingerprint,
-            "batch size": self._batch_size,
+    def _survey(self) -> tuple[dict[fx.Node, dict[int, int]], dict[fx.Node, tuple[int, ...]]]:
+        """Run a first and a last batch: how many rows each call has, by the batch's size."""
+        calls = {
+            call: site.operation
+            for site in self._sites.values()
+            if site.operation is not None
+            for call in site.calls
         }
+        rows: dict[fx.Node, dict[int, int]] = {call: {} for call in calls}
+        leading: dict[fx.Node, tuple[int, ...]] = {}
+        frontier = self._begin(dense=True)
+        for batch in sorted({0, self._batches - 1}):
+            size = self._size(batch)
 
-    def _retrainable(self, name: str, group: int = 0) -> LayerSpec:
-        spec = layer(self, name)
-        if spec.reason is not None:
-            raise ValueError(f"name: layer {name!r} cannot be retrained: {spec.reason}")
-        if not 0 <= group < spec.groups:
-            raise ValueError(f"group: got {group}, layer {name!r} has {spec.groups}")
+            def look(node: fx.Node, values: Values, size: int = size) -> None:
+                how = calls.get(node)
+                if how is None:
+                    return
+                answered = values[node]
+                rows[node][size] = len(how.responses(answered, arguments_of(node), 0))
+                received = frontier.value(arguments_of(node)[how.input], values)
+                if size == self._size(0):
+                    leading[node] = tuple(received.shape[:-1])
+
+            values = frontier.run(batch, 0, len(self._plan.nodes), look)
+            output = frontier.value(self._captured.output, values)
+            self._surveyed[batch] = output.detach()
+            if output.shape[:1] != (size,):
+                raise ValueError(
+                    f"model: returned {tuple(output.shape)} for {size} samples, want an output "
+                    "whose first axis is the sample"
+                )
+        self._spent += frontier.ran
+        return rows, leading
+
+    def _some(self) -> Inputs:
+        """A few samples, enough to show whether they are mixed."""
+        return self.inputs(0, 1 if self._captured.batch is not None else 4)
+
+    def _stray(self) -> str | None:
+        """Say that the graph does not compute what the forward pass does, if so."""
+        some = self._some()
+        table = self._tables[id(self._dense)]
+        frontier = Frontier(self._plan, table, lambda _: [value for _, value in some], 1, math.inf)
+        own = self._answer(self._dense, some)
+        try:
+            values = frontier.run(0, 0, len(self._plan.nodes))
+        except ValueError as error:  # the graph counts on as many samples as it was captured on
+            return f"the captured graph fails on {len(some[0][1])} samples: {error.__cause__}"
+        found = frontier.value(self._captured.output, values)
+        size = frobenius(own)
+        far = own.shape != found.shape or (
+            math.isfinite(size) and frobenius(own.double() - found.double()) > _SAME * size
+        )
+        return "the captured graph gives other outputs than the network" if far else None
+
+    def _mixed(self) -> str | None:
+        """Say that an output depends on other samples of its batch, where a few samples show it.
+
+        A sample beside copies of itself runs in the same kernels as beside others, so any
+        difference counts; in another order, it has to be beyond rounding.
+        """
+        some = self._some()
+        count = len(some[0][1])
+        if count == 1:
+            return None
+        alone = tuple((name, value[[0] * count]) for name, value in some)
+        turned = tuple((name, value.flip(0)) for name, value in some)
+        own, same, back = (self._answer(self._dense, each) for each in (some, alone, turned))
+        own, same, back = (value.nan_to_num() for value in (own, same, back.flip(0)))
+        far = frobenius(back.double() - own.double()) > _SAME * frobenius(own)
+        if not torch.equal(own[0], same[0]) or far:
+            return "an output depends on the other samples of its batch"
+        return None
+
+    def _kept_rows(self, call: fx.Node, batch: int) -> np.ndarray | None:
+        """Numbers of a call's rows that are not padding; None where all count."""
+        mask = self._data.mask
+        shape = self._leading.get(call)
+        if mask is None or shape is None or shape[:2] != (self._size(0), mask.shape[1]):
+            return None
+        if len(shape) != 2:
+            return None
+        start = batch * self._batch_size
+        return np.flatnonzero(mask[start : start + self._batch_size].reshape(-1))
+
+    def _rows_of_batch(self, name: str, batch: int) -> int:
+        total = 0
+        for call in self._sites[name].calls:
+            kept = self._kept_rows(call, batch)
+            total += self._rows[call][self._size(batch)] if kept is None else len(kept)
+        return total
+
+    def _judged(self, site: Site) -> LayerSpec:
+        """A layer's description; a reason where the data does not reach it."""
+        spec = site.spec
+        if spec.reason is None and self._random:
+            return replace(spec, reason=self._random)
+        if spec.reason is None and not all(self._rows[call] for call in site.calls):
+            return replace(spec, reason="the forward pass does not reach it on this data")
         return spec
 
 
-def fit_samples(model: nn.Module, x: np.ndarray) -> np.ndarray:
-    """Reshape samples to the form that a network takes, as streams do, for training loops.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Network; it is not changed.
-    x : ndarray, shape (n_samples, ...)
-        Samples, as in `retrain.data.arrays.Data.x`.
-
-    Returns
-    -------
-    ndarray, shape (n_samples, n_features) or the original shape
-        View of `x`.
-    """
-    copied = evaluation_copy(model)
-    return x.reshape(len(x), *sample_shape(find_layers(copied), copied, x.shape[1:]))
-
-
-def sample_shape(network: Network, model: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape in which a network takes a sample that is stored in `shape`.
-
-    That is `shape`, except that images are flattened for a network which passes its input to a
-    dense layer of that many inputs.
-
-    Parameters
-    ----------
-    network : Network
-        Traced network.
-    model : nn.Module
-        Module that was traced.
-    shape : tuple of int
-        Shape of a stored sample.
-
-    Returns
-    -------
-    tuple of int
-        Shape of a sample for the network.
-    """
-    features = int(np.prod(shape))
-    if network.graph is None or len(shape) == 1:
-        return shape
-    node = next(node for node in network.graph.nodes if node.op == "placeholder")
-    modules = dict(model.named_modules())
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, nn.Linear):
-            wide = module.in_features == features and shape[-1] != features
-            return (features,) if wide else shape
-        if not isinstance(module, nn.Dropout | nn.Identity):
-            break
-    return shape
-
-
-def _node_shapes(model: nn.Module, graph: fx.Graph, samples: Tensor) -> dict[fx.Node, Any]:
-    """Run the graph on some samples; return the shapes of its tensors, and its other values."""
-    shapes: dict[fx.Node, Any] = {}
-
-    class Shapes(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> Any:
-            value = super().run_node(node)
-            shapes[node] = value.shape if isinstance(value, Tensor) else value
-            return value
-
-    with torch.no_grad():
-        Shapes(model, graph=graph).run(samples)
-    return shapes
+def _random(captured: Captured) -> str | None:
+    """Say that a network is random in evaluation mode, where an operation is."""
+    for node in captured.graph.nodes:
+        if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            continue
+        arguments = arguments_of(node)
+        shares = [arguments.get(key) for key in ("p", "dropout_p", "dropout")]
+        still = any(share == 0 for share in shares if share is not None) or any(
+            arguments.get(key) is False for key in ("train", "training")
+        )
+        if not still:
+            return f"the network is random in evaluation mode ({label(node)})"
+    return None

@@ -3,13 +3,13 @@
 A state dict holds tensors and no function: a maximum pool has the same as an average pool. So this
 records three things, each of which covers what the others miss:
 
-* ``steps``: the traced forward pass (`torch.fx`), where it can be traced: operations, their order,
-  the numbers in them;
+* ``steps``: the captured forward pass (`torch.export`), where it can be captured: operations, their
+  order, the numbers in them;
 * ``modules``: every module's class, its plain attributes and its hooks (a stride, a norm's eps, a
   tensor that is not a buffer);
 * ``code``: for every class that is not of an installed package, its methods' byte code and the
-  functions and global values that these name (a branch that the trace did not take, a context that
-  it does not see).
+  functions and global values that these name (a branch that the capture did not take, a context
+  that it does not see).
 
 Names of packages stand for their code; their versions are in a run's identity. What code reads
 while it runs (a file, the environment, a name assembled from text) is not covered.
@@ -17,7 +17,6 @@ while it runs (a file, the environment, a name assembled from text) is not cover
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import io
@@ -28,7 +27,6 @@ import sysconfig
 import types
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from retrain.adapters.network.find import trace
+from retrain.adapters.network.capture import Captured, arguments_of, name_of
 from retrain.adapters.network.tensors import tensor_bytes
 
 _LONGEST = 1000
@@ -97,11 +95,7 @@ _NOT_IN_CLASSES = (
 
 
 def structure(
-    module: nn.Module,
-    graph: fx.Graph | None,
-    traced: nn.Module | None = None,
-    *,
-    training: bool = False,
+    module: nn.Module, captured: Captured | None, *, training: bool = False
 ) -> dict[str, Any]:
     """Record what a module computes.
 
@@ -109,10 +103,8 @@ def structure(
     ----------
     module : nn.Module
         Network; it is not changed.
-    graph : fx.Graph or None
-        Its traced forward pass, in the mode of `training`; None where it cannot be traced.
-    traced : nn.Module, optional
-        Copy that was traced: tracing adds constants and values of its own to a module.
+    captured : Captured or None
+        Its captured forward pass; None where it cannot be captured, or is not.
     training : bool
         Whether the network is to be trained; then settings that evaluation ignores, such as a
         dropout's share, are recorded too.
@@ -125,7 +117,7 @@ def structure(
     """
     writer = _Writer(module, training)
     modules = {name or "(root)": writer.module(part) for name, part in module.named_modules()}
-    steps = [] if graph is None else list(_steps(traced or module, graph, writer))
+    steps = [] if captured is None else list(_steps(captured, writer))
     return {"steps": steps, "modules": modules, "code": dict(sorted(writer.code.items()))}
 
 
@@ -135,19 +127,16 @@ def training_structure(module: nn.Module) -> dict[str, Any]:
     Parameters
     ----------
     module : nn.Module
-        Network, in any mode; a copy of it is traced, where it can be copied.
+        Network, in any mode.
 
     Returns
     -------
     dict
-        Entries of `structure`, and ``frozen``: names of parameters without a gradient.
+        Entries of `structure`, and ``frozen``: names of parameters without a gradient. There are
+        no steps: a forward pass in training mode is not captured, its modules and code are.
     """
-    graph, traced = None, module
-    with suppress(RuntimeError, TypeError):  # the old weight norm; its modules and code remain
-        traced = copy.deepcopy(module).train()
-        graph = trace(traced)[0]
     frozen = [name for name, tensor in module.named_parameters() if not tensor.requires_grad]
-    return {**structure(module, graph, traced, training=True), "frozen": frozen}
+    return {**structure(module, None, training=True), "frozen": frozen}
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -180,29 +169,35 @@ def _other(value: Any) -> bytes:
 # --- the graph ------------------------------------------------------------------------------------
 
 
-def _steps(module: nn.Module, graph: fx.Graph, writer: _Writer) -> Iterator[str]:
+_EVALUATED = ("batch_norm", "dropout", "feature_dropout", "alpha_dropout")
+
+
+def _steps(captured: Captured, writer: _Writer) -> Iterator[str]:
     """Yield the graph's nodes in words; a value is named by the number of its step."""
-    numbers = {node: number for number, node in enumerate(graph.nodes)}
-    state = module.state_dict().keys()
+    numbers = {node: number for number, node in enumerate(captured.graph.nodes)}
 
     def named(value: Any) -> Any:
         return fx.node.map_arg(value, lambda node: _Reference(numbers[node]))
 
-    for node in graph.nodes:
-        parts = [writer.text(part) for part in named(node.args)]
-        parts += [f"{key}={writer.text(part)}" for key, part in named(node.kwargs).items()]
-        target = str(node.target)
-        if node.op == "placeholder":
+    for node in captured.graph.nodes:
+        if name_of(node) in _EVALUATED:  # some of whose arguments evaluation ignores
+            given = named(arguments_of(node))
+            parts = [writer.text(v) for key, v in given.items() if key not in ("p", "momentum")]
+        else:
+            parts = [writer.text(part) for part in named(node.args)]
+            parts += [f"{key}={writer.text(part)}" for key, part in named(node.kwargs).items()]
+        if node in captured.tensors:
+            target = f"value of {captured.tensors[node]}"
+        elif node in captured.constants:
+            target = f"value {writer.text(captured.constants[node])}"
+        elif node.op == "placeholder":
             target = "input"
-        elif node.op == "call_method":
-            target = f".{target}"
         elif node.op == "get_attr":
-            value = _attribute(module, target)
-            target = f"value {'of ' + target if target in state else writer.text(value)}"
+            target = f"value {writer.text(_attribute(captured.module, str(node.target)))}"
         elif node.op == "call_function":
             target = writer.text(node.target)
-        elif node.op == "call_module":
-            target = f"{target}: {_class_name(type(module.get_submodule(target)))}"
+        else:
+            target = str(node.target)
         yield _short(f"{target}({', '.join(parts)})")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 HALF = (torch.float16, torch.bfloat16)
 """Half-precision types, which are converted to float32 for computing."""
@@ -25,13 +26,21 @@ def check_finite(model: nn.Module) -> None:
     Raises
     ------
     ValueError
-        If an entry is not finite; the message has the tensor's name.
+        If an entry is not finite, or a tensor has no entries yet (on the meta device, or of a lazy
+        module), or is of complex numbers; the message has the tensor's name.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not torch.isfinite(parameter).all():
+        lazy = isinstance(parameter, UninitializedTensorMixin)
+        if lazy or parameter.is_meta:
+            raise ValueError(f"model: {name!r} has no values yet; run or load the network first")
+        if parameter.is_complex():
+            raise ValueError(f"model: {name!r} is of complex numbers, which are not retrained")
+        if not torch.isfinite(parameter).all():
             raise ValueError(f"model: {name!r} has NaN or infinite entries")
     for name, buffer in model.named_buffers():
-        if not buffer.is_meta and torch.isnan(buffer).any():
+        if isinstance(buffer, UninitializedTensorMixin) or buffer.is_meta:
+            raise ValueError(f"model: {name!r} has no values yet; run or load the network first")
+        if torch.isnan(buffer).any():
             raise ValueError(f"model: {name!r} has NaN entries")
 
 

@@ -193,3 +193,37 @@ def shorter_names(names: Collection[str]) -> list[list[str]]:
     while all("." in name for name in tries[-1]) and len({n.split(".")[0] for n in tries[-1]}) == 1:
         tries.append([name.partition(".")[2] for name in tries[-1]])
     return [names for names in tries if len(set(names)) == len(names)]
+
+
+def evaluation_copy(model: nn.Module) -> nn.Module:
+    """Copy a module, without wrappers around it, and put the copy into evaluation mode.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Network; it is not changed.
+
+    Returns
+    -------
+    nn.Module
+        Copy in evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        If it is not a module, is a single layer, has weights that are computed at each call
+        (pruning masks, weight norm), or cannot be copied.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: got a {type(model).__name__}, want a torch module")
+    model = unwrapped(model)
+    check_plain_weights(model)
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"model: {type(model).__name__} has no weights")
+    if isinstance(model, nn.Linear | nn.modules.conv._ConvNd):
+        raise ValueError("model: got a single layer; wrap it in torch.nn.Sequential")
+    try:
+        return copy.deepcopy(model).eval()
+    except (RuntimeError, TypeError) as error:
+        text = str(error).split("\n")[0]
+        raise ValueError(f"model: {type(model).__name__} cannot be copied: {text}") from error
