@@ -6,6 +6,7 @@ spares each of them the seconds that importing torch takes.
 
 import atexit
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -20,8 +21,27 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that is forked should have no threads
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["retrain.api.net_trim", "retrain.report.terminal", "retrain.demo", "retrain.runs.training"]
+    [
+        "retrain.api.net_trim",
+        "retrain.report.terminal",
+        "retrain.demo",
+        "retrain.runs.training",
+        "warm",
+    ]
 )
+
+
+def _start_server() -> None:
+    """Start the process that is forked, unless it runs; this folder is on its path, for `warm`."""
+    before = os.environ.get("PYTHONPATH")
+    folders = [str(Path(__file__).parent), *([before] if before else [])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(folders)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before:
+            os.environ["PYTHONPATH"] = before
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,7 @@ class Command:
     def __init__(self, folder: Path, arguments: list[str], prepare) -> None:
         self._kept = tempfile.TemporaryDirectory()
         self.files = [Path(self._kept.name) / name for name in ("out", "err")]
+        _start_server()
         self.process = _FORKS.Process(
             target=_child, args=(str(folder), arguments, self.files, prepare)
         )
