@@ -20,10 +20,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from retrain.adapters.network.capture import arguments_of, label, name_of
+from retrain.adapters.network.fold import batch_norm_scale
 from retrain.adapters.network.frontier import Plan
 from retrain.adapters.network.norms import cover
 from retrain.adapters.network.sites import OPERATIONS
@@ -389,52 +389,6 @@ def _batch_norm(call: Call) -> float | str:
     if call.source is not arguments["input"]:
         return f"{call.label} with statistics that are computed"
     return float(batch_norm_scale(call.node, call.network.value).abs().max())
-
-
-def batch_norm_scale(node: fx.Node, value: Callable[[fx.Node], Any]) -> Tensor:
-    """Compute γ / sqrt(running variance + ε) per channel.
-
-    Parameters
-    ----------
-    node : fx.Node
-        Call of a batch norm with running statistics.
-    value : callable
-        From a node that depends on no input to its value.
-
-    Returns
-    -------
-    Tensor of float64, shape (channels,)
-        Factors, with their signs.
-    """
-    arguments = arguments_of(node)
-    variance = value(arguments["running_var"]).detach().to(torch.float64)
-    scale = 1 / torch.sqrt(variance + arguments["eps"])
-    if arguments["weight"] is not None:
-        scale = scale * value(arguments["weight"]).detach().to(torch.float64)
-    return scale
-
-
-def batch_norm_shift(node: fx.Node, value: Callable[[fx.Node], Any]) -> Tensor:
-    """Compute what a batch norm adds to each channel after scaling it: β - μ γ / σ.
-
-    Parameters
-    ----------
-    node : fx.Node
-        Call of a batch norm with running statistics.
-    value : callable
-        From a node that depends on no input to its value.
-
-    Returns
-    -------
-    Tensor of float64, shape (channels,)
-        Shifts.
-    """
-    arguments = arguments_of(node)
-    mean = value(arguments["running_mean"]).detach().to(torch.float64)
-    shift = -mean * batch_norm_scale(node, value)
-    if arguments["bias"] is not None:
-        shift = shift + value(arguments["bias"]).detach().to(torch.float64)
-    return shift
 
 
 def _max_pool(call: Call, dims: int) -> float:

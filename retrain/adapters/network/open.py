@@ -184,6 +184,8 @@ def _table(stream: Stream) -> tuple[FoundLayer, ...]:
         site = stream.sites[spec.name]
         owner = site.parameter.rpartition(".")[0]
         detail = _detail(network, owner)
+        if site.fold is not None:
+            detail = f"{detail}, {label(site.fold.norm)} folded in".removeprefix(", ")
         if len(site.calls) > 1:
             detail = ", ".join(part for part in (detail, f"called {len(site.calls)} times") if part)
         count = site.parameters
@@ -204,7 +206,7 @@ def _meets(site: Site) -> str:
     """Say in words what follows a layer's response."""
     if not site.calls:
         return ""
-    user, several = response_user(site.calls[0])
+    user, several = response_user(site.ends[0])
     if user is None:
         return "several operations" if several else "nothing"
     if user.op == "output":

@@ -34,12 +34,12 @@ import torch
 from torch import Tensor, fx
 
 from retrain.adapters.network.capture import arguments_of, label, name_of
+from retrain.adapters.network.fold import batch_norm_shift
 from retrain.adapters.network.frontier import Frontier, Plan, Values
 from retrain.adapters.network.gain import (
     DROPOUTS,
     MOVES,
     Network,
-    batch_norm_shift,
     factor,
     shape_of,
 )
@@ -124,6 +124,25 @@ class Pair:
     batches: int
 
 
+@dataclass(frozen=True, eq=False)
+class Changed:
+    """One call of a layer whose weights differ.
+
+    Attributes
+    ----------
+    name : str
+        Name of the layer.
+    follows : {"relu", "linear"}
+        Activation after its response.
+    nodes : tuple of fx.Node
+        From the call to the response.
+    """
+
+    name: str
+    follows: Follows
+    nodes: tuple[fx.Node, ...]
+
+
 def measure_outputs(
     outputs: Outputs, batches: Iterable[int], reason: str | None, samples: int
 ) -> Passage:
@@ -155,7 +174,7 @@ def measure_outputs(
 
 def measure(
     pair: Pair,
-    changed: Mapping[fx.Node, tuple[str, Follows]],
+    changed: Sequence[Changed],
     gains: Gains,
     last: fx.Node | None,
     samples: int,
@@ -166,9 +185,8 @@ def measure(
     ----------
     pair : Pair
         The two networks.
-    changed : mapping from fx.Node to (str, {"relu", "linear"})
-        Name of the layer, and the activation after it, for each call of a layer whose weights
-        differ.
+    changed : list of Changed
+        Calls of the layers whose weights differ.
     gains : Gains
         Factors to the output.
     last : fx.Node or None
@@ -258,8 +276,8 @@ class Walk:
     ----------
     pair : Pair
         Both networks and their graph.
-    changed : mapping from fx.Node to (str, {"relu", "linear"})
-        Name of the layer, and what follows it, for each call of a changed layer.
+    changed : list of Changed
+        Calls of the layers whose weights differ.
     gains : pair of mapping from fx.Node to Gain
         Factors from each node to the output, of the dense and of the current network.
 
@@ -273,13 +291,12 @@ class Walk:
         Name of the node whose rounding has no bound at the output, with the reason.
     """
 
-    def __init__(
-        self, pair: Pair, changed: Mapping[fx.Node, tuple[str, Follows]], gains: Gains
-    ) -> None:
+    def __init__(self, pair: Pair, changed: Sequence[Changed], gains: Gains) -> None:
         floating = [t.dtype for t in pair.tensors[0].values() if t.is_floating_point()]
         self._largest = torch.finfo(floating[0]).max
         self._plan = pair.plan
-        self._changed = changed
+        self._ends = {one.nodes[-1]: one for one in changed}
+        self._chains = {node for one in changed for node in one.nodes}
         self._gains = gains
         constants = {node: _wide(value) for node, value in pair.plan.captured.constants.items()}
         wide = Plan(replace(pair.plan.captured, constants=constants), types=WIDE)
@@ -302,7 +319,7 @@ class Walk:
         self.unfollowed = self._unfollowed(rounding)
         watched = [node for node in rounding if any(gain[node].value != 0 for gain in gains)]
         self._losses = tuple(dict.fromkeys(() if self.unfollowed else watched, 0.0) for _ in gains)
-        names = dict.fromkeys(name for name, _ in changed.values())
+        names = dict.fromkeys(one.name for one in changed)
         self.discrepancy: dict[str, float] = dict.fromkeys(names, 0.0)
         self.error: dict[str, float] = dict.fromkeys(names, 0.0)
         self.overflow = ""
@@ -311,7 +328,7 @@ class Walk:
         """Return the nodes whose values differ between the networks; the others run once."""
         below: set[fx.Node] = set()
         for node in self._plan.nodes:
-            if node in self._changed or any(parent in below for parent in node.all_input_nodes):
+            if node in self._chains or any(parent in below for parent in node.all_input_nodes):
                 below.add(node)
         return below
 
@@ -338,6 +355,7 @@ class Walk:
         plan = self._plan
         dense: Values = dict(self._frontiers[0].values(batch))
         current: Values = {}
+        moved: Values = {}
         both = (dense, ChainMap(current, dense))
         with torch.no_grad():
             for index, node in enumerate(plan.nodes):
@@ -345,9 +363,11 @@ class Walk:
                     dense[node] = self._run(node, both, 0)
                     if node in self._below:
                         current[node] = self._run(node, both, 1)
-                    if node in self._changed:
-                        # The current weights on the dense inputs.
-                        self._compare(node, self._frontiers[1].evaluate(node, dense), dense[node])
+                    if node in self._chains:  # the current weights on the dense inputs
+                        moved[node] = self._frontiers[1].evaluate(node, ChainMap(moved, dense))
+                    if node in self._ends:
+                        self._compare(self._ends[node], moved[node], dense[node])
+                        moved.clear()
                 for parent in (*node.all_input_nodes, node):
                     if plan.last[parent] <= index:
                         dense.pop(parent, None)
@@ -380,11 +400,11 @@ class Walk:
         """Whether the networks' own type can hold a value."""
         return norm(value) <= self._largest or float(value.abs().max()) <= self._largest
 
-    def _compare(self, node: fx.Node, new: Tensor, old: Tensor) -> None:
+    def _compare(self, changed: Changed, new: Tensor, old: Tensor) -> None:
         """Add to a changed layer's discrepancy, activated where a ReLU follows."""
-        name, follows = self._changed[node]
+        name = changed.name
         self.error[name] = math.hypot(self.error[name], norm(new - old))
-        if follows == "relu":
+        if changed.follows == "relu":
             new, old = new.clamp(min=0), old.clamp(min=0)
         self.discrepancy[name] = math.hypot(self.discrepancy[name], norm(new - old))
 
@@ -470,7 +490,7 @@ class Walk:
 
     def _magnitude(self, node: fx.Node, which: int) -> float:
         """Bound F with |sum_i |x_i| |w_i||_F <= F |X|_F over all entries of a layer's response."""
-        key = node, which if node in self._changed else 0
+        key = node, which if node in self._chains else 0
         if key not in self._magnitudes:
             arguments, how = arguments_of(node), OPERATIONS[name_of(node)]
             weight = self._networks[which].value(arguments[how.weight])

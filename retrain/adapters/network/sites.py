@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from retrain.adapters.network.capture import Captured, arguments_of, name_of, operation
+from retrain.adapters.network.fold import Fold, find_fold
 from retrain.adapters.network.norms import cover, frequency_norm, frobenius_norm, spectral_norm
 from retrain.adapters.network.recurrent import STEPS
 from retrain.adapters.network.tensors import named_tensors
@@ -398,6 +399,8 @@ class Site:
         Qualified name of the parameter.
     parameters : int
         Number of its entries.
+    fold : Fold or None
+        Batch norm that is folded into it.
     """
 
     spec: LayerSpec
@@ -405,6 +408,19 @@ class Site:
     operation: Operation | None
     parameter: str
     parameters: int
+    fold: Fold | None = None
+
+    @property
+    def ends(self) -> tuple[fx.Node, ...]:
+        """For each call, the node with the layer's response."""
+        return self.calls if self.fold is None else (self.fold.end,)
+
+    @property
+    def chains(self) -> tuple[tuple[fx.Node, ...], ...]:
+        """For each call, the nodes from the call to the response."""
+        if self.fold is None:
+            return tuple((call,) for call in self.calls)
+        return ((*self.calls, *self.fold.nodes),)
 
 
 def source_of(node: Any, captured: Captured) -> str | None:
@@ -633,11 +649,15 @@ def _site(one: _Found, captured: Captured, tensors: Mapping[str, Tensor], *, tie
         reason = "its weight is used by another layer too (tied)"
     if reason is None and not weight.is_floating_point():
         reason = f"its weight is of type {weight.dtype}"
-    follows: Follows = "relu" if all(_meets_relu(call) for call in one.calls) else "linear"
-    spec = LayerSpec(
-        name, how.kind, (int(shape[0]), int(shape[1])), bias is not None, follows, groups, reason
-    )
-    return Site(spec, tuple(one.calls), None if reason else how, parameter, weight.numel())
+    fold = None
+    if reason is None and len(one.calls) == 1:
+        fold = find_fold(one.calls[0], how.channel_axis, captured)
+    ends = one.calls if fold is None else [fold.end]
+    follows: Follows = "relu" if all(_meets_relu(end) for end in ends) else "linear"
+    biased = bias is not None or fold is not None
+    size = (int(shape[0]), int(shape[1]))
+    spec = LayerSpec(name, how.kind, size, biased, follows, groups, reason)
+    return Site(spec, tuple(one.calls), None if reason else how, parameter, weight.numel(), fold)
 
 
 def response_user(node: fx.Node) -> tuple[fx.Node | None, bool]:

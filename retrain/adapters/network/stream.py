@@ -29,9 +29,10 @@ from retrain.adapters.network.capture import (
     name_of,
 )
 from retrain.adapters.network.copies import ModuleStream, check_rows
+from retrain.adapters.network.fold import Scaling, scaling, settled
 from retrain.adapters.network.frontier import Frontier, Plan, Values
 from retrain.adapters.network.gain import Network, gains, output_source
-from retrain.adapters.network.passage import Outputs, Pair, measure, measure_outputs
+from retrain.adapters.network.passage import Changed, Outputs, Pair, measure, measure_outputs
 from retrain.adapters.network.recurrent import STEPS, unrolled
 from retrain.adapters.network.sites import (
     OPERATIONS,
@@ -202,12 +203,26 @@ class TorchStream(ModuleStream):
             Weight matrix, the bias last.
         """
         spec = self._retrainable(name, group)
-        weight, bias, how, arguments = self._parts(name, self._dense if dense else self._current)
+        network = self._dense if dense else self._current
+        weight, bias, how, arguments = self._parts(name, network)
+        units = slice(group * spec.shape[1], (group + 1) * spec.shape[1])
         values = how.matrix(weight, arguments, group)
-        if bias is not None:
-            units = spec.shape[1]
-            values = torch.cat([values, bias[group * units : (group + 1) * units][None]])
+        row = None if bias is None else bias[units]
+        scaled = self._scaling(name, network, units)
+        if scaled is not None:
+            before = 0.0 if row is None else row.double()
+            row = (scaled.scale * before + scaled.shift).to(values.dtype)
+            values = (values.double() * scaled.scale).to(values.dtype)
+        if row is not None:
+            values = torch.cat([values, row[None]])
         return values.detach().clone()
+
+    def _scaling(self, name: str, network: nn.Module, units: slice) -> Scaling | None:
+        """Scale and shift of the batch norm that is folded into a layer, if there is one."""
+        fold = self._sites[name].fold
+        if fold is None:
+            return None
+        return scaling(fold, self._captured, self._tables[id(network)]).part(units)
 
     def commit(self, name: str, weight: Array, group: int = 0) -> None:
         """Replace a weight, cast to the network's own dtype; later `inputs` are computed with it.
@@ -228,19 +243,69 @@ class TorchStream(ModuleStream):
             after the cast.
         """
         spec = self._retrainable(name, group)
+        folded = self._sites[name].fold is not None
         own = self._parts(name, self._model)[0].dtype
-        new = self._own_weight(spec, weight, own)
+        new = self._own_weight(spec, weight, self._dtype if folded else own)
+        if folded:
+            new_matrix, new_row = self._unfolded(name, new, group)
+        else:
+            new_matrix, new_row = new[: spec.shape[0]], new[spec.shape[0] :]
         self._part_current(name)
-        n_in, units = spec.shape
+        units = slice(group * spec.shape[1], (group + 1) * spec.shape[1])
         with torch.no_grad():
             for network in {self._model, self._current}:
-                target, bias, how, arguments = self._parts(name, network)
-                values = how.unmatrix(new[:n_in], target, arguments, group)
+                target, _, how, arguments = self._parts(name, network)
+                values = how.unmatrix(new_matrix, target, arguments, group)
                 how.part(target, arguments, group).copy_(values)
-                if bias is not None:
-                    bias[group * units : (group + 1) * units].copy_(new[n_in])
+                if spec.bias:
+                    self._row(name, network)[units].copy_(new_row.reshape(-1))
         self._changed.add(name)
         self._norms = {key: value for key, value in self._norms.items() if key[0] != name or key[3]}
+
+    def _row(self, name: str, network: nn.Module) -> Tensor:
+        """The tensor that takes a layer's bias row: its bias, or the folded norm's β or mean."""
+        bias, fold = self._parts(name, network)[1], self._sites[name].fold
+        if bias is not None or fold is None:
+            assert bias is not None
+            return bias
+        return self._tables[id(network)][fold.bias or fold.mean]
+
+    def _unfolded(self, name: str, new: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        """Take a folded weight apart: the layer's matrix, and what its bias row is written to."""
+        spec, fold = self._sites[name].spec, self._sites[name].fold
+        assert fold is not None
+        units = slice(group * spec.shape[1], (group + 1) * spec.shape[1])
+        weight, bias, how, arguments = self._parts(name, self._dense)
+        own = self._parts(name, self._model)[0].dtype
+        scaled = self._scaling(name, self._dense, units)
+        assert scaled is not None
+        scale, shift = scaled.scale, scaled.shift
+        dense = how.matrix(weight, arguments, group).to(own)
+        matrix = settled(
+            new[: spec.shape[0]],
+            dense,
+            lambda x: (x.double() / scale).to(own),
+            lambda w: (w.double() * scale).to(new.dtype),
+        )
+        stored = self._row(name, self._dense)[units].to(self._row(name, self._model).dtype)
+        kind = stored.dtype
+
+        if bias is not None:
+            slope, rest = scale, shift
+        elif fold.bias is not None:  # t = β + centre
+            slope, rest = torch.ones_like(scale), scaled.centre
+        else:  # t = -s mean
+            slope, rest = -scale, torch.zeros_like(shift)
+        row = settled(
+            new[spec.shape[0]],
+            stored,
+            lambda x: ((x.double() - rest) / slope).to(kind),
+            lambda b: (slope * b.double() + rest).to(new.dtype),
+        )
+        row, matrix = (torch.where(scaled.tiny, a, b) for a, b in ((stored, row), (dense, matrix)))
+        if not (torch.isfinite(row).all() and torch.isfinite(matrix).all()):
+            raise ValueError(f"weight: layer {name!r} got NaN or infinity in {own}, unfolded")
+        return matrix, row
 
     def _parts(
         self, name: str, network: nn.Module
@@ -360,8 +425,21 @@ class TorchStream(ModuleStream):
                         if ahead
                         else frontier.evaluate(call, values)
                     )
+            if answered is not None and site.fold is not None:
+                answered = self._behind(frontier, site, {**values, call: answered})
             found.append((received.to(self._dtype), answered))
         return found
+
+    def _behind(self, frontier: Frontier, site: Site, values: Values) -> Tensor:
+        """The response behind a folded norm; channels that are not folded have their own."""
+        assert site.fold is not None
+        raw = values[site.calls[0]]
+        with torch.no_grad():
+            for node in site.fold.nodes:
+                values[node] = frontier.evaluate(node, values)
+        tiny = scaling(site.fold, self._captured, frontier.tensors).tiny
+        shape = [-1 if axis == 1 else 1 for axis in range(raw.ndim)]
+        return torch.where(tiny.reshape(shape), raw, values[site.fold.end])
 
     def _pieces(
         self,
@@ -476,7 +554,7 @@ class TorchStream(ModuleStream):
         Of one that is called several times, sqrt(sum_c G(c)²): by Cauchy and Schwarz, the sum over
         its calls c of e_c G(c) is at most that times sqrt(sum_c e_c²).
         """
-        each = [found[node] for node in self._sites[name].calls]
+        each = [found[node] for node in self._sites[name].ends]
         if not each:
             return Gain(None, "it is not a layer that the forward pass runs")
         values = [gain.value for gain in each if gain.value is not None]
@@ -548,11 +626,11 @@ class TorchStream(ModuleStream):
             reason = self._mixes or self._stray()
         if not names or reason is not None:
             return measure_outputs(self._outputs(), range(self._batches), reason, samples)
-        places = {
-            node: (name, self._sites[name].spec.follows)
+        places = [
+            Changed(name, self._sites[name].spec.follows, chain)
             for name in names
-            for node in self._sites[name].calls
-        }
+            for chain in self._sites[name].chains
+        ]
         tables = self._tables[id(self._dense)], self._tables[id(self._current)]
         pair = Pair(self._plan, tables, self._own(), self._feed, self._batches)
         last = self.output_layer()[0]
