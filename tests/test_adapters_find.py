@@ -279,7 +279,7 @@ def test_shapes_are_those_of_the_largest_weight(module, shape):
 def test_a_reason_concerns_its_own_layer_only():
     found = specs(nn.Sequential(linear(), nn.BatchNorm1d(4), nn.ReLU(), linear()))
     assert [spec.reason is None for spec in found.values()] == [True, False, True]
-    assert found["0"].follows == "linear"
+    assert found["0"].follows == "relu"  # behind the folded norm
     assert specs(Root())["a"].reason is None
 
 
