@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from retrain.adapters.files.dense import read_chain
-from retrain.adapters.network.capture import Captured, arguments_of, name_of
+from retrain.adapters.network.capture import Captured, arguments_of, name_of, readers
 from retrain.stream.stream import LayerSpec
 
 
@@ -40,7 +40,6 @@ def is_plain(captured: Captured, layers: tuple[LayerSpec, ...], model: nn.Module
     return names == [spec.name for spec in layers] and _is_chain(captured)
 
 
-_ASKS = ("sym_size", "_assert_tensor_metadata")
 _IDENTITY = (
     "dropout",
     "feature_dropout",
@@ -57,7 +56,7 @@ def _is_chain(captured: Captured) -> bool:
     (node,) = captured.inputs
     layers, open_layer = 0, False  # open: nothing has followed the last layer yet
     while node is not captured.output:
-        users = [user for user in node.users if name_of(user) not in _ASKS]
+        users = readers(node)
         if len(users) != 1:
             return False
         node = users[0]

@@ -280,6 +280,22 @@ _SAME = {
 """Names that export's decompositions give to operations that have a plain one."""
 
 
+def readers(node: fx.Node) -> list[fx.Node]:
+    """Return the users of a node that read its value, and not only its shape or type.
+
+    Parameters
+    ----------
+    node : fx.Node
+        Node of a captured graph.
+
+    Returns
+    -------
+    list of fx.Node
+        Users.
+    """
+    return [u for u in node.users if name_of(u) not in ("sym_size", "_assert_tensor_metadata")]
+
+
 def label(node: fx.Node) -> str:
     """Name a node for messages: the class and name of the module that computes it, if one does.
 

@@ -7,7 +7,7 @@ retrained. The caller's module is never changed.
 from __future__ import annotations
 
 import copy
-import logging
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from retrain.adapters.network.capture import Captured, CaptureError, Inputs, forward
+from retrain.adapters.network.structure import weights_hash
 from retrain.adapters.network.tensors import HALF, check_finite, computing
 from retrain.adapters.network.wrappers import evaluation_copy
 from retrain.data.arrays import Data
 from retrain.data.sources import as_data
-from retrain.stream.stream import Array, LayerSpec, identity_hash, layer
-
-_log = logging.getLogger(__name__)
+from retrain.stream.stream import Array, LayerBatch, LayerSpec, identity_hash, layer
+from solvers import checks
 
 RUN_ERRORS = (
     RuntimeError,
@@ -75,8 +75,8 @@ class ModuleStream:
         batch_size: int | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, want at least 1")
+        if batch_size is not None:
+            checks.count(1, batch_size=batch_size)
         self._data: Data = as_data(data)
         given = evaluation_copy(model)
         self._device = torch.device(device or next(given.parameters()).device)
@@ -163,6 +163,71 @@ class ModuleStream:
             raise ValueError(f"weight: layer {spec.name!r} got NaN or infinity in {dtype}")
         return new
 
+    def _parts_of_identity(self, computation: dict[str, Any]) -> dict[str, Any]:
+        """What decides a run's result; the weights are still the dense ones."""
+        return {
+            "arrays": "torch",
+            "weights": weights_hash(self._model),
+            "computation": {**computation, "layers": [repr(spec) for spec in self._layers]},
+            "data": self._data.fingerprint,
+            "batch size": self._batch_size,
+        }
+
+    # --- rows -----------------------------------------------------------------------------------
+
+    def count(self, name: str) -> int:
+        """Return the number of rows of a layer.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+
+        Returns
+        -------
+        int
+            Rows of all its calls; positions that an attention mask excludes may be left out.
+        """
+        raise NotImplementedError
+
+    def batches(
+        self, name: str, group: int = 0, *, rows: np.ndarray | None = None
+    ) -> Iterator[LayerBatch]:
+        """Yield the layer's rows in order.
+
+        Parameters
+        ----------
+        name : str
+            Name of the layer.
+        group : int, optional
+            Index of the group, from 0.
+        rows : ndarray of int, optional
+            Sorted row numbers; all rows by default.
+
+        Yields
+        ------
+        LayerBatch
+            Aligned rows of the current and the dense network.
+
+        Raises
+        ------
+        ValueError
+            If the layer cannot be retrained, `rows` are not increasing row numbers of the layer, or
+            the retrained network calls it otherwise than the dense one.
+        """
+        self._retrainable(name, group)
+        if rows is not None:
+            rows = np.asarray(rows)
+            count = self.count(name)
+            if rows.ndim != 1 or rows.dtype.kind not in "iu" or (np.diff(rows) <= 0).any():
+                raise ValueError("rows: want different row numbers in increasing order")
+            if rows.size and (rows[0] < 0 or rows[-1] >= count):
+                raise ValueError(f"rows: got {rows[0]} to {rows[-1]}, layer {name!r} has {count}")
+        return self._read(name, group, rows)
+
+    def _read(self, name: str, group: int, rows: np.ndarray | None) -> Iterator[LayerBatch]:
+        raise NotImplementedError
+
     # --- samples --------------------------------------------------------------------------------
 
     @property
@@ -217,6 +282,15 @@ class ModuleStream:
         except RUN_ERRORS as error:
             text = str(error).strip().split("\n")[0]
             raise ValueError(f"data: the network cannot take these samples: {text}") from error
+
+    def _check_output(self, output: Tensor, batch: int) -> None:
+        """Refuse a network whose output is not one entry for each sample."""
+        size = self._size(batch)
+        if output.shape[:1] != (size,):
+            raise ValueError(
+                f"model: returned {tuple(output.shape)} for {size} samples, want an output "
+                "whose first axis is the sample"
+            )
 
     def _few(self) -> Inputs:
         """Copy the first two samples, or one twice: a batch of one could be special."""
@@ -288,36 +362,6 @@ class ModuleStream:
             View of `x`.
         """
         return x.reshape(len(x), -1) if self._flat else x
-
-
-def check_rows(rows: np.ndarray, count: int, name: str) -> np.ndarray:
-    """Check the numbers of rows that are asked for.
-
-    Parameters
-    ----------
-    rows : ndarray
-        Row numbers.
-    count : int
-        Number of rows that there are.
-    name : str
-        Name of the layer.
-
-    Returns
-    -------
-    ndarray of int
-        The same.
-
-    Raises
-    ------
-    ValueError
-        If they are not increasing row numbers of the layer.
-    """
-    rows = np.asarray(rows)
-    if rows.ndim != 1 or rows.dtype.kind not in "iu" or (np.diff(rows) <= 0).any():
-        raise ValueError("rows: want different row numbers in increasing order")
-    if rows.size and (rows[0] < 0 or rows[-1] >= count):
-        raise ValueError(f"rows: got {rows[0]} to {rows[-1]}, layer {name!r} has {count}")
-    return rows
 
 
 def _wants(module: nn.Module) -> str | None:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from retrain.adapters.network.capture import Captured, arguments_of, name_of
+from retrain.adapters.network.capture import Captured, arguments_of, name_of, readers
 
 _TINY = 1e-6
 """Scale, relative to the layer's largest, below which a channel is not folded: dividing by it would
@@ -81,10 +81,10 @@ def find_fold(call: fx.Node, channel_axis: int, captured: Captured) -> Fold | No
         None where another operation reads the response, or the norm is used elsewhere, or its
         statistics are the batch's own.
     """
-    readers = [user for user in call.users if name_of(user) != "sym_size"]
-    if len(readers) != 1 or name_of(readers[0]) != "batch_norm":
+    users = readers(call)
+    if len(users) != 1 or name_of(users[0]) != "batch_norm":
         return None
-    norm = readers[0]
+    norm = users[0]
     arguments = arguments_of(norm)
     if arguments.get("training") or channel_axis % call.meta["val"].ndim != 1:
         return None

@@ -304,7 +304,7 @@ def _layer(call: Call) -> float | str:
     weight = arguments[how.weight]
     if call.source is not arguments[how.input] or call.source is weight:
         return f"{call.label} with weights that are computed"
-    if call.network.plan.fixed.isdisjoint([weight]):
+    if weight not in call.network.plan.fixed:
         return "a product of two activations"
     value = call.network.value(weight)
     unfit = how.unfit(arguments, value)
@@ -319,9 +319,9 @@ def _prelu(call: Call) -> float | str:
     return max(1.0, float(slopes.abs().max()))
 
 
-def _axis(call: Call, name: str = "dim") -> list[Size] | str:
+def _axis(call: Call) -> list[Size] | str:
     """Lengths of the axes that an operation works along; a text where samples are among them."""
-    axes = call.arguments.get(name)
+    axes = call.arguments.get("dim")
     shape = shape_of(call.source)
     if axes is None or axes == []:
         return "over the samples"

@@ -8,7 +8,6 @@ every layer has the linear form, and there is no bound.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,13 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from retrain.adapters.network.capture import forward
-from retrain.adapters.network.copies import ModuleStream, check_rows
+from retrain.adapters.network.copies import ModuleStream
 from retrain.adapters.network.passage import measure_outputs
 from retrain.adapters.network.sites import OPERATIONS, Operation
-from retrain.adapters.network.structure import structure, weights_hash
+from retrain.adapters.network.structure import structure
 from retrain.stream.stream import Array, Gain, LayerBatch, LayerSpec, Norm, Passage, layer
-
-_log = logging.getLogger(__name__)
 
 MODULES: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -93,13 +90,7 @@ class HookedStream(ModuleStream):
         computation = structure(self._model, None)
         self._found = self._survey()
         self._layers = tuple(found.spec for found in self._found.values())
-        self._identity = {
-            "arrays": "torch",
-            "weights": weights_hash(self._model),
-            "computation": {**computation, "layers": [repr(spec) for spec in self._layers]},
-            "data": self._data.fingerprint,
-            "batch size": self._batch_size,
-        }
+        self._identity = self._parts_of_identity(computation)
 
     def count(self, name: str) -> int:
         """Return the number of rows of a layer.
@@ -171,36 +162,6 @@ class HookedStream(ModuleStream):
                 if spec.bias:
                     _bias(module, spec, group).copy_(new[n_in])
         self._changed.add(name)
-
-    def batches(
-        self, name: str, group: int = 0, *, rows: np.ndarray | None = None
-    ) -> Iterator[LayerBatch]:
-        """Yield the layer's rows in order.
-
-        Parameters
-        ----------
-        name : str
-            Name of the layer.
-        group : int, optional
-            Index of the group, from 0.
-        rows : ndarray of int, optional
-            Sorted row numbers; all rows by default.
-
-        Yields
-        ------
-        LayerBatch
-            Aligned rows of the current and the dense network.
-
-        Raises
-        ------
-        ValueError
-            If the layer cannot be retrained, `rows` are not increasing row numbers of the layer, or
-            the retrained network calls it otherwise than the dense one.
-        """
-        self._retrainable(name, group)
-        if rows is not None:
-            rows = check_rows(rows, self.count(name), name)
-        return self._read(name, group, rows)
 
     def _read(self, name: str, group: int, rows: np.ndarray | None) -> Iterator[LayerBatch]:
         found = self._found[name]
@@ -366,11 +327,7 @@ class HookedStream(ModuleStream):
 
                     hooks.callback(module.register_forward_hook(keep).remove)
                 output = self._output(self._dense, batch)
-            if output.shape[:1] != (self._size(batch),):
-                raise ValueError(
-                    f"model: returned {tuple(output.shape)} for {self._size(batch)} samples, want "
-                    "an output whose first axis is the sample"
-                )
+            self._check_output(output, batch)
             if batch == 0:
                 again = self._output(self._dense, batch)
                 if not torch.equal(again.nan_to_num(), output.nan_to_num()):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from retrain.adapters.network.capture import Captured, arguments_of, name_of, operation
+from retrain.adapters.network.capture import Captured, arguments_of, name_of, operation, readers
 from retrain.adapters.network.fold import Fold, find_fold
 from retrain.adapters.network.norms import cover, frequency_norm, frobenius_norm, spectral_norm
 from retrain.adapters.network.recurrent import STEPS
@@ -379,9 +379,6 @@ _PASSED = {
 }
 """Operations that commute with a ReLU, so that the layer meets the ReLU behind them."""
 
-_ASKS = {"sym_size", "_assert_tensor_metadata"}
-"""Operations that ask for a shape or a type."""
-
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -676,7 +673,7 @@ def response_user(node: fx.Node) -> tuple[fx.Node | None, bool]:
         Whether there are several.
     """
     while True:
-        users = [user for user in node.users if name_of(user) not in _ASKS]
+        users = readers(node)
         if len(users) != 1:
             return None, len(users) > 1
         node = users[0]

@@ -28,7 +28,7 @@ from retrain.adapters.network.capture import (
     label,
     name_of,
 )
-from retrain.adapters.network.copies import ModuleStream, check_rows
+from retrain.adapters.network.copies import ModuleStream
 from retrain.adapters.network.fold import Scaling, scaling, settled
 from retrain.adapters.network.frontier import Frontier, Plan, Values
 from retrain.adapters.network.gain import Network, gains, output_source
@@ -42,7 +42,7 @@ from retrain.adapters.network.sites import (
     operator_norm,
     view_of,
 )
-from retrain.adapters.network.structure import structure, weights_hash
+from retrain.adapters.network.structure import structure
 from retrain.adapters.network.tensors import named_tensors
 from retrain.stream.stream import (
     Array,
@@ -126,22 +126,19 @@ class TorchStream(ModuleStream):
         self._tables = {id(m): named_tensors(m) for m in (self._dense, self._current, self._model)}
         self._sites = {s.spec.name: s for s in find_sites(self._captured, self._dense)}
         self._random = _random(self._captured)
-        stray = self._stray() if self._random is None else None
-        if stray is not None:
-            raise CaptureError(stray)
-        self._mixes = self._mixed() if self._random is None else None
+        self._mixes: str | None = None
+        if self._random is None:
+            own = self._some_outputs()
+            stray = self._stray(own)
+            if stray is not None:
+                raise CaptureError(stray)
+            self._mixes = self._mixed(own)
         self._surveyed: dict[int, Tensor] = {}
         self._rows, self._leading = self._survey()
         self._layers = tuple(self._judged(site) for site in self._sites.values())
         self._frontiers: dict[bool, Frontier | None] = {True: self._begin(dense=True), False: None}
         self._norms: dict[tuple[str, fx.Node, Norm, bool, bool], float] = {}
-        self._identity = {
-            "arrays": "torch",
-            "weights": weights_hash(self._model),
-            "computation": {**computation, "layers": [repr(spec) for spec in self._layers]},
-            "data": self._data.fingerprint,
-            "batch size": self._batch_size,
-        }
+        self._identity = self._parts_of_identity(computation)
 
     # --- description --------------------------------------------------------------------------
 
@@ -265,9 +262,9 @@ class TorchStream(ModuleStream):
     def _row(self, name: str, network: nn.Module) -> Tensor:
         """The tensor that takes a layer's bias row: its bias, or the folded norm's β or mean."""
         bias, fold = self._parts(name, network)[1], self._sites[name].fold
-        if bias is not None or fold is None:
-            assert bias is not None
+        if bias is not None:
             return bias
+        assert fold is not None
         return self._tables[id(network)][fold.bias or fold.mean]
 
     def _unfolded(self, name: str, new: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -353,35 +350,6 @@ class TorchStream(ModuleStream):
             frontier = self._frontiers[dense] = self._begin(dense=dense)
         frontier.advance(place)
         return frontier
-
-    def batches(
-        self, name: str, group: int = 0, *, rows: np.ndarray | None = None
-    ) -> Iterator[LayerBatch]:
-        """Yield the layer's rows in order.
-
-        Parameters
-        ----------
-        name : str
-            Name of the layer.
-        group : int, optional
-            Index of the group, from 0.
-        rows : ndarray of int, optional
-            Sorted row numbers; all rows by default.
-
-        Yields
-        ------
-        LayerBatch
-            Aligned rows of the current and the dense network.
-
-        Raises
-        ------
-        ValueError
-            If the layer cannot be retrained, or `rows` are not increasing row numbers of the layer.
-        """
-        self._retrainable(name, group)
-        if rows is not None:
-            rows = check_rows(rows, self.count(name), name)
-        return self._read(name, group, rows)
 
     def _read(self, name: str, group: int, rows: np.ndarray | None) -> Iterator[LayerBatch]:
         calls = self._sites[name].calls
@@ -618,14 +586,16 @@ class TorchStream(ModuleStream):
         names = [
             spec.name for spec in self._layers if spec.name in self._changed and changed(self, spec)
         ]
-        found = [gains(self._network("spectral", dense=dense)) for dense in (True, False)]
-        reasons = {name: self._gain_of(name, found[1]).reason for name in names}
+        batches, samples = range(self._batches), len(self._data)
+        if not names:
+            return measure_outputs(self._outputs(), batches, None, samples)
+        current = gains(self._network("spectral", dense=False))
+        reasons = {name: self._gain_of(name, current).reason for name in names}
         reason = next((f"{name}: {text}" for name, text in reasons.items() if text), None)
-        samples = len(self._data)
-        if names and reason is None:
-            reason = self._mixes or self._stray()
-        if not names or reason is not None:
-            return measure_outputs(self._outputs(), range(self._batches), reason, samples)
+        reason = reason or self._mixes or self._stray(self._some_outputs())
+        if reason is not None:
+            return measure_outputs(self._outputs(), batches, reason, samples)
+        given = gains(self._network("spectral", dense=True))
         places = [
             Changed(name, self._sites[name].spec.follows, chain)
             for name in names
@@ -635,14 +605,14 @@ class TorchStream(ModuleStream):
         pair = Pair(self._plan, tables, self._own(), self._feed, self._batches)
         last = self.output_layer()[0]
         node = None if last is None else self._sites[last].calls[0]
-        return measure(pair, places, (found[0], found[1]), node, samples)
+        return measure(pair, places, (given, current), node, samples)
 
     def _outputs(self) -> Outputs:
         """Both networks' outputs by batch, in the types that they are saved in."""
-        streamed = tuple(iter(self.outputs(dense=dense)) for dense in (True, False))
         own = self._own()
         if own is not None:
             return own
+        streamed = tuple(iter(self.outputs(dense=dense)) for dense in (True, False))
         return cast("Outputs", tuple(lambda _, each=each: next(each) for each in streamed))
 
     def _own(self) -> Outputs | None:
@@ -724,11 +694,7 @@ class TorchStream(ModuleStream):
             values = frontier.run(batch, 0, len(self._plan.nodes), look)
             output = frontier.value(self._captured.output, values)
             self._surveyed[batch] = output.detach()
-            if output.shape[:1] != (size,):
-                raise ValueError(
-                    f"model: returned {tuple(output.shape)} for {size} samples, want an output "
-                    "whose first axis is the sample"
-                )
+            self._check_output(output, batch)
         self._spent += frontier.ran
         return rows, leading
 
@@ -736,12 +702,15 @@ class TorchStream(ModuleStream):
         """A few samples, enough to show whether they are mixed."""
         return self.inputs(0, 1 if self._captured.batch is not None else 4)
 
-    def _stray(self) -> str | None:
+    def _some_outputs(self) -> Tensor:
+        """What the dense network's forward pass gives for these samples."""
+        return self._answer(self._dense, self._some())
+
+    def _stray(self, own: Tensor) -> str | None:
         """Say that the graph does not compute what the forward pass does, if so."""
         some = self._some()
         table = self._tables[id(self._dense)]
         frontier = Frontier(self._plan, table, lambda _: [value for _, value in some], 1, math.inf)
-        own = self._answer(self._dense, some)
         try:
             values = frontier.run(0, 0, len(self._plan.nodes))
         except ValueError as error:  # the graph counts on as many samples as it was captured on
@@ -753,7 +722,7 @@ class TorchStream(ModuleStream):
         )
         return "the captured graph gives other outputs than the network" if far else None
 
-    def _mixed(self) -> str | None:
+    def _mixed(self, own: Tensor) -> str | None:
         """Say that an output depends on other samples of its batch, where a few samples show it.
 
         A sample beside copies of itself runs in the same kernels as beside others, so any
@@ -765,7 +734,7 @@ class TorchStream(ModuleStream):
             return None
         alone = tuple((name, value[[0] * count]) for name, value in some)
         turned = tuple((name, value.flip(0)) for name, value in some)
-        own, same, back = (self._answer(self._dense, each) for each in (some, alone, turned))
+        same, back = (self._answer(self._dense, each) for each in (alone, turned))
         own, same, back = (value.nan_to_num() for value in (own, same, back.flip(0)))
         far = frobenius(back.double() - own.double()) > _SAME * frobenius(own)
         if not torch.equal(own[0], same[0]) or far:

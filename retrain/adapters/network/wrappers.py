@@ -97,7 +97,7 @@ def check_plain_weights(module: nn.Module) -> None:
     """Refuse a network whose weights are computed from others at each call.
 
     A layer with a parametrisation of torch.nn.utils.parametrize can be copied; such a layer is
-    listed with its reason instead (`retrain.adapters.network.find`).
+    listed with its reason instead (`retrain.adapters.network.sites`).
 
     Parameters
     ----------
